@@ -1,0 +1,51 @@
+"""The NF4 codec: pure functions on arrays, equal bit for bit to bitsandbytes 0.50 (tests/test_codec.py).
+
+Two 4-bit codes share a byte, the first element in the high nibble. A weight is `quant_map[code] * absmax[block]`;
+with double quantization absmax itself is a byte: `nested_quant_map[byte] * nested_absmax[byte's block] + offset`.
+"""
+
+import numpy as np
+
+
+def denest_absmax(
+    absmax: np.ndarray, nested_quant_map: np.ndarray, nested_absmax: np.ndarray, blocksize: int, offset: float
+) -> np.ndarray:
+    """Undo the double quantization of absmax.
+
+    Args:
+        absmax: uint8 [blocks].
+        nested_quant_map: float32 [256].
+        nested_absmax: float32 [ceil(blocks / blocksize)].
+        blocksize: absmax bytes per nested_absmax value, in elements (256 in every published checkpoint).
+        offset: the mean that was taken off before absmax was quantized.
+
+    Returns:
+        float32 [blocks]. The two operations round to float32 in this order, as bitsandbytes' `dequantize_4bit` does.
+    """
+    values = nested_quant_map[absmax]
+    whole = len(values) // blocksize
+    values[: whole * blocksize].reshape(whole, blocksize)[:] *= nested_absmax[:whole, None]
+    values[whole * blocksize :] *= nested_absmax[whole:]
+    values += np.float32(offset)
+    return values
+
+
+def unpack_codes(packed: np.ndarray) -> np.ndarray:
+    """uint8 [..., n] bytes to uint8 [..., 2n] codes 0..15, high nibble first."""
+    return np.stack([packed >> 4, packed & 15], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def dequantize(packed: np.ndarray, absmax: np.ndarray, quant_map: np.ndarray) -> np.ndarray:
+    """Dequantize rows of whole blocks.
+
+    Args:
+        packed: uint8 [rows, in_features / 2].
+        absmax: float32 [rows, in_features / blocksize].
+        quant_map: float32 [16].
+
+    Returns:
+        float32 [rows, in_features].
+    """
+    values = quant_map[unpack_codes(packed)]
+    rows, blocks = absmax.shape
+    return (values.reshape(rows, blocks, -1) * absmax[..., None]).reshape(rows, -1)

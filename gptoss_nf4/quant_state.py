@@ -1,0 +1,89 @@
+"""bitsandbytes' quantization state of one weight, as stored beside it.
+
+The small fields are a JSON object in a uint8 tensor (bitsandbytes 0.50 `utils.pack_dict_to_tensor`), the large ones
+tensors of their own: absmax, quant_map and, with double quantization, nested_absmax and nested_quant_map.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptoss_nf4.errors import UserError
+
+QUANT_TYPES = ("nf4", "fp4")
+DTYPES = ("float16", "bfloat16", "float32")
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 `dequantize_4bit`
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Double quantization of absmax: one float32 per `blocksize` absmax bytes, and one offset for all."""
+
+    blocksize: int
+    offset: float
+
+
+@dataclass(frozen=True)
+class QuantState:
+    """What decides how a 4-bit weight is read; `dtype` is the one that bitsandbytes dequantizes to by default."""
+
+    quant_type: str
+    blocksize: int
+    dtype: str
+    shape: tuple[int, ...]
+    nested: Nested | None = None
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.elements // self.blocksize)
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "QuantState":
+        """Parse the JSON bytes of `....quant_state.bitsandbytes__*`; UserError names `where` and the field."""
+
+        def bad(got: object, expected: str) -> UserError:
+            return UserError("bad quantization state", where=where, got=got, expected=expected, next_step="fetch it again")
+
+        try:
+            fields = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise bad(f"no JSON ({error})", "a JSON object") from None
+        if not isinstance(fields, dict):
+            raise bad(type(fields).__name__, "a JSON object")
+
+        def number(key: str, kind: type | tuple = int) -> int | float:
+            value = fields.get(key)
+            if not isinstance(value, kind) or isinstance(value, bool) or not abs(value) < 2**53:
+                raise bad(f"{key}={str(value)[:40]!r}", "a finite number")
+            return value
+
+        shape = fields.get("shape")
+        if not isinstance(shape, list) or not all(type(n) is int and 0 < n < 2**40 for n in shape):
+            raise bad(f"shape={str(shape)[:40]!r}", "a list of positive whole numbers")
+        if fields.get("quant_type") not in QUANT_TYPES:
+            raise bad(f"quant_type={fields.get('quant_type')!r}", " or ".join(QUANT_TYPES))
+        if fields.get("dtype") not in DTYPES:
+            raise bad(f"dtype={fields.get('dtype')!r}", " or ".join(DTYPES))
+        if number("blocksize") not in BLOCKSIZES:
+            raise bad(f"blocksize={fields['blocksize']}", f"one of {BLOCKSIZES}")
+        nested = None
+        if "nested_blocksize" in fields:
+            if fields.get("nested_dtype") != "float32":
+                raise bad(f"nested_dtype={fields.get('nested_dtype')!r}", "float32")
+            if number("nested_blocksize") < 1:
+                raise bad(f"nested_blocksize={fields['nested_blocksize']}", "a positive number")
+            nested = Nested(number("nested_blocksize"), float(number("nested_offset", (int, float))))
+        return cls(fields["quant_type"], fields["blocksize"], fields["dtype"], tuple(shape), nested)
+
+    def to_json(self) -> np.ndarray:
+        """JSON bytes as bitsandbytes packs them, uint8 [n]; for states without nesting, all that we write."""
+        if self.nested is not None:
+            raise ValueError("a nested state is only ever read")
+        fields = {"quant_type": self.quant_type, "blocksize": self.blocksize, "dtype": self.dtype, "shape": self.shape}
+        return np.frombuffer(json.dumps(fields).encode(), dtype=np.uint8)
