@@ -6,6 +6,27 @@ with double quantization absmax itself is a byte: `nested_quant_map[byte] * nest
 
 import numpy as np
 
+# The values of the 16 codes. bitsandbytes' kernels have them built in and do not read a stored quant_map.
+NF4_MAP = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    dtype=np.float32,
+)  # fmt: skip
+FP4_MAP = np.array(
+    [
+        0.0, 0.0052083334885537624, 0.6666666865348816, 1.0,
+        0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
+        0.0, -0.0052083334885537624, -0.6666666865348816, -1.0,
+        -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
+    ],
+    dtype=np.float32,
+)  # fmt: skip
+CODEBOOKS = {"nf4": NF4_MAP, "fp4": FP4_MAP}
+
 
 def denest_absmax(
     absmax: np.ndarray, nested_quant_map: np.ndarray, nested_absmax: np.ndarray, blocksize: int, offset: float

@@ -9,7 +9,7 @@ import numpy as np
 
 from gptoss_nf4 import layout, names
 from gptoss_nf4.checkpoint import Checkpoint
-from gptoss_nf4.codec import denest_absmax
+from gptoss_nf4.codec import CODEBOOKS, denest_absmax
 from gptoss_nf4.dimensions import Dimensions
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.quant_state import QUANT_TYPES, QuantState
@@ -126,6 +126,12 @@ class SplitSource:
                     "wrong tensor", where=tensor, got=f"{info.dtype} {list(info.shape)}",
                     expected=f"{dtype} with {elements} elements", next_step="fetch the model again",
                 )  # fmt: skip
+        if not np.array_equal(self.checkpoint.numpy(f"{weight}.quant_map"), CODEBOOKS[state.quant_type]):
+            raise UserError(
+                "foreign codebook", where=f"{weight}.quant_map", got="other values than bitsandbytes' own",
+                expected=f"the {state.quant_type} codebook, which every kernel has built in",
+                next_step="fetch the model again",
+            )  # fmt: skip
         return {bias, key, *expected}
 
     def _require(self, name: str):

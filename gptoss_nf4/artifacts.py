@@ -1,0 +1,71 @@
+"""Where every file of a conversion lies: `artifacts/<model name>/`, the one place that knows it (dvc.yaml repeats it)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.files import write_file
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    root: Path
+
+    @classmethod
+    def of(cls, name: str) -> "Artifacts":
+        return cls(Path("artifacts") / name)
+
+    @property
+    def source(self) -> Path:
+        """The embedded model's checkpoint; other models stay where they are."""
+        return self.root / "source"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def digests(self) -> Path:
+        return self.root / "digests"
+
+    def digest(self, layer: int | None) -> Path:
+        return self.digests / ("outside.json" if layer is None else f"layer-{layer}.json")
+
+    def absmax(self, layer: int) -> Path:
+        return self.root / "absmax" / f"layer-{layer}.safetensors"
+
+    @property
+    def reports(self) -> Path:
+        return self.root / "reports"
+
+    def report(self, layer: int) -> Path:
+        return self.reports / f"layer-{layer}.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoint"
+
+    def layer_weights(self, layer: int) -> Path:
+        return self.checkpoint / f"layer-{layer}.safetensors"
+
+    @property
+    def dense_weights(self) -> Path:
+        return self.checkpoint / "dense.safetensors"
+
+    def require(self, path: Path, stage: str) -> Path:
+        """`path`, or a UserError that names the stage which writes it."""
+        if not path.exists():
+            raise UserError(
+                "missing input", where=path.parent, got=f"no {path.name}", expected=f"the output of stage {stage}",
+                next_step=f"run `dvc repro {stage}`",
+            )  # fmt: skip
+        return path
+
+
+def write_tensors(target: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write numpy arrays as safetensors; `format: pt` is what transformers and vLLM expect in the header."""
+    from safetensors.numpy import save_file
+
+    write_file(target, lambda path: save_file(tensors, path, metadata={"format": "pt"}))

@@ -1,0 +1,114 @@
+"""The files that make the layers' tensors one checkpoint: index, config, tokenizer, templates. No tensor is written."""
+
+from pathlib import Path
+
+from gptoss_nf4 import names
+from gptoss_nf4.artifacts import Artifacts
+from gptoss_nf4.checkpoint import INDEX_FILE, read_header, read_json_object
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.files import write_bytes, write_json, write_text
+from gptoss_nf4.plan import RequantOptions, plan_layer
+from gptoss_nf4.source import SplitSource
+
+QUANT_METHOD = "gptoss_nf4"
+FORMAT_VERSION = 1
+NO_TEMPLATE = "{{ raise_exception('this fine-tune was saved without a chat template') }}\n"
+
+
+def assemble(source: SplitSource, artifacts: Artifacts, options: RequantOptions, dtype: str) -> None:
+    """Write the checkpoint's own files; which ones is fixed, since dvc.yaml has to name them."""
+    directory, origin = artifacts.checkpoint, source.checkpoint.directory
+    write_json(directory / INDEX_FILE, build_index(weight_files(source, artifacts)))
+    write_json(directory / "config.json", build_config(source, options, dtype))
+    for name in ("tokenizer.json",):
+        write_bytes(directory / name, _required(origin / name).read_bytes())
+    tokenizer_config = build_tokenizer_config(origin)
+    write_text(directory / "chat_template.jinja", chat_template(origin, tokenizer_config))
+    write_json(directory / "tokenizer_config.json", tokenizer_config)
+    write_json(directory / "generation_config.json", build_generation_config(source))
+
+
+def weight_files(source: SplitSource, artifacts: Artifacts) -> list[Path]:
+    files = [
+        artifacts.require(artifacts.layer_weights(layer), f"requant@{layer}") for layer in range(source.dimensions.layers)
+    ]
+    return [*files, artifacts.require(artifacts.dense_weights, "normalize")]
+
+
+def build_index(files: list[Path]) -> dict:
+    weight_map, total = {}, 0
+    for file in files:
+        for name, info in read_header(file).items():
+            weight_map[name] = file.name
+            total += info.end - info.start
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def build_config(source: SplitSource, options: RequantOptions, dtype: str) -> dict:
+    """The source's config.json with the dtype and the quantization_config by which vLLM selects the plugin."""
+    targets = [t for layer in range(source.dimensions.layers) for t in plan_layer(source, layer, options)]
+    quantized = next(target for target in targets if target.quantized)
+    config = {key: value for key, value in source.checkpoint.config.items() if key not in ("torch_dtype", "dtype")}
+    return config | {
+        "architectures": ["GptOssForCausalLM"],
+        "dtype": dtype,
+        "quantization_config": {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "quant_type": quantized.quant_type,
+            "blocksize": quantized.blocksize,
+            "w13_order": options.w13_order,
+            "requant_mode": options.mode,
+            "modules_to_not_convert": [target.name for target in targets if not target.quantized],
+        },
+    }
+
+
+def build_tokenizer_config(origin: Path) -> dict:
+    """tokenizer_config.json; older saves keep special tokens in special_tokens_map.json, which is folded in."""
+    config = read_json_object(_required(origin / "tokenizer_config.json"))
+    older = origin / "special_tokens_map.json"
+    return (read_json_object(older) if older.exists() else {}) | config
+
+
+def chat_template(origin: Path, tokenizer_config: dict) -> str:
+    """The chat template as a file of its own, wherever the source keeps it (it is taken out of the config)."""
+    inside = tokenizer_config.pop("chat_template", None)
+    file = origin / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    return inside if isinstance(inside, str) else NO_TEMPLATE
+
+
+def build_generation_config(source: SplitSource) -> dict:
+    """generation_config.json, or its essentials from config.json where the save has none."""
+    path = source.checkpoint.directory / "generation_config.json"
+    if path.exists():
+        return read_json_object(path)
+    config = source.checkpoint.config
+    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+
+
+def expected_names(config: dict, layers: int, experts_and_attention: tuple = names.FUSIONS) -> set[str]:
+    """Every tensor name that a converted checkpoint with this config.json has."""
+    quantization = config["quantization_config"]
+    dense, kind = set(quantization["modules_to_not_convert"]), quantization["quant_type"]
+    expected = set(names.OUTSIDE_LAYERS)
+    for layer in range(layers):
+        expected |= {names.prefix(layer) + name for name in names.RENAMED.values()}
+        for fusion in experts_and_attention:
+            target = names.target_of(fusion, layer)
+            expected |= {f"{target}.weight", f"{target}.bias"}
+            if target not in dense:
+                expected |= {f"{target}.weight.{sidecar}" for sidecar in names.SIDECARS}
+                expected.add(f"{target}.weight.{names.STATE_PREFIX}{kind}")
+    return expected
+
+
+def _required(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(
+            "missing file", where=path.parent, got=f"no {path.name}", expected="the tokenizer beside the weights",
+            next_step="save it with tokenizer.save_pretrained",
+        )  # fmt: skip
+    return path

@@ -1,0 +1,118 @@
+"""Making the fused 4-bit tensors of one layer, exactly or by quantizing again."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptoss_nf4.codec import CODEBOOKS
+from gptoss_nf4.fuse import rows_of_blocks, w13_rows
+from gptoss_nf4.plan import EXACT, RequantOptions, Target
+from gptoss_nf4.source import Module, SplitSource
+
+
+@dataclass
+class AddedError:
+    """What quantizing again changed, summed over weights in float64."""
+
+    weights: int = 0
+    squared_error: float = 0.0
+    squared_weight: float = 0.0
+    largest: float = 0.0
+
+    def add(self, before, after) -> None:
+        """`before` and `after`: float32 tensors of one shape."""
+        difference = (after - before).double()
+        self.weights += before.numel()
+        self.squared_error += float(difference.square().sum())
+        self.squared_weight += float(before.double().square().sum())
+        self.largest = max(self.largest, float(difference.abs().max()))
+
+    def as_dict(self) -> dict:
+        relative = (self.squared_error / self.squared_weight) ** 0.5 if self.squared_weight else 0.0
+        return {"weights": self.weights, "relative_rms_error": relative, "largest_error": self.largest}
+
+
+def requant_layer(
+    source: SplitSource, absmax: dict[str, np.ndarray], targets: list[Target], options: RequantOptions, device: str
+) -> tuple[dict[str, np.ndarray], dict]:
+    """The 4-bit tensors of a layer by name, and a report.
+
+    Args:
+        absmax: de-nested float32 absmax by source weight name (stage dequant).
+        device: torch device for mode nf4; mode exact needs neither torch nor a device.
+
+    Returns:
+        `<target>.weight` uint8 [..., rows, in/2], `.absmax` float32 [..., rows, in/blocksize], `.quant_map` float32
+        [16] for each quantized target; and {"targets": ...} for the layer's report.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    report: dict[str, dict] = {}
+    for target in targets:
+        report[target.name] = {"shape": target.shape, "quant_type": target.quant_type, "blocksize": target.blocksize}
+        if not target.quantized:
+            report[target.name]["joined_dense"] = target.joined_dense
+            continue
+        if options.mode == EXACT:
+            parts = _moved(source, absmax, target)
+        else:
+            error = AddedError()
+            parts = _requantized(source, absmax, target, device, error)
+        weight, scales = _fuse(target, parts, options.w13_order)
+        if options.mode != EXACT:
+            report[target.name]["added_error"] = error.as_dict()
+        tensors[f"{target.name}.weight"] = weight
+        tensors[f"{target.name}.weight.absmax"] = scales
+        tensors[f"{target.name}.weight.quant_map"] = CODEBOOKS[target.quant_type]
+    return tensors, {"targets": report}
+
+
+def _fuse(target: Target, parts: Iterator[tuple[np.ndarray, np.ndarray]], w13_order: str) -> tuple[np.ndarray, np.ndarray]:
+    """Put the parts' rows into one array each for codes and absmax, allocated once."""
+    *_, columns = target.shape
+    weight = np.empty((*target.shape[:-1], columns // 2), np.uint8)
+    scales = np.empty((*target.shape[:-1], columns // target.blocksize), np.float32)
+    row = 0
+    for number, (packed, absmax) in enumerate(parts):
+        if target.fusion.stacked:
+            order = w13_rows(w13_order, len(packed)) if target.is_w13 else slice(None)
+            weight[number], scales[number] = packed[order], absmax[order]
+        else:
+            weight[row : row + len(packed)], scales[row : row + len(packed)] = packed, absmax
+            row += len(packed)
+    return weight, scales
+
+
+def _moved(source: SplitSource, absmax: dict[str, np.ndarray], target: Target) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for part in target.parts:
+        yield rows_of_blocks(source.packed(part), absmax[part.weight], part.shape)
+
+
+def _requantized(
+    source: SplitSource, absmax: dict[str, np.ndarray], target: Target, device: str, error: AddedError
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Dequantize and quantize again with bitsandbytes, one module at a time; `error` gathers what that changed."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    for part in target.parts:
+        before = dense_weight(source, part, absmax.get(part.weight), device)
+        packed, state = quantize_4bit(before, blocksize=target.blocksize, quant_type=target.quant_type)
+        error.add(before, dequantize_4bit(packed, state))
+        yield rows_of_blocks(packed.cpu().numpy(), state.absmax.float().cpu().numpy(), part.shape)
+
+
+def dense_weight(source: SplitSource, part: Module, absmax: np.ndarray | None, device: str = "cpu"):
+    """The weight of one module as float32 tensor [rows, in_features] on `device`.
+
+    `absmax`: float32, de-nested; None for a module that the source left dense.
+    """
+    import torch
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    if part.state is None:
+        return source.checkpoint.torch(part.weight).to(device, torch.float32)
+    state = QuantState(
+        absmax=torch.from_numpy(absmax).to(device), shape=torch.Size(part.shape), dtype=torch.float32,
+        blocksize=part.state.blocksize, quant_type=part.state.quant_type,
+    )  # fmt: skip
+    return dequantize_4bit(source.checkpoint.torch(part.weight).reshape(-1, 1).to(device), state)
