@@ -1,0 +1,115 @@
+"""Making a source available and describing it: a manifest, and one digest file per layer that its stages depend on."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptoss_nf4 import hub
+from gptoss_nf4.artifacts import Artifacts
+from gptoss_nf4.checkpoint import Checkpoint, read_json_object
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.files import sha256_of, write_json
+from gptoss_nf4.source import SplitSource
+
+KINDS = ("embedded", "hub", "local")
+# Beside the weights, these decide what the finished checkpoint says.
+SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+              "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """The `model` section of params.yaml; which fields count depends on `kind`."""
+
+    name: str
+    kind: str
+    path: str | None = None
+    repository: str | None = None
+    revision: str | None = None
+
+
+def fetch(model: Model, artifacts: Artifacts) -> dict:
+    """Bring the source, validate all of it, write digests and manifest; returns the manifest.
+
+    Nothing is written before the source is valid, and the bytes stay where they are.
+    """
+    directory, origin = _make_available(model, artifacts)
+    source = SplitSource(directory)
+    source.validate()
+    expected = _expected_files(source)
+    with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter lock
+        files = list(pool.map(describe_file, expected))
+        digests = list(pool.map(lambda names: describe_tensors(source.checkpoint, names), source.tensors_by_layer.values()))
+    for layer, digest in zip(source.tensors_by_layer, digests, strict=True):
+        write_json(artifacts.digest(layer), digest)
+    for stale in set(artifacts.digests.glob("layer-*.json")) - {artifacts.digest(k) for k in source.tensors_by_layer}:
+        stale.unlink()  # a longer model of the same name was here before
+    manifest = {
+        "model": model.name,
+        "source": origin,
+        "layout": source.layout,
+        "dimensions": source.dimensions.as_dict(),
+        "tensors": len(source.checkpoint.tensors),
+        "files": files,
+    }
+    write_json(artifacts.manifest, manifest)
+    return manifest
+
+
+def open_source(model: Model, artifacts: Artifacts) -> SplitSource:
+    """The fetched source, for every later stage."""
+    manifest = read_json_object(artifacts.require(artifacts.manifest, "fetch"))
+    if model.kind == "hub":
+        return SplitSource(hub.cached(model.repository, manifest["source"]["commit"]))
+    directory = artifacts.source if model.kind == "embedded" else Path(model.path)
+    if not directory.is_dir():
+        raise UserError(
+            "missing source", where=directory, got="no such directory", expected=f"the checkpoint of model {model.name}",
+            next_step="run `dvc repro -s -f fetch`",
+        )  # fmt: skip
+    return SplitSource(directory)
+
+
+def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
+    """(directory, how the manifest records its origin)."""
+    if model.kind == "embedded":
+        from gptoss_nf4 import embedded
+
+        embedded.write_checkpoint(artifacts.source)
+        return artifacts.source, {"kind": model.kind}
+    if model.kind == "hub":
+        directory, commit = hub.download(model.repository, model.revision)
+        return directory, {"kind": model.kind, "repository": model.repository, "commit": commit}
+    if model.kind == "local":
+        if not model.path:
+            raise UserError(
+                "bad setting", where="model.path", got="nothing", expected="the directory of a checkpoint",
+                next_step="run `python stages/configure.py model=local model.path=DIRECTORY`",
+            )  # fmt: skip
+        return Path(model.path), {"kind": model.kind, "path": model.path}
+    raise UserError(
+        "bad setting", where="model.kind", got=repr(model.kind), expected=f"one of {KINDS}",
+        next_step="run `python stages/configure.py`",
+    )  # fmt: skip
+
+
+def _expected_files(source: SplitSource) -> list[Path]:
+    side = [source.checkpoint.directory / name for name in SIDE_FILES]
+    return [*source.checkpoint.weight_files, *(path for path in side if path.is_file())]
+
+
+def describe_file(path: Path) -> dict:
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def describe_tensors(checkpoint: Checkpoint, tensor_names: list[str]) -> dict:
+    """dtype, shape and SHA-256 of the content of each tensor; where it lies in the files does not count."""
+    return {
+        name: {
+            "dtype": checkpoint.tensors[name].dtype,
+            "shape": checkpoint.tensors[name].shape,
+            "sha256": hashlib.sha256(checkpoint.raw(name)).hexdigest(),
+        }
+        for name in tensor_names
+    }
