@@ -1,0 +1,52 @@
+"""What all stage scripts share: how a stage is started, and its typed configuration."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # stages run from a checkout, installed or not
+
+import hydra  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
+
+from gptoss_nf4.artifacts import Artifacts  # noqa: E402
+from gptoss_nf4.errors import UserError  # noqa: E402
+from gptoss_nf4.fetch import Model  # noqa: E402
+from gptoss_nf4.plan import RequantOptions  # noqa: E402
+
+METRICS = Path("metrics")
+
+
+def stage(function: Callable[[DictConfig], None]) -> Callable[[], None]:
+    """Run `function` with params.yaml and the command line's overrides; a UserError ends it with one line, status 1."""
+
+    @functools.wraps(function)
+    def report_user_errors(cfg: DictConfig) -> None:
+        try:
+            function(cfg)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+
+    return hydra.main(version_base="1.3", config_path="../conf", config_name="stage")(report_user_errors)
+
+
+def model_of(cfg: DictConfig) -> tuple[Model, Artifacts]:
+    model = Model(**{key: cfg.model[key] for key in ("name", "kind", "path", "repository", "revision")})
+    return model, Artifacts.of(model.name)
+
+
+def requant_of(cfg: DictConfig) -> RequantOptions:
+    options = OmegaConf.to_container(cfg.requant)
+    options.pop("device")
+    return RequantOptions(**options)
+
+
+def layer_of(cfg: DictConfig) -> int:
+    if type(cfg.layer) is not int or cfg.layer not in cfg.model.layers:
+        raise UserError(
+            "no such layer", where=f"model {cfg.model.name}", got=f"layer={cfg.layer}",
+            expected=f"0 to {len(cfg.model.layers) - 1}", next_step="pass layer=0, say",
+        )  # fmt: skip
+    return cfg.layer

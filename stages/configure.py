@@ -1,0 +1,49 @@
+"""Compose conf/ into params.yaml: python stages/configure.py [model=...] [engine=...] [key=value ...]"""
+
+import sys
+from pathlib import Path
+
+from common import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.files import write_text
+from gptoss_nf4.source import layer_count, safe_model_name
+
+HEADER = "# Made from conf/ by `python stages/configure.py`; change values there, or pass them to it.\n"
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    """conf/ with overrides, resolved; a local model's name and layers are read from its directory."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides)
+    if cfg.model.kind == "local":
+        if OmegaConf.is_missing(cfg.model, "path"):
+            raise UserError(
+                "bad setting", where="model.path", got="nothing", expected="the directory of a checkpoint",
+                next_step="run `python stages/configure.py model=local model.path=DIRECTORY`",
+            )  # fmt: skip
+        directory = Path(cfg.model.path).expanduser().resolve()
+        cfg.model.path = str(directory)
+        cfg.model.layers = list(range(layer_count(directory)))
+        cfg.model.name = safe_model_name(cfg.model.name or directory.name)
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+def main() -> None:
+    try:
+        cfg = composed(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+    write_text(Path("params.yaml"), HEADER + OmegaConf.to_yaml(cfg))
+    print(f"params.yaml: model {cfg.model.name}, {len(cfg.model.layers)} layers, {cfg.dtype}, engine {cfg.engine.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""normalize: bring every tensor that is not 4-bit to one dtype."""
+
+from common import METRICS, model_of, requant_of, stage
+from omegaconf import DictConfig
+
+from gptoss_nf4.dtypes import normalize
+from gptoss_nf4.fetch import open_source
+from gptoss_nf4.files import write_json
+
+
+@stage
+def main(cfg: DictConfig) -> None:
+    model, artifacts = model_of(cfg)
+    report = normalize(open_source(model, artifacts), artifacts, requant_of(cfg), cfg.dtype)
+    write_json(METRICS / "dtypes.json", {"model": model.name, **report})
+    print(f"normalize: {report['values']} values to {cfg.dtype}, {report['underflow']} became zero")
+    for name in report["joined_dense"]:
+        print(f"normalize: {name} has 4-bit and 16-bit parts and is served dense")
+
+
+if __name__ == "__main__":
+    main()
