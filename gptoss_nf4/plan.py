@@ -1,5 +1,6 @@
 """What one layer of the source becomes: which targets are 4-bit, which stay dense, and why. Reads headers only."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
 
@@ -22,6 +23,11 @@ class RequantOptions:
     w13_order: str = INTERLEAVED
     quant_type: str = "nf4"
     blocksize: int = 64
+
+    @classmethod
+    def of(cls, section: Mapping) -> "RequantOptions":
+        """From the `requant` section; `device` says where to compute, not what, and is left out."""
+        return cls(**{key: value for key, value in section.items() if key != "device"})
 
     def __post_init__(self):
         choices = {"mode": MODES, "w13_order": W13_ORDERS, "quant_type": QUANT_TYPES, "blocksize": BLOCKSIZES}

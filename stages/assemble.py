@@ -1,6 +1,6 @@
 """assemble: make the layers' tensors one checkpoint, audit it and prove it exact."""
 
-from common import METRICS, model_of, requant_of, stage
+from common import METRICS, model_of, stage
 from omegaconf import DictConfig
 
 from gptoss_nf4.assemble import assemble
@@ -9,14 +9,14 @@ from gptoss_nf4.dtypes import audit, check_dtype
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch import open_source
 from gptoss_nf4.files import write_json
-from gptoss_nf4.plan import EXACT
+from gptoss_nf4.plan import EXACT, RequantOptions
 from gptoss_nf4.proof import compare
 
 
 @stage
 def main(cfg: DictConfig) -> None:
     model, artifacts = model_of(cfg)
-    options, source = requant_of(cfg), open_source(model, artifacts)
+    options, source = RequantOptions.of(cfg.requant), open_source(model, artifacts)
     assemble(source, artifacts, options, check_dtype(cfg.dtype))
     result = Checkpoint(artifacts.checkpoint)
     floating = audit(result, cfg.dtype)

@@ -9,12 +9,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # stages run from a checkout, installed or not
 
 import hydra  # noqa: E402
-from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
 
 from gptoss_nf4.artifacts import Artifacts  # noqa: E402
 from gptoss_nf4.errors import UserError  # noqa: E402
 from gptoss_nf4.fetch import Model  # noqa: E402
-from gptoss_nf4.plan import RequantOptions  # noqa: E402
 
 METRICS = Path("metrics")
 
@@ -35,12 +34,6 @@ def stage(function: Callable[[DictConfig], None]) -> Callable[[], None]:
 def model_of(cfg: DictConfig) -> tuple[Model, Artifacts]:
     model = Model(**{key: cfg.model[key] for key in ("name", "kind", "path", "repository", "revision")})
     return model, Artifacts.of(model.name)
-
-
-def requant_of(cfg: DictConfig) -> RequantOptions:
-    options = OmegaConf.to_container(cfg.requant)
-    options.pop("device")
-    return RequantOptions(**options)
 
 
 def layer_of(cfg: DictConfig) -> int:

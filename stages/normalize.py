@@ -1,17 +1,18 @@
 """normalize: bring every tensor that is not 4-bit to one dtype."""
 
-from common import METRICS, model_of, requant_of, stage
+from common import METRICS, model_of, stage
 from omegaconf import DictConfig
 
 from gptoss_nf4.dtypes import normalize
 from gptoss_nf4.fetch import open_source
 from gptoss_nf4.files import write_json
+from gptoss_nf4.plan import RequantOptions
 
 
 @stage
 def main(cfg: DictConfig) -> None:
     model, artifacts = model_of(cfg)
-    report = normalize(open_source(model, artifacts), artifacts, requant_of(cfg), cfg.dtype)
+    report = normalize(open_source(model, artifacts), artifacts, RequantOptions.of(cfg.requant), cfg.dtype)
     write_json(METRICS / "dtypes.json", {"model": model.name, **report})
     print(f"normalize: {report['values']} values to {cfg.dtype}, {report['underflow']} became zero")
     for name in report["joined_dense"]:

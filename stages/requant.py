@@ -1,13 +1,13 @@
 """requant@L: make one layer's fused 4-bit tensors."""
 
-from common import layer_of, model_of, requant_of, stage
+from common import layer_of, model_of, stage
 from omegaconf import DictConfig
 from safetensors.numpy import load_file
 
 from gptoss_nf4.artifacts import write_tensors
 from gptoss_nf4.fetch import describe_file, open_source
 from gptoss_nf4.files import write_json
-from gptoss_nf4.plan import EXACT, plan_layer
+from gptoss_nf4.plan import EXACT, RequantOptions, plan_layer
 from gptoss_nf4.requant import requant_layer
 
 
@@ -22,7 +22,7 @@ def device_of(setting: str) -> str:
 @stage
 def main(cfg: DictConfig) -> None:
     model, artifacts = model_of(cfg)
-    layer, options, source = layer_of(cfg), requant_of(cfg), open_source(model, artifacts)
+    layer, options, source = layer_of(cfg), RequantOptions.of(cfg.requant), open_source(model, artifacts)
     targets = plan_layer(source, layer, options)
     absmax = load_file(artifacts.require(artifacts.absmax(layer), f"dequant@{layer}"))
     device = "cpu" if options.mode == EXACT else device_of(cfg.requant.device)

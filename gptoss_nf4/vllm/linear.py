@@ -1,0 +1,54 @@
+"""NF4 attention projections (qkv_proj, o_proj) in vLLM."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import linear
+from vllm.model_executor.layers.linear import LinearMethodBase
+
+from gptoss_nf4.vllm.dequantize import dequantize
+from gptoss_nf4.vllm.loading import blocksize_of_shard, register_parameter, repeat_absmax, require_filled
+
+if TYPE_CHECKING:
+    from gptoss_nf4.vllm.config import GptOssNf4Config
+
+
+class Nf4LinearMethod(LinearMethodBase):
+    """Keeps codes and absmax in rows, so that vLLM's own column, row and q/k/v sharding cuts both alike."""
+
+    def __init__(self, config: "GptOssNf4Config", prefix: str):
+        self.config = config
+        self.prefix = prefix
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        *,
+        weight_loader,
+        **extra_weight_attrs,
+    ) -> None:
+        """Register `weight` uint8 [out, in / 2] and `absmax` float32 [out, in / blocksize], both of this rank."""
+        rows = sum(output_partition_sizes)
+        blocksize = blocksize_of_shard(self.config.blocksize, input_size_per_partition, self.prefix)
+        layer.nf4_blocksize = blocksize
+
+        def load_absmax(parameter: torch.nn.Parameter, tensor: torch.Tensor, *args) -> None:
+            weight_loader(parameter, repeat_absmax(tensor, self.config.blocksize, blocksize), *args)
+
+        dims = {"output_dim": 0, "input_dim": 1, **extra_weight_attrs}
+        codes, absmax = (rows, input_size_per_partition // 2), (rows, input_size_per_partition // blocksize)
+        register_parameter(layer, self.prefix, "weight", codes, torch.uint8, weight_loader, **dims)
+        register_parameter(layer, self.prefix, "absmax", absmax, torch.float32, load_absmax, **dims)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        require_filled(layer)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., in] -> [..., out] in x's dtype."""
+        weight = dequantize(layer.weight, layer.absmax, layer.nf4_blocksize, self.config.quant_type, x.dtype)
+        return linear(x, weight, bias)

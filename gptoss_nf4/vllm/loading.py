@@ -1,0 +1,62 @@
+"""Weights on their way from the checkpoint to the plugin's parameters: sharding, and the check that all arrived."""
+
+from collections.abc import Callable
+from math import gcd
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.quant_state import BLOCKSIZES
+
+Loader = Callable[..., None]
+
+
+def register_parameter(
+    layer: torch.nn.Module, prefix: str, name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Loader, **attributes
+) -> None:
+    """Register an empty parameter on `layer` that `load(parameter, tensor)` fills, and note that it is still empty."""
+    parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+    unfilled = layer.__dict__.setdefault("nf4_unfilled", set())
+    unfilled.add(f"{prefix}.{name}")
+
+    def load_and_note(parameter: torch.nn.Parameter, tensor: torch.Tensor, *args, **kwargs) -> None:
+        load(parameter, tensor, *args, **kwargs)
+        unfilled.discard(f"{prefix}.{name}")
+
+    for key, value in (attributes | {"weight_loader": load_and_note}).items():
+        setattr(parameter, key, value)
+    layer.register_parameter(name, parameter)
+
+
+def require_filled(layer: torch.nn.Module) -> None:
+    """Raise a UserError that names a parameter which no tensor of the checkpoint filled (vLLM stays silent there)."""
+    config = get_current_vllm_config_or_none()
+    if config is not None and config.load_config.load_format == "dummy":
+        return
+    unfilled = sorted(layer.nf4_unfilled)
+    if unfilled:
+        raise UserError(
+            "parameter not loaded", where=unfilled[0], got="no tensor for it", expected="one in the checkpoint",
+            next_step="convert the checkpoint again with this version of gptoss-nf4",
+        )  # fmt: skip
+
+
+def blocksize_of_shard(blocksize: int, in_features: int, prefix: str) -> int:
+    """The blocksize with which a rank's `in_features` are whole blocks.
+
+    A cut through a block leaves both halves with the same absmax, so halving the blocksize and repeating absmax is
+    exact: 2880 / 2 = 1440 is 22.5 blocks of 64, but 45 of 32.
+    """
+    shard = gcd(blocksize, in_features)
+    if shard not in BLOCKSIZES:
+        raise UserError(
+            "tensor parallel size does not fit", where=prefix, got=f"{in_features} input features a rank",
+            expected=f"a multiple of {BLOCKSIZES[0]}", next_step="use a smaller tensor_parallel_size, or expert parallelism",
+        )  # fmt: skip
+    return shard
+
+
+def repeat_absmax(absmax: torch.Tensor, blocksize: int, shard_blocksize: int) -> torch.Tensor:
+    """absmax [..., blocks] for blocks of `blocksize` as [..., blocks * n] for blocks of `shard_blocksize`."""
+    return absmax if blocksize == shard_blocksize else absmax.repeat_interleave(blocksize // shard_blocksize, dim=-1)

@@ -1,0 +1,80 @@
+"""smoke: generate with vLLM and compare with transformers in float32."""
+
+import os
+
+from common import METRICS, model_of, stage
+from omegaconf import DictConfig, OmegaConf
+
+from gptoss_nf4 import reference
+from gptoss_nf4.agreement import Agreement, Generation
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.fetch import open_source
+from gptoss_nf4.files import write_json
+from gptoss_nf4.source import SplitSource
+from gptoss_nf4.vllm.generate import generate
+
+GIB = 1 << 30
+
+
+def compare(source: SplitSource, generations: list[Generation], limit_gib: float) -> dict:
+    """Agreement with the reference, or why it was skipped."""
+    needed = reference.float32_bytes(source.dimensions) / GIB
+    if needed > limit_gib:
+        return {"skipped": f"a float32 reference needs {needed:.1f} GiB, smoke.reference_gib is {limit_gib}"}
+    model, agreement = reference.build(source), Agreement()
+    for generation in generations:
+        agreement.add(generation, reference.log_probabilities(model, generation.token_ids))
+    return agreement.as_dict()
+
+
+def check(result: dict, dtype: str, cfg: DictConfig) -> None:
+    """Fail where vLLM is further from the reference than its dtype explains."""
+    if "skipped" in result:
+        return
+    limits = {"top-1 agreement": (-result["top1_agreement"], -cfg.min_top1_agreement)}
+    if dtype == "float32":
+        limits["log-probability difference"] = (result["worst_logprob_difference"], cfg.max_float32_difference)
+    for what, (got, limit) in limits.items():
+        if not got <= limit:
+            raise UserError(
+                f"vLLM does not agree with transformers in {what}", where=f"smoke, {dtype}", got=f"{abs(got):.4g}",
+                expected=f"{abs(limit):.4g}", next_step="see metrics/smoke.json; this is a bug, please report it",
+            )  # fmt: skip
+
+
+@stage
+def main(cfg: DictConfig) -> None:
+    model, artifacts = model_of(cfg)
+    os.environ.update(OmegaConf.to_container(cfg.engine.env))
+    # Named, since vLLM's own choice for a float32 checkpoint is to round it to 16 bit.
+    engine_args = {"dtype": cfg.dtype} | OmegaConf.to_container(cfg.engine.args)
+    artifacts.require(artifacts.checkpoint / "config.json", "assemble")
+    generations = generate(artifacts.checkpoint, list(cfg.smoke.prompts), cfg.smoke.max_tokens, engine_args)
+    if not all(generation.finite for generation in generations):
+        raise UserError(
+            "logits are not finite", where=artifacts.checkpoint, got="NaN or infinite log-probabilities",
+            expected="finite ones", next_step="use dtype=bfloat16",
+        )  # fmt: skip
+    dtype = engine_args["dtype"]
+    result = compare(open_source(model, artifacts), generations, cfg.smoke.reference_gib)
+    write_json(
+        METRICS / "smoke.json",
+        {
+            "model": model.name,
+            "dtype": dtype,
+            "engine": cfg.engine.name,
+            **result,
+            "generations": [
+                {"prompt": g.prompt, "text": g.text, "distinct_tokens": len(set(g.token_ids[g.prompt_tokens :]))}
+                for g in generations
+            ],
+        },
+    )
+    for generation in generations:
+        print(f"smoke: {generation.prompt!r} -> {generation.text!r}")
+    print("smoke: " + ", ".join(f"{key} {value}" for key, value in result.items()))
+    check(result, dtype, cfg.smoke)
+
+
+if __name__ == "__main__":
+    main()
