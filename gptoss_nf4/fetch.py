@@ -9,7 +9,7 @@ from gptoss_nf4 import hub
 from gptoss_nf4.artifacts import Artifacts
 from gptoss_nf4.checkpoint import Checkpoint, read_json_object
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.files import sha256_of, write_json
+from gptoss_nf4.files import describe_file, write_json
 from gptoss_nf4.source import SplitSource
 
 KINDS = ("embedded", "hub", "local")
@@ -97,10 +97,6 @@ def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
 def _expected_files(source: SplitSource) -> list[Path]:
     side = [source.checkpoint.directory / name for name in SIDE_FILES]
     return [*source.checkpoint.weight_files, *(path for path in side if path.is_file())]
-
-
-def describe_file(path: Path) -> dict:
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def describe_tensors(checkpoint: Checkpoint, tensor_names: list[str]) -> dict:

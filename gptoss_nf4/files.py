@@ -47,3 +47,8 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_file(path: Path) -> dict:
+    """Name, size and digest of a file, as manifests and reports record it."""
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}

@@ -2,17 +2,15 @@
 
 from common import layer_of, model_of, stage
 from omegaconf import DictConfig
-from safetensors.numpy import load_file
 
-from gptoss_nf4.artifacts import write_tensors
-from gptoss_nf4.fetch import describe_file, open_source
-from gptoss_nf4.files import write_json
-from gptoss_nf4.plan import EXACT, RequantOptions, plan_layer
-from gptoss_nf4.requant import requant_layer
+from gptoss_nf4.fetch import open_source
+from gptoss_nf4.plan import EXACT, RequantOptions
+from gptoss_nf4.steps import requant_step
 
 
-def device_of(setting: str) -> str:
-    if setting != "auto":
+def device_of(setting: str, mode: str) -> str:
+    """Where mode nf4 computes; mode exact computes nothing and must not pay for importing torch."""
+    if setting != "auto" or mode == EXACT:
         return setting
     import torch
 
@@ -22,16 +20,9 @@ def device_of(setting: str) -> str:
 @stage
 def main(cfg: DictConfig) -> None:
     model, artifacts = model_of(cfg)
-    layer, options, source = layer_of(cfg), RequantOptions.of(cfg.requant), open_source(model, artifacts)
-    targets = plan_layer(source, layer, options)
-    absmax = load_file(artifacts.require(artifacts.absmax(layer), f"dequant@{layer}"))
-    device = "cpu" if options.mode == EXACT else device_of(cfg.requant.device)
-    tensors, report = requant_layer(source, absmax, targets, options, device)
-    write_tensors(artifacts.layer_weights(layer), tensors)
-    # The file's digest makes this small report stand for the layer where later stages depend on it.
-    write_json(artifacts.report(layer), {"layer": layer, "mode": options.mode, **report,
-                                         "file": describe_file(artifacts.layer_weights(layer))})  # fmt: skip
-    size = sum(tensor.nbytes for tensor in tensors.values())
+    layer, options = layer_of(cfg), RequantOptions.of(cfg.requant)
+    device = device_of(cfg.requant.device, options.mode)
+    size = requant_step(open_source(model, artifacts), artifacts, layer, options, device)
     print(f"requant: layer {layer}, mode {options.mode}, {size / 1e9:.3f} GB")
 
 

@@ -1,0 +1,37 @@
+"""benchmark: load time, time to first token, tokens per second and peak memory of `vllm serve`."""
+
+import os
+
+from common import METRICS, model_of, stage
+from omegaconf import DictConfig, OmegaConf
+
+from gptoss_nf4.files import write_json
+from gptoss_nf4.vllm.serve import measure
+
+
+@stage
+def main(cfg: DictConfig) -> None:
+    model, artifacts = model_of(cfg)
+    os.environ.update(OmegaConf.to_container(cfg.engine.env))
+    engine_args = {"dtype": cfg.dtype} | OmegaConf.to_container(cfg.engine.args)
+    artifacts.require(artifacts.checkpoint / "config.json", "assemble")
+    result = measure(
+        artifacts.checkpoint,
+        engine_args,
+        list(cfg.benchmark.batch_sizes),
+        cfg.benchmark.rounds,
+        cfg.benchmark.input_tokens,
+        cfg.benchmark.output_tokens,
+        artifacts.root / "benchmark",
+    )
+    write_json(METRICS / "benchmark.json", {"model": model.name, "dtype": cfg.dtype, "engine": cfg.engine.name, **result})
+    print(f"benchmark: ready in {result['load_seconds']:.1f} s, peak {result['peak_host_bytes'] / 2**30:.2f} GiB of host memory")
+    for row in result["batches"]:
+        print(
+            f"benchmark: batch {row['batch']}: {row['output_tokens_per_second']:.1f} tokens/s, "
+            f"first token after {row['median_time_to_first_token_ms']:.0f} ms"
+        )
+
+
+if __name__ == "__main__":
+    main()
