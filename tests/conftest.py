@@ -1,0 +1,57 @@
+"""Shared checkpoints: the embedded model, and one with everything that Unsloth's dynamic quantization may leave out."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gptoss_nf4 import embedded
+from gptoss_nf4.artifacts import Artifacts
+from gptoss_nf4.checkpoint import INDEX_FILE
+from gptoss_nf4.fetch import Model
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """The embedded checkpoint; do not write into it."""
+    directory = tmp_path_factory.mktemp("tiny") / "source"
+    embedded.write_checkpoint(directory)
+    return directory
+
+
+@pytest.fixture
+def source_copy(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the embedded checkpoint to damage."""
+    import shutil
+
+    return Path(shutil.copytree(tiny, tmp_path / "source"))
+
+
+def local(directory: Path, root: Path) -> tuple[Model, Artifacts]:
+    return Model(name="test", kind="local", path=str(directory)), Artifacts(root)
+
+
+def edit_shard(directory: Path, layer: int, change) -> None:
+    """Apply `change(tensors)` to one layer's shard and drop the index, so that names may come and go."""
+    (file,) = directory.glob(f"model-{layer + 1:05d}-of-*.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    (directory / INDEX_FILE).unlink(missing_ok=True)
+
+
+def make_dense(tensors: dict[str, torch.Tensor], module: str) -> None:
+    """Replace a 4-bit module by a 16-bit one of fresh values, as Unsloth's dynamic quantization leaves it."""
+    from gptoss_nf4.quant_state import QuantState
+
+    key = f"{module}.weight.quant_state.bitsandbytes__nf4"
+    shape = QuantState.from_json(bytes(tensors[key].numpy()), key).shape
+    for name in [name for name in tensors if name.startswith(f"{module}.weight.")]:
+        del tensors[name]
+    weight = embedded.random_tensor(f"dense {module}", shape, std=2.0 / shape[1] ** 0.5)
+    tensors[f"{module}.weight"] = weight.to(torch.bfloat16)

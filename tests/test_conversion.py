@@ -1,0 +1,186 @@
+"""The conversion on the embedded model: exact, readable by bitsandbytes, and equal to transformers' experts."""
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from conftest import edit_shard, local, make_dense
+from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+from gptoss_nf4 import embedded
+from gptoss_nf4.checkpoint import Checkpoint, read_json_object
+from gptoss_nf4.convert import convert
+from gptoss_nf4.dimensions import Dimensions
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.fetch import Model, open_source
+from gptoss_nf4.fuse import CONCATENATED, INTERLEAVED, interleaved_rows, w13_rows
+from gptoss_nf4.plan import NF4, RequantOptions
+from gptoss_nf4.proof import quantized_weights, read_state, source_weight
+from gptoss_nf4.reference import state_dict
+from gptoss_nf4.source import SplitSource
+from gptoss_nf4.vllm.experts import run_used_experts
+
+
+def result_of(directory, tmp_path, dtype="float16", **options) -> tuple[Checkpoint, dict]:
+    model, artifacts = local(directory, tmp_path / "artifacts")
+    report = convert(model, artifacts, RequantOptions(**options), dtype)
+    return Checkpoint(artifacts.checkpoint), report
+
+
+@pytest.mark.parametrize("order", [INTERLEAVED, CONCATENATED])
+def test_exact_changes_no_weight(tiny, tmp_path, order):
+    result, report = result_of(tiny, tmp_path, w13_order=order)
+    d = SplitSource(tiny).dimensions
+    weights = d.layers * d.hidden * (2 * d.q_rows + 2 * d.kv_rows + 3 * d.intermediate * d.experts)
+    assert report["compared"] == weights
+    assert report["different"] == 0
+    assert report["floating_tensors"].keys() == {"F16"}
+    assert read_json_object(result.directory / "config.json")["quantization_config"]["w13_order"] == order
+
+
+def test_the_proof_sees_a_single_changed_code(tiny, tmp_path):
+    from gptoss_nf4.proof import compare
+
+    model, artifacts = local(tiny, tmp_path / "artifacts")
+    convert(model, artifacts, RequantOptions(), "float16")
+    file = artifacts.layer_weights(1)
+    info = Checkpoint(artifacts.checkpoint).tensors["model.layers.1.mlp.experts.w2.weight"]
+    data = bytearray(file.read_bytes())
+    data[info.start + 1000] ^= 0x10
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for each in artifacts.checkpoint.iterdir():
+        (damaged / each.name).write_bytes(bytes(data) if each.name == file.name else each.read_bytes())
+    report = compare(open_source(model, artifacts), Checkpoint(damaged), RequantOptions(), "float16")
+    assert report["different"] == 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_bitsandbytes_reads_every_weight_of_the_result(tiny, tmp_path, dtype):
+    """QuantState.from_dict and dequantize_4bit on the tensors as they lie in the result, whole stacks at once."""
+    result, _ = result_of(tiny, tmp_path, dtype)
+    weights = quantized_weights(result)
+    assert len(weights) == 4 * 2
+    experts = state_dict(SplitSource(tiny))
+    for weight in weights:
+        sidecars = {name: result.torch(name) for name in result.tensors if name.startswith(f"{weight}.")}
+        state = bnb.QuantState.from_dict(dict(sidecars), device=torch.device("cpu"))
+        assert state.dtype == getattr(torch, dtype)
+        values = bnb.dequantize_4bit(result.torch(weight), state)
+        assert values.dtype == state.dtype
+        if weight.endswith("w13.weight"):
+            expected = experts[weight.replace("w13.weight", "gate_up_proj")].transpose(1, 2)
+            assert torch.equal(values, expected.to(values.dtype))
+
+
+@pytest.mark.parametrize("order", [INTERLEAVED, CONCATENATED])
+def test_fused_experts_equal_transformers_experts(tiny, tmp_path, order):
+    """The result's w13 and w2, read by bitsandbytes, in the plugin's expert forward, against transformers' own."""
+    result, _ = result_of(tiny, tmp_path, "float32", w13_order=order)
+    d = embedded.TINY
+    theirs = GptOssExperts(GptOssConfig(
+        hidden_size=d.hidden, intermediate_size=d.intermediate, num_local_experts=d.experts,
+        num_experts_per_tok=d.experts_per_token,
+    ))  # fmt: skip
+    prefix = "model.layers.1.mlp.experts."
+    stored = state_dict(SplitSource(tiny))
+    theirs.load_state_dict({key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)})
+
+    x = torch.randn(7, d.hidden)
+    weights, ids = torch.rand(7, d.experts).softmax(-1).topk(d.experts_per_token)
+    w13, w2 = source_weight(result, f"{prefix}w13.weight"), source_weight(result, f"{prefix}w2.weight")
+    b13, b2 = result.torch(f"{prefix}w13.bias"), result.torch(f"{prefix}w2.bias")
+    rows = torch.from_numpy(interleaved_rows(order, w13.shape[1]))
+    got = run_used_experts(x, weights, ids, None, lambda e: w13[e][rows], b13[:, rows], lambda e: w2[e], b2)
+    with torch.no_grad():
+        expected = theirs(x, router_indices=ids, routing_weights=weights)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+    # The classic mistake, the stored halves taken for gate and up, is far off: this test would see it.
+    halves = torch.from_numpy(interleaved_rows(CONCATENATED if order == INTERLEAVED else INTERLEAVED, w13.shape[1]))
+    wrong = run_used_experts(x, weights, ids, None, lambda e: w13[e][halves], b13[:, halves], lambda e: w2[e], b2)
+    assert (wrong - expected).norm() > 0.5 * expected.norm()
+
+
+def test_row_orders():
+    assert w13_rows(CONCATENATED, 6).tolist() == [0, 2, 4, 1, 3, 5]
+    assert w13_rows(INTERLEAVED, 4).tolist() == [0, 1, 2, 3]
+    stored = torch.arange(6)[w13_rows(CONCATENATED, 6)]
+    assert stored[interleaved_rows(CONCATENATED, 6)].tolist() == list(range(6))
+
+
+@pytest.mark.parametrize(("quant_type", "blocksize"), [("nf4", 64), ("nf4", 32), ("fp4", 64)])
+def test_mode_nf4_quantizes_as_bitsandbytes_and_reports_the_error(tiny, tmp_path, quant_type, blocksize):
+    result, report = result_of(tiny, tmp_path, mode=NF4, quant_type=quant_type, blocksize=blocksize)
+    source, weight = Checkpoint(tiny), "model.layers.0.mlp.experts.gate_up_projs.3.weight"
+    before = source_weight(source, weight)
+    packed, state = bnb.quantize_4bit(before, blocksize=blocksize, quant_type=quant_type)
+    fused = "model.layers.0.mlp.experts.w13.weight"
+    assert torch.equal(result.torch(fused)[3].flatten(), packed.flatten())
+    assert torch.equal(result.torch(f"{fused}.absmax")[3].flatten(), state.absmax)
+    layer = read_json_object(tmp_path / "artifacts/reports/layer-0.json")
+    error = layer["targets"]["model.layers.0.mlp.experts.w13"]["added_error"]
+    all_before = torch.stack([source_weight(source, weight.replace(".3.", f".{e}.")) for e in range(8)])
+    after = bnb.dequantize_4bit(result.torch(fused), read_state(result, fused))
+    expected = ((after - all_before).double().norm() / all_before.double().norm()).item()
+    assert error["relative_rms_error"] == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert report["different"] > 0 if (quant_type, blocksize) != ("nf4", 64) else error["relative_rms_error"] < 1e-6
+
+
+def test_a_dense_attention_module_is_carried_dense(source_copy, tmp_path):
+    edit_shard(source_copy, 0, lambda t: make_dense(t, "model.layers.0.self_attn.o_proj"))
+    result, report = result_of(source_copy, tmp_path)
+    name = "model.layers.0.self_attn.o_proj"
+    assert torch.equal(result.torch(f"{name}.weight"), Checkpoint(source_copy).torch(f"{name}.weight").half())
+    assert f"{name}.weight.absmax" not in result.tensors
+    assert result.config["quantization_config"]["modules_to_not_convert"] == [name]
+    assert report["different"] == 0
+
+
+def test_q_k_v_that_differ_are_joined_dense_and_reported(source_copy, tmp_path):
+    edit_shard(source_copy, 1, lambda t: make_dense(t, "model.layers.1.self_attn.k_proj"))
+    result, report = result_of(source_copy, tmp_path)
+    source, prefix = Checkpoint(source_copy), "model.layers.1.self_attn."
+    expected = torch.cat([source_weight(source, f"{prefix}{x}_proj.weight") for x in "qkv"])
+    assert torch.equal(result.torch(f"{prefix}qkv_proj.weight"), expected.half())
+    layer = read_json_object(tmp_path / "artifacts/reports/layer-1.json")
+    assert layer["targets"][f"{prefix}qkv_proj"]["joined_dense"] is True
+    assert report["different"] == 0
+
+
+def test_a_dense_expert_is_refused_in_mode_exact_and_taken_in_mode_nf4(source_copy, tmp_path):
+    expert = "model.layers.1.mlp.experts.down_projs.5"
+    edit_shard(source_copy, 1, lambda t: make_dense(t, expert))
+    with pytest.raises(UserError, match=r"requant\.mode=nf4") as caught:
+        result_of(source_copy, tmp_path)
+    assert expert in str(caught.value)
+    result, _ = result_of(source_copy, tmp_path, mode=NF4)
+    packed, _ = bnb.quantize_4bit(Checkpoint(source_copy).torch(f"{expert}.weight").float(), blocksize=64, quant_type="nf4")
+    assert torch.equal(result.torch("model.layers.1.mlp.experts.w2.weight")[5].flatten(), packed.flatten())
+
+
+def test_rows_that_are_not_whole_blocks_name_the_mode_that_works(tmp_path):
+    d = Dimensions(1, hidden=96, intermediate=160, experts=2, experts_per_token=1, heads=2, kv_heads=1, head_dim=64, vocabulary=300)
+    embedded.write_checkpoint(tmp_path / "source", d)
+    with pytest.raises(UserError, match=r"not whole blocks.*requant\.mode=nf4 requant\.blocksize=32"):
+        result_of(tmp_path / "source", tmp_path)
+    _, report = result_of(tmp_path / "source", tmp_path, mode=NF4, blocksize=32)
+    assert report["compared"] > 0
+
+
+@pytest.mark.slow
+def test_real_dimensions(tmp_path):
+    """One layer of gpt-oss-20b's own widths and expert count, every weight compared by bitsandbytes."""
+    d = Dimensions(1, hidden=2880, intermediate=2880, experts=32, experts_per_token=4, heads=64, kv_heads=8, head_dim=64, vocabulary=320)
+    embedded.write_checkpoint(tmp_path / "source", d)
+    stored = Checkpoint(tmp_path / "source").tensors
+    gate_up, down = ("model.layers.0.mlp.experts.gate_up_projs.0.weight", "model.layers.0.mlp.experts.down_projs.0.weight")
+    assert stored[gate_up].shape == (8294400, 1)
+    assert stored[f"{gate_up}.nested_absmax"].shape == (1013,)
+    assert stored[f"{down}.absmax"].shape == (129600,)
+    model = Model(name="real", kind="local", path=str(tmp_path / "source"))
+    from gptoss_nf4.artifacts import Artifacts
+
+    report = convert(model, Artifacts(tmp_path / "artifacts"), RequantOptions(), "bfloat16")
+    assert report["compared"] == 2880 * (2 * 4096 + 2 * 512 + 3 * 2880 * 32)
+    assert report["different"] == 0

@@ -1,0 +1,59 @@
+"""Bringing dense tensors to one dtype, and the audit."""
+
+import pytest
+import torch
+from conftest import edit_shard, local
+
+from gptoss_nf4.checkpoint import Checkpoint
+from gptoss_nf4.convert import convert
+from gptoss_nf4.dtypes import audit, cast
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.plan import RequantOptions
+
+
+def test_losses_are_counted():
+    values = torch.tensor([1.0, 70000.0, -70000.0, 1e-12, 0.0, float("nan"), float("inf"), 65504.0])
+    result, counts = cast(values.reshape(2, 4), torch.float16)
+    assert (counts.values, counts.overflow, counts.underflow, counts.non_finite) == (8, 2, 1, 2)
+    assert result.shape == (2, 4)
+    assert result[0, 0] == 1
+
+
+def test_counts_are_the_same_in_pieces(monkeypatch):
+    values = torch.randn(1000) * 40000
+    whole = cast(values, torch.float16)
+    monkeypatch.setattr("gptoss_nf4.dtypes.CHUNK_ELEMENTS", 7)
+    pieces = cast(values, torch.float16)
+    assert torch.equal(whole[0], pieces[0])
+    assert whole[1] == pieces[1]
+    assert whole[1].overflow == int((values.abs() >= 65520).sum()) > 0
+
+
+@pytest.mark.parametrize(("value", "kind"), [(1e5, "overflow"), (float("nan"), "not finite")])
+def test_overflow_and_nan_fail_naming_the_tensor(source_copy, tmp_path, value, kind):
+    name = "model.layers.1.mlp.router.linear.weight"
+
+    def change(tensors):
+        tensors[name][3, 5] = value
+
+    edit_shard(source_copy, 1, change)
+    model, artifacts = local(source_copy, tmp_path / "artifacts")
+    with pytest.raises(UserError, match=kind) as caught:
+        convert(model, artifacts, RequantOptions(), "float16")
+    assert name in str(caught.value)
+    assert not artifacts.dense_weights.exists()
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_the_router_of_another_dtype_is_brought_along_and_the_audit_would_see_it(tiny, tmp_path):
+    """The seed died of one router in another dtype."""
+    stored = Checkpoint(tiny).tensors
+    assert stored["model.layers.0.mlp.router.linear.weight"].dtype == "F32"
+    assert stored["model.layers.0.input_layernorm.weight"].dtype == "BF16"
+    model, artifacts = local(tiny, tmp_path / "artifacts")
+    convert(model, artifacts, RequantOptions(), "float16")
+    result = Checkpoint(artifacts.checkpoint)
+    assert result.tensors["model.layers.0.mlp.router.weight"].dtype == "F16"
+    assert audit(result, "float16").keys() == {"F16"}
+    with pytest.raises(UserError, match="mixed dtypes"):
+        audit(result, "bfloat16")
