@@ -1,0 +1,92 @@
+"""The pipeline's property, through `dvc repro` itself: a change re-runs what depends on it and nothing else."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import edit_shard
+from project_imports import ROOT
+
+pytestmark = pytest.mark.slow
+BIN = Path(sys.executable).parent
+ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tiny) -> Path:
+    """A checkout with a local model of its own, its pipeline run up to the checkpoint."""
+    root = tmp_path_factory.mktemp("project")
+    checkout = root / "checkout"
+    files = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
+    for name in files:
+        if (ROOT / name).is_file():
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, checkout / name)
+    subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)
+    shutil.copytree(tiny, root / "my-finetune")
+    run(checkout, "python", "stages/configure.py", "model=local", f"model.path={root / 'my-finetune'}")
+    ran = repro(checkout, "assemble")
+    assert ran == {"fetch", "dequant@0", "dequant@1", "requant@0", "requant@1", "normalize", "assemble"}
+    return checkout
+
+
+def run(checkout: Path, *command: str) -> str:
+    done = subprocess.run(command, cwd=checkout, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def repro(checkout: Path, *arguments: str) -> set[str]:
+    """Run `dvc repro` and return the stages whose command ran."""
+    output = run(checkout, "dvc", "repro", *arguments)
+    return set(re.findall(r"Running stage '([^']+)'", output))
+
+
+def test_nothing_changed_runs_nothing(project):
+    assert repro(project, "assemble") == set()
+
+
+def test_a_changed_tensor_runs_its_own_layer_only(project):
+    def change(tensors):
+        tensors["model.layers.1.mlp.experts.down_projs.2.bias"] += 1
+
+    edit_shard(project.parent / "my-finetune", 1, change)
+    ran = repro(project, "assemble")
+    assert {"fetch", "dequant@1", "normalize"} <= ran
+    assert not {"dequant@0", "requant@0"} & ran
+
+    def change_codes(tensors):
+        tensors["model.layers.1.mlp.experts.down_projs.2.weight"][7] ^= 0x11
+
+    edit_shard(project.parent / "my-finetune", 1, change_codes)
+    assert repro(project, "assemble") == {"fetch", "dequant@1", "requant@1", "normalize", "assemble"}
+
+
+def test_a_changed_dtype_runs_no_layer_stage(project):
+    run(project, "python", "stages/configure.py", "model=local", f"model.path={project.parent / 'my-finetune'}", "dtype=bfloat16")
+    assert repro(project, "assemble") == {"normalize", "assemble"}
+    assert repro(project, "assemble") == set()
+
+
+def test_commands_of_the_readme(project):
+    assert repro(project, "requant@1") == set()
+    assert repro(project, "-s", "-f", "assemble") == {"assemble"}
+    assert "assemble" in repro(project, "assemble", "-f")
+    before = (project / "params.yaml").read_text()
+    assert "to bfloat16" in run(project, "python", "stages/normalize.py", "dtype=bfloat16")
+    assert (project / "params.yaml").read_text() == before
+
+
+def test_a_stage_does_not_write_into_the_cache(project):
+    """A direct run with another dtype, then DVC's own restore: the linked cache still holds what it held."""
+    checkpoint = project / "artifacts/my-finetune/checkpoint/dense.safetensors"
+    before = checkpoint.read_bytes()
+    run(project, "python", "stages/normalize.py", "dtype=float32")
+    assert checkpoint.read_bytes() != before
+    run(project, "dvc", "checkout", "-f", "normalize")
+    assert checkpoint.read_bytes() == before
+    assert not list(project.rglob("*.part"))

@@ -1,0 +1,62 @@
+"""dvc.yaml, params.yaml and conf/ agree with each other and with the code."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from project_imports import ROOT, direct_imports, project_files
+
+STAGES = ("fetch", "dequant", "requant", "normalize", "assemble", "smoke", "benchmark")
+sys.path.insert(0, str(ROOT / "stages"))
+
+
+def test_params_yaml_is_what_conf_composes():
+    from configure import composed
+    from omegaconf import OmegaConf
+
+    current = OmegaConf.to_container(composed([]))
+    stored = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert stored == current, "params.yaml is stale: run `python stages/configure.py`"
+
+
+@pytest.mark.parametrize("model", ["tiny", "gpt_oss_20b", "gpt_oss_120b"])
+@pytest.mark.parametrize("engine", ["cpu", "gpu"])
+def test_every_model_and_engine_composes(model, engine):
+    from configure import composed
+
+    cfg = composed([f"model={model}", f"engine={engine}"])
+    assert cfg.model.name == model
+    assert len(cfg.model.layers) == {"tiny": 2, "gpt_oss_20b": 24, "gpt_oss_120b": 36}[model]
+
+
+def test_a_local_model_takes_name_and_layers_from_its_directory(tiny):
+    from configure import composed
+
+    cfg = composed(["model=local", f"model.path={tiny}"])
+    assert cfg.model.name == "source"
+    assert cfg.model.layers == [0, 1]
+    assert composed(["model=local", f"model.path={tiny}", "model.name=mine"]).model.name == "mine"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_every_project_file_that_it_imports(stage):
+    """A missing one is DVC's worst failure: a stale result that says it is up to date."""
+    definition = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]
+    declared = {dep for dep in definition.get("do", definition)["deps"] if dep.endswith(".py")}
+    assert declared == project_files(ROOT / f"stages/{stage}.py")
+
+
+def test_the_library_imports_neither_dvc_nor_hydra_nor_vllm():
+    for file in (ROOT / "gptoss_nf4").glob("*.py"):
+        roots = {name.split(".")[0] for name in direct_imports(file)}
+        assert not roots & {"dvc", "hydra", "omegaconf", "vllm"}, file
+        assert not any(name.startswith("gptoss_nf4.vllm") for name in direct_imports(file)), file
+
+
+def test_mode_exact_imports_no_torch_per_layer():
+    """73 stages that import torch would cost minutes."""
+    code = "import sys, gptoss_nf4.steps, gptoss_nf4.fetch; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", "import json; " + code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch", "bitsandbytes", "vllm"} & set(json.loads(done.stdout))

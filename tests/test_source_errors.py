@@ -1,0 +1,130 @@
+"""Bad input gets one line: what, where, got, expected, what next; and leaves nothing half-written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import edit_shard, local
+from project_imports import ROOT
+
+from gptoss_nf4.checkpoint import INDEX_FILE
+from gptoss_nf4.errors import UserError, printable
+from gptoss_nf4.fetch import fetch
+
+EXPERT = "model.layers.1.mlp.experts.down_projs.2"
+
+
+def remove(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, value):
+    return lambda tensors: tensors.__setitem__(name, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (remove(f"{EXPERT}.weight.nested_absmax"), f"{EXPERT}.weight.nested_absmax"),
+        (remove(f"{EXPERT}.bias"), f"{EXPERT}.bias"),
+        (remove("model.layers.1.self_attn.sinks"), "model.layers.1.self_attn.sinks"),
+        (remove(f"{EXPERT}.weight.quant_state.bitsandbytes__nf4"), "without a quantization state"),
+        (put(f"{EXPERT}.weight.absmax", torch.zeros(5, dtype=torch.uint8)), "expected U8 with 960 elements"),
+        (put(f"{EXPERT}.weight.quant_map", torch.linspace(-1, 1, 16)), "foreign codebook"),
+        (put("model.layers.1.input_layernorm.weight", torch.ones(7)), "input_layernorm"),
+        (put("model.layers.1.rogue", torch.ones(7)), "unknown tensor"),
+        (put("model.layers.1.self_attn.q_proj.lora_A.weight", torch.ones(7)), "LoRA"),
+    ],
+)
+def test_damaged_tensors_are_named_before_anything_is_written(source_copy, tmp_path, change, named):
+    edit_shard(source_copy, 1, change)
+    model, artifacts = local(source_copy, tmp_path / "artifacts")
+    with pytest.raises(UserError, match=named) as caught:
+        fetch(model, artifacts)
+    assert all(word in str(caught.value) for word in (": got ", ", expected ", "; "))
+    assert "\n" not in str(caught.value)
+    assert not artifacts.root.exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "dtype", "found"),
+    [
+        (["model.layers.0.mlp.experts.gate_up_proj_blocks"], torch.uint8, "stock MXFP4"),
+        (["model.layers.0.mlp.experts.gate_up_proj"], torch.uint8, "without a quantization state"),
+        (["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.gate_up_proj.absmax"], torch.uint8,
+         "fused experts with a quantization state"),
+        (["model.layers.0.mlp.experts.gate_up_proj"], torch.bfloat16, "plain 16-bit"),
+        (["model.layers.0.self_attn.q_proj.weight.absmax"], torch.uint8, "transformers 5"),
+        (["something.else"], torch.uint8, "unknown layout"),
+    ],
+)  # fmt: skip
+def test_other_layouts_are_refused_by_name(tmp_path, names, dtype, found):
+    from safetensors.torch import save_file
+
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file({name: torch.ones(4).to(dtype) for name in names}, source / "model.safetensors")
+    (source / "config.json").write_text('{"model_type": "gpt_oss"}')
+    model, artifacts = local(source, tmp_path / "artifacts")
+    with pytest.raises(UserError, match=found):
+        fetch(model, artifacts)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model_type", "llama"), ("rms_norm_eps", 1e-6), ("swiglu_limit", 5.0), ("hidden_size", -3), ("head_dim", "many"),
+     ("layer_types", ["full_attention", "full_attention"]), ("num_local_experts", 9)],
+)  # fmt: skip
+def test_a_config_that_vllm_would_serve_wrongly_is_refused(source_copy, tmp_path, key, value):
+    path = source_copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    model, artifacts = local(source_copy, tmp_path / "artifacts")
+    with pytest.raises(UserError):
+        fetch(model, artifacts)
+    assert not artifacts.root.exists()
+
+
+def test_a_truncated_shard_and_a_missing_shard(source_copy, tmp_path):
+    model, artifacts = local(source_copy, tmp_path / "artifacts")
+    shard = source_copy / "model-00002-of-00003.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="damaged shard"):
+        fetch(model, artifacts)
+    shard.unlink()
+    with pytest.raises(UserError, match="missing shard"):
+        fetch(model, artifacts)
+
+
+def test_an_index_that_leaves_the_directory_is_refused(source_copy, tmp_path):
+    index = source_copy / INDEX_FILE
+    data = json.loads(index.read_text())
+    data["weight_map"]["lm_head.weight"] = "../outside.safetensors"
+    index.write_text(json.dumps(data))
+    with pytest.raises(UserError, match="plain file name"):
+        fetch(*local(source_copy, tmp_path / "artifacts"))
+
+
+def test_control_characters_are_shown_escaped():
+    assert printable("a\x1b[2Jb\nc") == "a\\x1b[2Jb\\nc"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["stages/configure.py", "model=local", "model.path=/nowhere"], "/nowhere"),
+        (["stages/configure.py", "model=local"], "model.path"),
+        (["stages/configure.py", "model=gpt_oss_7b"], "gpt_oss_7b"),
+        (["stages/dequant.py", "layer=99"], "layer=99"),
+        (["stages/requant.py", "layer=0", "requant.mode=fast"], "requant.mode"),
+        (["stages/normalize.py", "dtype=int8", "model.name=absent"], "fetch"),
+        (["stages/normalize.py", "dtyp=bfloat16"], "dtyp"),
+    ],
+)
+def test_stage_scripts_end_in_one_line(arguments, named):
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
