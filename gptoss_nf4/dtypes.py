@@ -77,8 +77,9 @@ def normalize(source: SplitSource, artifacts: Artifacts, options: RequantOptions
         if counts.overflow or counts.non_finite:
             kind = "overflow" if counts.overflow else "values that are not finite"
             raise UserError(
-                f"{kind} in {dtype}", where=origin, got=f"{counts.overflow or counts.non_finite} of {counts.values} values",
-                expected="none", next_step="use dtype=bfloat16 or dtype=float32" if counts.overflow else "repair the source",
+                f"{kind} in {dtype}", where=origin, got=f"{counts.overflow or counts.non_finite} of {counts.values}",
+                expected="none",
+                next_step="use dtype=bfloat16 or dtype=float32" if counts.overflow else "repair the source",
             )  # fmt: skip
         if counts.underflow:
             lossy[name] = {"values": counts.values, "underflow": counts.underflow}

@@ -92,9 +92,7 @@ def quantized(name: str, weight: torch.Tensor, blocksize: int = 64) -> dict[str,
     """A float weight [out, in] as bitsandbytes stores it with double quantization, in bfloat16 state."""
     from bitsandbytes.functional import quantize_4bit
 
-    packed, state = quantize_4bit(
-        weight.to(OTHER_DTYPE), blocksize=blocksize, compress_statistics=True, quant_type="nf4"
-    )
+    packed, state = quantize_4bit(weight.to(OTHER_DTYPE), blocksize=blocksize, compress_statistics=True, quant_type="nf4")
     sidecars = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
     return {name: packed, **sidecars}
 

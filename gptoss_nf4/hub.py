@@ -46,9 +46,7 @@ def cached(repository: str, commit: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(repository, revision=commit, allow_patterns=list(PATTERNS), local_files_only=True)
-        )
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=list(PATTERNS), local_files_only=True))
     except LocalEntryNotFoundError:
         raise UserError(
             "missing source", where="the Hugging Face cache", got=f"no {repository} at {commit}", expected="its snapshot",

@@ -25,7 +25,10 @@ def main(cfg: DictConfig) -> None:
         artifacts.root / "benchmark",
     )
     write_json(METRICS / "benchmark.json", {"model": model.name, "dtype": cfg.dtype, "engine": cfg.engine.name, **result})
-    print(f"benchmark: ready in {result['load_seconds']:.1f} s, peak {result['peak_host_bytes'] / 2**30:.2f} GiB of host memory")
+    print(
+        f"benchmark: ready in {result['load_seconds']:.1f} s, "
+        f"peak {result['peak_host_bytes'] / 2**30:.2f} GiB of host memory"
+    )
     for row in result["batches"]:
         print(
             f"benchmark: batch {row['batch']}: {row['output_tokens_per_second']:.1f} tokens/s, "

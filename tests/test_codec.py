@@ -68,7 +68,12 @@ def test_our_states_are_read_by_bitsandbytes():
     tensors = {"quant_state.bitsandbytes__nf4": torch.from_numpy(state.to_json().copy())}
     tensors |= {"absmax": torch.ones(64), "quant_map": torch.from_numpy(CODEBOOKS["nf4"])}
     theirs = bnb.QuantState.from_dict(tensors, device=torch.device("cpu"))
-    assert (theirs.quant_type, theirs.blocksize, theirs.dtype, tuple(theirs.shape)) == ("nf4", 64, torch.float16, (8, 4, 128))
+    assert (theirs.quant_type, theirs.blocksize, theirs.dtype, tuple(theirs.shape)) == (
+        "nf4",
+        64,
+        torch.float16,
+        (8, 4, 128),
+    )
 
 
 @pytest.mark.parametrize(

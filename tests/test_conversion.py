@@ -160,7 +160,9 @@ def test_a_dense_expert_is_refused_in_mode_exact_and_taken_in_mode_nf4(source_co
 
 
 def test_rows_that_are_not_whole_blocks_name_the_mode_that_works(tmp_path):
-    d = Dimensions(1, hidden=96, intermediate=160, experts=2, experts_per_token=1, heads=2, kv_heads=1, head_dim=64, vocabulary=300)
+    d = Dimensions(
+        1, hidden=96, intermediate=160, experts=2, experts_per_token=1, heads=2, kv_heads=1, head_dim=64, vocabulary=300
+    )
     embedded.write_checkpoint(tmp_path / "source", d)
     with pytest.raises(UserError, match=r"not whole blocks.*requant\.mode=nf4 requant\.blocksize=32"):
         result_of(tmp_path / "source", tmp_path)
@@ -171,7 +173,17 @@ def test_rows_that_are_not_whole_blocks_name_the_mode_that_works(tmp_path):
 @pytest.mark.slow
 def test_real_dimensions(tmp_path):
     """One layer of gpt-oss-20b's own widths and expert count, every weight compared by bitsandbytes."""
-    d = Dimensions(1, hidden=2880, intermediate=2880, experts=32, experts_per_token=4, heads=64, kv_heads=8, head_dim=64, vocabulary=320)
+    d = Dimensions(
+        1,
+        hidden=2880,
+        intermediate=2880,
+        experts=32,
+        experts_per_token=4,
+        heads=64,
+        kv_heads=8,
+        head_dim=64,
+        vocabulary=320,
+    )
     embedded.write_checkpoint(tmp_path / "source", d)
     stored = Checkpoint(tmp_path / "source").tensors
     gate_up, down = ("model.layers.0.mlp.experts.gate_up_projs.0.weight", "model.layers.0.mlp.experts.down_projs.0.weight")

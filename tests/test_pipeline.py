@@ -67,7 +67,14 @@ def test_a_changed_tensor_runs_its_own_layer_only(project):
 
 
 def test_a_changed_dtype_runs_no_layer_stage(project):
-    run(project, "python", "stages/configure.py", "model=local", f"model.path={project.parent / 'my-finetune'}", "dtype=bfloat16")
+    run(
+        project,
+        "python",
+        "stages/configure.py",
+        "model=local",
+        f"model.path={project.parent / 'my-finetune'}",
+        "dtype=bfloat16",
+    )
     assert repro(project, "assemble") == {"normalize", "assemble"}
     assert repro(project, "assemble") == set()
 

@@ -1,1 +1,1 @@
-"""Everything that imports vLLM: the plugin (register, config, linear, moe, loading) and what drives vLLM (generate, serve)."""
+"""Everything that imports vLLM: the plugin (from register.py on), and what drives vLLM (generate.py, serve.py)."""

@@ -51,8 +51,9 @@ def blocksize_of_shard(blocksize: int, in_features: int, prefix: str) -> int:
     shard = gcd(blocksize, in_features)
     if shard not in BLOCKSIZES:
         raise UserError(
-            "tensor parallel size does not fit", where=prefix, got=f"{in_features} input features a rank",
-            expected=f"a multiple of {BLOCKSIZES[0]}", next_step="use a smaller tensor_parallel_size, or expert parallelism",
+            "tensor parallel size does not fit", where=prefix, got=f"{in_features} inputs a rank",
+            expected=f"a multiple of {BLOCKSIZES[0]}",
+            next_step="use a smaller tensor_parallel_size, or expert parallelism",
         )  # fmt: skip
     return shard
 

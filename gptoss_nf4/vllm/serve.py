@@ -147,7 +147,13 @@ def bench(url: str, checkpoint: Path, batch: int, requests: int, input_tokens: i
 
 
 def measure(
-    checkpoint: Path, engine_args: dict, batch_sizes: list[int], rounds: int, input_tokens: int, output_tokens: int, work: Path
+    checkpoint: Path,
+    engine_args: dict,
+    batch_sizes: list[int],
+    rounds: int,
+    input_tokens: int,
+    output_tokens: int,
+    work: Path,
 ) -> dict:
     """Start the server once and measure every batch size; times in seconds or milliseconds as named."""
     batches = []

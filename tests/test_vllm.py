@@ -1,0 +1,199 @@
+"""The real vLLM on converted checkpoints, in float32, against transformers: 1e-3 in log-probability."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import edit_shard, local, make_dense
+from openai import OpenAI
+
+from gptoss_nf4 import reference
+from gptoss_nf4.agreement import Agreement
+from gptoss_nf4.artifacts import Artifacts
+from gptoss_nf4.checkpoint import INDEX_FILE, read_json_object
+from gptoss_nf4.convert import convert
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.files import write_json
+from gptoss_nf4.fuse import CONCATENATED
+from gptoss_nf4.plan import RequantOptions
+from gptoss_nf4.source import SplitSource
+from gptoss_nf4.vllm.generate import generate
+from gptoss_nf4.vllm.serve import server
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a house by the sea, there lived an old clockmaker who",
+    "2 + 2 =",
+]
+ENGINE = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True}
+
+
+@pytest.fixture(scope="module")
+def converted(tiny, tmp_path_factory) -> tuple[SplitSource, Artifacts]:
+    model, artifacts = local(tiny, tmp_path_factory.mktemp("converted"))
+    convert(model, artifacts, RequantOptions(), "float32")
+    return SplitSource(tiny), artifacts
+
+
+@pytest.fixture(scope="module")
+def dynamic(tiny, tmp_path_factory) -> tuple[SplitSource, Artifacts]:
+    """Unsloth's dynamic quantization: o_proj dense in one layer, k_proj dense in the other; w13 concatenated."""
+    root = tmp_path_factory.mktemp("dynamic")
+    directory = root / "source"
+    shutil.copytree(tiny, directory)
+    edit_shard(directory, 0, lambda t: make_dense(t, "model.layers.0.self_attn.o_proj"))
+    edit_shard(directory, 1, lambda t: make_dense(t, "model.layers.1.self_attn.k_proj"))
+    model, artifacts = local(directory, root / "artifacts")
+    convert(model, artifacts, RequantOptions(w13_order=CONCATENATED), "float32")
+    return SplitSource(directory), artifacts
+
+
+def agreement(source: SplitSource, artifacts: Artifacts, **engine_args) -> tuple[Agreement, list]:
+    generations = generate(artifacts.checkpoint, PROMPTS, 16, ENGINE | engine_args)
+    model, result = reference.build(source), Agreement()
+    for generation in generations:
+        assert generation.finite
+        result.add(generation, reference.log_probabilities(model, generation.token_ids))
+    return result, generations
+
+
+def test_nan_logits_are_not_finite():
+    from gptoss_nf4.agreement import Generation
+
+    assert not Generation("", "", [1], 0, [{}, {3: float("nan")}]).finite
+    assert Generation("", "", [1], 0, [{}, {3: -1.0, 4: float("-inf")}]).finite
+
+
+@pytest.mark.slow
+def test_float32_agrees_with_transformers(converted):
+    result, generations = agreement(*converted)
+    assert result.positions > 100
+    assert result.agreeing == result.positions
+    assert result.worst_difference < 1e-3
+    for generation in generations:  # not collapsed onto one token
+        assert len(set(generation.token_ids[generation.prompt_tokens :])) > 8
+
+
+@pytest.mark.slow
+def test_dynamic_quantization_and_concatenated_rows_agree(dynamic):
+    result, _ = agreement(*dynamic)
+    assert result.agreeing == result.positions
+    assert result.worst_difference < 1e-3
+
+
+@pytest.mark.slow
+def test_two_ranks_agree(dynamic, monkeypatch):
+    """Tensor parallelism cuts w2's rows through a block (160 input features a rank) and splits q, k and v by heads."""
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("needs two cores: vLLM binds one rank to each")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    result, _ = agreement(*dynamic, tensor_parallel_size=2)
+    assert result.agreeing == result.positions
+    assert result.worst_difference < 1e-3
+
+
+@pytest.mark.slow
+def test_vllm_serve_without_flags_answers_an_openai_client(converted, tmp_path):
+    _, artifacts = converted
+    with server(artifacts.checkpoint, {}, tmp_path / "serve.log") as (url, _, _):
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        answer = client.completions.create(
+            model=str(artifacts.checkpoint), prompt=PROMPTS[0], max_tokens=8, temperature=0, extra_body={"ignore_eos": True}
+        )
+    assert answer.usage.completion_tokens == 8
+    assert len(set(answer.choices[0].text)) > 1
+
+
+@pytest.mark.slow
+def test_a_parameter_that_no_tensor_fills_is_named(converted, tmp_path, capfd):
+    """The index still names the tensor, the shard no longer has it: only the plugin's own check can see that."""
+    from safetensors.torch import load_file, save_file
+
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(converted[1].checkpoint, checkpoint)
+    tensors = load_file(checkpoint / "dense.safetensors")
+    del tensors["model.layers.1.mlp.experts.w2.bias"]
+    save_file(tensors, checkpoint / "dense.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError):
+        generate(checkpoint, PROMPTS[:1], 1, ENGINE)
+    captured = capfd.readouterr()
+    assert "parameter not loaded" in captured.out + captured.err
+    assert "model.layers.1.mlp.experts.w2_expert_bias" in captured.out + captured.err
+
+
+def plugin_config(checkpoint):
+    from gptoss_nf4.vllm.config import GptOssNf4Config
+
+    return GptOssNf4Config.from_config(read_json_object(checkpoint / "config.json")["quantization_config"])
+
+
+def test_an_index_without_a_router_is_refused_before_loading(converted, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(converted[1].checkpoint, checkpoint)
+    config = plugin_config(checkpoint)
+    config.maybe_update_config(str(checkpoint))
+    index = read_json_object(checkpoint / INDEX_FILE)
+    del index["weight_map"]["model.layers.0.mlp.router.bias"]
+    write_json(checkpoint / INDEX_FILE, index)
+    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.router\.bias"):
+        config.maybe_update_config(str(checkpoint))
+
+
+def test_a_foreign_quantization_config_is_refused(converted):
+    from gptoss_nf4.vllm.config import GptOssNf4Config
+
+    config = read_json_object(converted[1].checkpoint / "config.json")["quantization_config"]
+    with pytest.raises(UserError, match="format_version"):
+        GptOssNf4Config.from_config(config | {"format_version": 99})
+    with pytest.raises(UserError, match="w13_order"):
+        GptOssNf4Config.from_config(config | {"w13_order": "halves"})
+
+
+def test_untested_versions_get_one_warning(monkeypatch):
+    from gptoss_nf4.vllm import register
+
+    messages = []
+    monkeypatch.setattr(register.logger, "warning", lambda text, *arguments: messages.append(text % arguments))
+    assert not register.warn_if_untested("0.32.0+cpu")
+    assert messages == []
+    assert register.warn_if_untested("0.99.1")
+    assert len(messages) == 1
+    assert "0.99.1" in messages[0]
+
+
+def test_a_missing_seam_is_one_clear_error_and_harms_no_other_model(monkeypatch):
+    import sys
+
+    from gptoss_nf4.vllm import register
+
+    messages = []
+    monkeypatch.setattr(register.logger, "error", lambda text, *arguments: messages.append(text % arguments))
+    monkeypatch.setitem(sys.modules, "gptoss_nf4.vllm.config", None)
+    register.register()
+    assert len(messages) == 1
+    assert "no place for the plugin" in messages[0]
+    assert "\n" not in messages[0]
+
+
+def test_only_used_experts_are_made():
+    from gptoss_nf4.vllm.experts import run_used_experts
+
+    made = []
+
+    def weight(shape):
+        return lambda expert: made.append(expert) or torch.ones(shape)
+
+    ids = torch.tensor([[1, 4], [4, 6]])
+    expert_map = torch.tensor([-1, 0, -1, -1, 1, -1, -1, -1])  # expert 6 lives on another rank
+    run_used_experts(
+        torch.ones(2, 8),
+        torch.ones(2, 2),
+        ids,
+        expert_map,
+        weight((6, 8)),
+        torch.ones(2, 6),
+        weight((8, 3)),
+        torch.ones(2, 8),
+    )
+    assert sorted(made) == [0, 0, 1, 1]
