@@ -22,7 +22,7 @@ _OTHER_LAYOUTS = (
     (
         "fused experts with a quantization state",
         re.compile(r"\.experts\.gate_up_proj\.absmax$"),
-        "its blocks run along the output dimension and cannot be moved exactly; save the fine-tune in Unsloth's split layout",
+        "its blocks run along the output dimension and cannot be moved exactly; save it in Unsloth's split layout",
     ),
     (
         "16-bit experts with 4-bit attention (transformers 5 bitsandbytes save)",
