@@ -20,8 +20,7 @@ def assemble(source: SplitSource, artifacts: Artifacts, options: RequantOptions,
     directory, origin = artifacts.checkpoint, source.checkpoint.directory
     write_json(directory / INDEX_FILE, build_index(weight_files(source, artifacts)))
     write_json(directory / "config.json", build_config(source, options, dtype))
-    for name in ("tokenizer.json",):
-        write_bytes(directory / name, _required(origin / name).read_bytes())
+    write_bytes(directory / "tokenizer.json", _required(origin / "tokenizer.json").read_bytes())
     tokenizer_config = build_tokenizer_config(origin)
     write_text(directory / "chat_template.jinja", chat_template(origin, tokenizer_config))
     write_json(directory / "tokenizer_config.json", tokenizer_config)
@@ -89,14 +88,14 @@ def build_generation_config(source: SplitSource) -> dict:
     return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
 
 
-def expected_names(config: dict, layers: int, experts_and_attention: tuple = names.FUSIONS) -> set[str]:
+def expected_names(config: dict, layers: int) -> set[str]:
     """Every tensor name that a converted checkpoint with this config.json has."""
     quantization = config["quantization_config"]
     dense, kind = set(quantization["modules_to_not_convert"]), quantization["quant_type"]
     expected = set(names.OUTSIDE_LAYERS)
     for layer in range(layers):
         expected |= {names.prefix(layer) + name for name in names.RENAMED.values()}
-        for fusion in experts_and_attention:
+        for fusion in names.FUSIONS:
             target = names.target_of(fusion, layer)
             expected |= {f"{target}.weight", f"{target}.bias"}
             if target not in dense:

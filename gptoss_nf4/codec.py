@@ -56,17 +56,20 @@ def unpack_codes(packed: np.ndarray) -> np.ndarray:
     return np.stack([packed >> 4, packed & 15], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
-def dequantize(packed: np.ndarray, absmax: np.ndarray, quant_map: np.ndarray) -> np.ndarray:
-    """Dequantize rows of whole blocks.
+def dequantize(
+    packed: np.ndarray, absmax: np.ndarray, quant_map: np.ndarray, blocksize: int, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Dequantize a weight; blocks run through the flat weight, across rows where these are not whole blocks.
 
     Args:
-        packed: uint8 [rows, in_features / 2].
-        absmax: float32 [rows, in_features / blocksize].
+        packed: uint8, elements / 2 bytes in any shape.
+        absmax: float32 [ceil(elements / blocksize)].
         quant_map: float32 [16].
+        shape: logical shape of the weight.
 
     Returns:
-        float32 [rows, in_features].
+        float32 of `shape`.
     """
-    values = quant_map[unpack_codes(packed)]
-    rows, blocks = absmax.shape
-    return (values.reshape(rows, blocks, -1) * absmax[..., None]).reshape(rows, -1)
+    values = quant_map[unpack_codes(packed.reshape(-1))]
+    values *= np.repeat(absmax, blocksize)[: values.size]
+    return values.reshape(shape)

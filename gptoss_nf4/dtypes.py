@@ -13,7 +13,6 @@ from gptoss_nf4.files import write_file
 from gptoss_nf4.fuse import w13_rows
 from gptoss_nf4.plan import RequantOptions, Target, plan_layer
 from gptoss_nf4.quant_state import DTYPES, QuantState
-from gptoss_nf4.requant import dense_weight
 from gptoss_nf4.source import SplitSource
 
 CHUNK_ELEMENTS = 1 << 24
@@ -125,7 +124,7 @@ def _joined_weight(source: SplitSource, target: Target) -> torch.Tensor:
     return torch.cat(
         _one_dtype(
             [
-                dense_weight(source, part, source.absmax(part)) if part.state else source.checkpoint.torch(part.weight)
+                torch.from_numpy(source.dequantized(part)) if part.state else source.checkpoint.torch(part.weight)
                 for part in target.parts
             ]
         )

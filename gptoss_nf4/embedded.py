@@ -33,7 +33,7 @@ CHAT_TEMPLATE = """\
 """
 
 
-def model_config(d: Dimensions, blocksize: int = 64) -> dict:
+def model_config(d: Dimensions) -> dict:
     """config.json as transformers 4.5x writes it for Unsloth's repositories."""
     return {
         "architectures": ["GptOssForCausalLM"],
@@ -130,7 +130,7 @@ def write_checkpoint(directory: Path, d: Dimensions = TINY, blocksize: int = 64)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    config = model_config(d, blocksize)
+    config = model_config(d)
     write_json(directory / "config.json", config)
     ids = {key: config[key] for key in ("eos_token_id", "pad_token_id")}
     write_json(directory / "generation_config.json", ids | {"bos_token_id": 256, "do_sample": False})

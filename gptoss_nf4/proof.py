@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.functional import QuantState
 
-from gptoss_nf4 import names
+from gptoss_nf4.bnb import dequantize_float32
 from gptoss_nf4.checkpoint import Checkpoint
 from gptoss_nf4.dtypes import cast
 from gptoss_nf4.fuse import interleaved_rows
@@ -14,24 +14,22 @@ from gptoss_nf4.source import Module, SplitSource
 
 
 def read_state(checkpoint: Checkpoint, weight: str) -> QuantState:
-    """bitsandbytes' own QuantState of `weight`, made to dequantize to float32 (it would round to the state's dtype)."""
+    """bitsandbytes' own QuantState of `weight`, read by its `from_dict`."""
     sidecars = {name: checkpoint.torch(name) for name in checkpoint.tensors if name.startswith(f"{weight}.")}
-    state = QuantState.from_dict(sidecars, device=torch.device("cpu"))
-    state.dtype = torch.float32
-    return state
+    return QuantState.from_dict(sidecars, device=torch.device("cpu"))
 
 
 def source_weight(checkpoint: Checkpoint, weight: str) -> torch.Tensor:
     """A source weight in float32 [rows, in_features], dequantized by bitsandbytes where it is 4-bit."""
     if f"{weight}.absmax" not in checkpoint.tensors:
         return checkpoint.torch(weight).float()
-    return dequantize_4bit(checkpoint.torch(weight), read_state(checkpoint, weight))
+    return dequantize_float32(checkpoint.torch(weight), read_state(checkpoint, weight))
 
 
 def compare(source: SplitSource, result: Checkpoint, options: RequantOptions, dtype: str) -> dict:
-    """Compare every weight that is 4-bit in the source or the result; the counts are of single weights.
+    """Compare every weight of attention and experts, 4-bit or carried dense; the counts are of single weights.
 
-    A 4-bit module that is served dense (q, k and v that differ) is compared after rounding to `dtype`, as served.
+    What is served dense (a module left in 16 bit, or q, k and v that differ) is compared after rounding to `dtype`.
     """
     compared = different = 0
     largest = 0.0
@@ -64,11 +62,5 @@ def _result_parts(result: Checkpoint, target: Target, w13_order: str) -> Iterato
     absmax = state.absmax
     for number, part in enumerate(target.parts):
         state.absmax, state.shape = absmax[number].contiguous(), torch.Size(part.shape)
-        values = dequantize_4bit(codes[number].contiguous(), state)
+        values = dequantize_float32(codes[number].contiguous(), state)
         yield part, values[torch.from_numpy(interleaved_rows(w13_order, len(values)))] if target.is_w13 else values
-
-
-def quantized_weights(checkpoint: Checkpoint) -> list[str]:
-    """Names of all 4-bit weights of a checkpoint in either layout."""
-    marker = f".{names.STATE_PREFIX}"
-    return sorted(name.split(marker)[0] for name in checkpoint.tensors if marker in name)

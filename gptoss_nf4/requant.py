@@ -101,13 +101,15 @@ def _requantized(
         yield rows_of_blocks(packed.cpu().numpy(), state.absmax.float().cpu().numpy(), part.shape)
 
 
-def dense_weight(source: SplitSource, part: Module, absmax: np.ndarray | None, device: str = "cpu"):
+def dense_weight(source: SplitSource, part: Module, absmax: np.ndarray | None, device: str):
     """The weight of one module as float32 tensor [rows, in_features] on `device`.
 
     `absmax`: float32, de-nested; None for a module that the source left dense.
     """
     import torch
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+    from bitsandbytes.functional import QuantState
+
+    from gptoss_nf4.bnb import dequantize_float32
 
     if part.state is None:
         return source.checkpoint.torch(part.weight).to(device, torch.float32)
@@ -115,4 +117,4 @@ def dense_weight(source: SplitSource, part: Module, absmax: np.ndarray | None, d
         absmax=torch.from_numpy(absmax).to(device), shape=torch.Size(part.shape), dtype=torch.float32,
         blocksize=part.state.blocksize, quant_type=part.state.quant_type,
     )  # fmt: skip
-    return dequantize_4bit(source.checkpoint.torch(part.weight).reshape(-1, 1).to(device), state)
+    return dequantize_float32(source.checkpoint.torch(part.weight).to(device), state)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from gptoss_nf4 import layout, names
-from gptoss_nf4.checkpoint import Checkpoint
-from gptoss_nf4.codec import CODEBOOKS, denest_absmax
+from gptoss_nf4.checkpoint import Checkpoint, TensorInfo, read_json_object
+from gptoss_nf4.codec import CODEBOOKS, denest_absmax, dequantize
 from gptoss_nf4.dimensions import Dimensions
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.quant_state import QUANT_TYPES, QuantState
@@ -58,13 +58,22 @@ class SplitSource:
 
     def absmax(self, module: Module) -> np.ndarray:
         """De-nested absmax, float32 [rows * in_features / blocksize]."""
-        sidecar = lambda kind: self.checkpoint.numpy(f"{module.weight}.{kind}")  # noqa: E731
         nested = module.state.nested
+
+        def sidecar(kind: str) -> np.ndarray:
+            return self.checkpoint.numpy(f"{module.weight}.{kind}")
+
         if nested is None:
             return sidecar("absmax")
         return denest_absmax(
             sidecar("absmax"), sidecar("nested_quant_map"), sidecar("nested_absmax"), nested.blocksize, nested.offset
         )
+
+    def dequantized(self, module: Module) -> np.ndarray:
+        """The 4-bit weight in float32 [rows, in_features]."""
+        state = module.state
+        codebook = CODEBOOKS[state.quant_type]
+        return dequantize(self.packed(module), self.absmax(module), codebook, state.blocksize, module.shape)
 
     def _state_key(self, module: str) -> str | None:
         """Name of the module's quant_state tensor; None where the module is not quantized."""
@@ -134,7 +143,7 @@ class SplitSource:
             )  # fmt: skip
         return {bias, key, *expected}
 
-    def _require(self, name: str):
+    def _require(self, name: str) -> TensorInfo:
         info = self.checkpoint.tensors.get(name)
         if info is None:
             raise UserError(
@@ -155,8 +164,6 @@ class SplitSource:
 
 def layer_count(directory: Path) -> int:
     """Number of layers of the checkpoint in `directory`, from its config.json alone."""
-    from gptoss_nf4.checkpoint import read_json_object
-
     path = directory / "config.json"
     return Dimensions.from_config(read_json_object(path), path).layers
 

@@ -31,9 +31,9 @@ def check(result: dict, dtype: str, cfg: DictConfig) -> None:
     """Fail where vLLM is further from the reference than its dtype explains."""
     if "skipped" in result:
         return
-    limits = {"top-1 agreement": (-result["top1_agreement"], -cfg.min_top1_agreement)}
-    if dtype == "float32":
-        limits["log-probability difference"] = (result["worst_logprob_difference"], cfg.max_float32_difference)
+    limits = {"top-1 agreement": (-result["top1_agreement"], -cfg.smoke.min_top1_agreement)}
+    if dtype == "float32" and cfg.engine.max_float32_difference is not None:
+        limits["log-probability difference"] = (result["worst_logprob_difference"], cfg.engine.max_float32_difference)
     for what, (got, limit) in limits.items():
         if not got <= limit:
             raise UserError(
@@ -73,7 +73,7 @@ def main(cfg: DictConfig) -> None:
     for generation in generations:
         print(f"smoke: {generation.prompt!r} -> {generation.text!r}")
     print("smoke: " + ", ".join(f"{key} {value}" for key, value in result.items()))
-    check(result, dtype, cfg.smoke)
+    check(result, dtype, cfg)
 
 
 if __name__ == "__main__":

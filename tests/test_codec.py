@@ -21,7 +21,7 @@ def test_every_byte_dequantizes_as_in_bitsandbytes(kind):
     absmax = torch.rand(512 // 64) + 0.5
     state = bnb.QuantState(absmax=absmax, shape=torch.Size((4, 128)), dtype=torch.float32, blocksize=64, quant_type=kind)
     expected = bnb.dequantize_4bit(packed.reshape(-1, 1), state).numpy()
-    got = dequantize(packed.numpy().reshape(4, 64), absmax.numpy().reshape(4, 2), CODEBOOKS[kind])
+    got = dequantize(packed.numpy(), absmax.numpy(), CODEBOOKS[kind], 64, (4, 128))
     assert np.array_equal(got, expected)
 
 
@@ -43,7 +43,7 @@ def test_absmax_of_every_byte_denests_as_in_bitsandbytes():
     assert np.array_equal(got, expected.numpy())
 
 
-@pytest.mark.parametrize("shape", [(640, 192), (192, 320), (64, 2880)])
+@pytest.mark.parametrize("shape", [(640, 192), (192, 320), (64, 2880), (6, 80)])
 def test_real_sidecars_denest_as_in_bitsandbytes(shape):
     """Sidecars as bitsandbytes writes them, read by its own from_dict, against ours; and the weights they give."""
     packed, state = bnb.quantize_4bit(torch.randn(shape).bfloat16(), compress_statistics=True, quant_type="nf4")
@@ -57,8 +57,11 @@ def test_real_sidecars_denest_as_in_bitsandbytes(shape):
     theirs = bnb.QuantState.from_dict(dict(sidecars), device=torch.device("cpu"))
     theirs.dtype = torch.float32  # it would round to bfloat16
     assert np.array_equal(absmax, (bnb.dequantize_blockwise(theirs.absmax, theirs.state2) + theirs.offset).numpy())
-    rows = dequantize(packed.numpy().reshape(shape[0], -1), absmax.reshape(shape[0], -1), sidecars["quant_map"].numpy())
-    assert np.array_equal(rows, bnb.dequantize_4bit(packed, theirs).numpy())
+    values = dequantize(packed.numpy(), absmax, sidecars["quant_map"].numpy(), parsed.blocksize, shape)
+    if shape[1] % 64:  # bitsandbytes' CPU kernel misreads such rows, see gptoss_nf4/bnb.py: ask for one long row
+        theirs.shape = torch.Size([1, shape[0] * shape[1]])
+        values = values.reshape(1, -1)
+    assert np.array_equal(values, bnb.dequantize_4bit(packed, theirs).numpy())
     assert parsed.shape == shape
     assert parsed.blocks == absmax.size
 
