@@ -69,14 +69,14 @@ def normalize(source: SplitSource, artifacts: Artifacts, options: RequantOptions
                 tensors[f"{target.name}.weight.{names.STATE_PREFIX}{target.quant_type}"] = state
             elif target.joined_dense:
                 joined_dense.append(target.name)
-    for name, origin, tensor in dense_tensors(source, options):
-        stored = source.checkpoint.tensors[origin].dtype
-        source_dtypes[stored] = source_dtypes.get(stored, 0) + 1
+    for name, origins, tensor in dense_tensors(source, options):
+        for stored in (source.checkpoint.tensors[origin].dtype for origin in origins):
+            source_dtypes[stored] = source_dtypes.get(stored, 0) + 1
         tensors[name], counts = cast(tensor, target_dtype)
         if counts.overflow or counts.non_finite:
             kind = "overflow" if counts.overflow else "values that are not finite"
             raise UserError(
-                f"{kind} in {dtype}", where=origin, got=f"{counts.overflow or counts.non_finite} of {counts.values}",
+                f"{kind} in {dtype}", where=_culprit(source, origins, target_dtype) or name, got=f"{counts.overflow or counts.non_finite} of {counts.values}",
                 expected="none",
                 next_step="use dtype=bfloat16 or dtype=float32" if counts.overflow else "repair the source",
             )  # fmt: skip
@@ -96,18 +96,29 @@ def normalize(source: SplitSource, artifacts: Artifacts, options: RequantOptions
     }
 
 
-def dense_tensors(source: SplitSource, options: RequantOptions) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """(name in the result, a source tensor it comes from, values) of everything that is not 4-bit."""
+def _culprit(source: SplitSource, origins: list[str], dtype: torch.dtype) -> str | None:
+    """The first of the source tensors that does not fit `dtype`; None where it is a 4-bit one."""
+    for origin in origins:
+        if source.checkpoint.tensors[origin].floating:
+            _, counts = cast(source.checkpoint.torch(origin), dtype)
+            if counts.overflow or counts.non_finite:
+                return origin
+    return None
+
+
+def dense_tensors(source: SplitSource, options: RequantOptions) -> Iterator[tuple[str, list[str], torch.Tensor]]:
+    """(name in the result, source tensors it comes from, values) of everything that is not 4-bit."""
     for name in names.OUTSIDE_LAYERS:
-        yield name, name, source.checkpoint.torch(name)
+        yield name, [name], source.checkpoint.torch(name)
     for layer in range(source.dimensions.layers):
         for old, new in names.RENAMED.items():
             name = names.prefix(layer) + old
-            yield names.prefix(layer) + new, name, source.checkpoint.torch(name)
+            yield names.prefix(layer) + new, [name], source.checkpoint.torch(name)
         for target in plan_layer(source, layer, options):
-            yield f"{target.name}.bias", f"{target.parts[0].name}.bias", _fused_bias(source, target, options.w13_order)
+            biases = [f"{part.name}.bias" for part in target.parts]
+            yield f"{target.name}.bias", biases, _fused_bias(source, target, options.w13_order)
             if not target.quantized:
-                yield f"{target.name}.weight", target.parts[0].weight, _joined_weight(source, target)
+                yield f"{target.name}.weight", [part.weight for part in target.parts], _joined_weight(source, target)
 
 
 def _fused_bias(source: SplitSource, target: Target, w13_order: str) -> torch.Tensor:

@@ -29,12 +29,13 @@ def test_counts_are_the_same_in_pieces(monkeypatch):
     assert whole[1].overflow == int((values.abs() >= 65520).sum()) > 0
 
 
+@pytest.mark.parametrize("name", ["mlp.router.linear.weight", "mlp.experts.down_projs.5.bias", "self_attn.v_proj.bias"])
 @pytest.mark.parametrize(("value", "kind"), [(1e5, "overflow"), (float("nan"), "not finite")])
-def test_overflow_and_nan_fail_naming_the_tensor(source_copy, tmp_path, value, kind):
-    name = "model.layers.1.mlp.router.linear.weight"
+def test_overflow_and_nan_fail_naming_the_tensor(source_copy, tmp_path, name, value, kind):
+    name = f"model.layers.1.{name}"
 
     def change(tensors):
-        tensors[name][3, 5] = value
+        tensors[name].view(-1)[5] = value
 
     edit_shard(source_copy, 1, change)
     model, artifacts = local(source_copy, tmp_path / "artifacts")
