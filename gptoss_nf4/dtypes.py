@@ -76,8 +76,8 @@ def normalize(source: SplitSource, artifacts: Artifacts, options: RequantOptions
         if counts.overflow or counts.non_finite:
             kind = "overflow" if counts.overflow else "values that are not finite"
             raise UserError(
-                f"{kind} in {dtype}", where=_culprit(source, origins, target_dtype) or name, got=f"{counts.overflow or counts.non_finite} of {counts.values}",
-                expected="none",
+                f"{kind} in {dtype}", where=_culprit(source, origins, target_dtype) or name,
+                got=f"{counts.overflow or counts.non_finite} of {counts.values}", expected="none",
                 next_step="use dtype=bfloat16 or dtype=float32" if counts.overflow else "repair the source",
             )  # fmt: skip
         if counts.underflow:
