@@ -22,13 +22,14 @@ class Fusion:
     stacked: bool
 
 
+W13 = Fusion("mlp.experts.w13", ("mlp.experts.gate_up_projs.{e}",), stacked=True)
+W2 = Fusion("mlp.experts.w2", ("mlp.experts.down_projs.{e}",), stacked=True)
 FUSIONS = (
     Fusion("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), stacked=False),
     Fusion("self_attn.o_proj", ("self_attn.o_proj",), stacked=False),
-    Fusion("mlp.experts.w13", ("mlp.experts.gate_up_projs.{e}",), stacked=True),
-    Fusion("mlp.experts.w2", ("mlp.experts.down_projs.{e}",), stacked=True),
+    W13,
+    W2,
 )
-W13 = FUSIONS[2].target
 
 # Floating tensors that keep their shape: source name -> name in the fused checkpoint.
 RENAMED = {

@@ -60,7 +60,7 @@ class Target:
 
     @property
     def is_w13(self) -> bool:
-        return self.fusion.target == names.W13
+        return self.fusion == names.W13
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -116,7 +116,7 @@ def _plan_target(source: SplitSource, layer: int, fusion: names.Fusion, options:
 
 def _states_of_model(source: SplitSource) -> set[tuple[str, int]]:
     """(quant_type, blocksize) of the first expert of layer 0: what every other module must match."""
-    state = source.modules(0, names.FUSIONS[2])[0].state
+    state = source.modules(0, names.W13)[0].state
     return {(state.quant_type, state.blocksize)} if state else set()
 
 

@@ -42,11 +42,16 @@ def test_make_run_from_a_clean_clone(tmp_path):
     assert all(generation["distinct_tokens"] > 8 for generation in metrics["smoke"]["generations"])
     assert [row["batch"] for row in metrics["benchmark"]["batches"]] == [1, 4, 8]
     assert all(row["output_tokens_per_second"] > 0 for row in metrics["benchmark"]["batches"])
+    plots = subprocess.run(
+        [clone / ".venv/bin/dvc", "plots", "show", "-o", "plots"], cwd=clone, capture_output=True, text=True
+    )
+    assert plots.returncode == 0, plots.stderr
+    assert "output_tokens_per_second" in (clone / "plots/index.html").read_text()
     second = make_run(clone)
     print(f"make run from a clean clone: {first:.0f} s; again, nothing changed: {second:.1f} s")
     assert second < 20
     changed = subprocess.check_output(["git", "status", "--porcelain"], cwd=clone, text=True)
-    assert changed.split() in ([], ["??", "dvc.lock"])
+    assert changed.split() in (["??", "dvc.lock"], ["??", "dvc.lock", "??", "plots/"])
 
 
 def test_the_readme_names_only_files_that_exist():

@@ -158,6 +158,7 @@ def test_untested_versions_get_one_warning(monkeypatch):
     assert not register.warn_if_untested("0.32.0+cpu")
     assert messages == []
     assert register.warn_if_untested("0.99.1")
+    assert register.warn_if_untested("0.99.1")
     assert len(messages) == 1
     assert "0.99.1" in messages[0]
 

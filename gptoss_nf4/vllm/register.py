@@ -1,9 +1,11 @@
 """The `vllm.general_plugins` entry point: teaches every vLLM process the quantization method `gptoss_nf4`."""
 
 import logging
+from functools import cache
 
 from gptoss_nf4.assemble import QUANT_METHOD
 
+TESTED_VERSIONS = ("0.32.0",)
 logger = logging.getLogger("vllm.gptoss_nf4")
 
 
@@ -29,11 +31,9 @@ def register() -> None:
         register_quantization_config(QUANT_METHOD)(GptOssNf4Config)
 
 
-TESTED_VERSIONS = ("0.32.0",)
-
-
+@cache
 def warn_if_untested(version: str) -> bool:
-    """Log one warning where this vLLM is not one that the tests ran on; returns whether it did."""
+    """Log one warning a process where this vLLM is not one that the tests ran on; returns whether it did."""
     from packaging.version import Version
 
     if Version(version).base_version in TESTED_VERSIONS:
