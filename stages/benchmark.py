@@ -1,9 +1,7 @@
 """benchmark: load time, time to first token, tokens per second and peak memory of `vllm serve`."""
 
-import os
-
-from common import METRICS, model_of, stage
-from omegaconf import DictConfig, OmegaConf
+from common import METRICS, engine_of, model_of, stage
+from omegaconf import DictConfig
 
 from gptoss_nf4.files import write_json
 from gptoss_nf4.vllm.serve import measure
@@ -12,8 +10,7 @@ from gptoss_nf4.vllm.serve import measure
 @stage
 def main(cfg: DictConfig) -> None:
     model, artifacts = model_of(cfg)
-    os.environ.update(OmegaConf.to_container(cfg.engine.env))
-    engine_args = {"dtype": cfg.dtype} | OmegaConf.to_container(cfg.engine.args)
+    engine_args = engine_of(cfg)
     artifacts.require(artifacts.checkpoint / "config.json", "assemble")
     result = measure(
         artifacts.checkpoint,

@@ -1,6 +1,7 @@
 """What all stage scripts share: how a stage is started, and its typed configuration."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # stages run from a checkout, installed or not
 
 import hydra  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from gptoss_nf4.artifacts import Artifacts  # noqa: E402
 from gptoss_nf4.errors import UserError  # noqa: E402
@@ -34,6 +35,15 @@ def stage(function: Callable[[DictConfig], None]) -> Callable[[], None]:
 def model_of(cfg: DictConfig) -> tuple[Model, Artifacts]:
     model = Model(**{key: cfg.model[key] for key in ("name", "kind", "path", "repository", "revision")})
     return model, Artifacts.of(model.name)
+
+
+def engine_of(cfg: DictConfig) -> dict:
+    """vLLM's arguments for this run; sets the engine's environment variables, which vLLM reads when it is imported.
+
+    The dtype is named, since vLLM's own choice for a float32 checkpoint is to round it to 16 bit.
+    """
+    os.environ.update(OmegaConf.to_container(cfg.engine.env))
+    return {"dtype": cfg.dtype} | OmegaConf.to_container(cfg.engine.args)
 
 
 def layer_of(cfg: DictConfig) -> int:

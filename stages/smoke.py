@@ -1,9 +1,7 @@
 """smoke: generate with vLLM and compare with transformers in float32."""
 
-import os
-
-from common import METRICS, model_of, stage
-from omegaconf import DictConfig, OmegaConf
+from common import METRICS, engine_of, model_of, stage
+from omegaconf import DictConfig
 
 from gptoss_nf4 import reference
 from gptoss_nf4.agreement import Agreement, Generation
@@ -45,9 +43,7 @@ def check(result: dict, dtype: str, cfg: DictConfig) -> None:
 @stage
 def main(cfg: DictConfig) -> None:
     model, artifacts = model_of(cfg)
-    os.environ.update(OmegaConf.to_container(cfg.engine.env))
-    # Named, since vLLM's own choice for a float32 checkpoint is to round it to 16 bit.
-    engine_args = {"dtype": cfg.dtype} | OmegaConf.to_container(cfg.engine.args)
+    engine_args = engine_of(cfg)
     artifacts.require(artifacts.checkpoint / "config.json", "assemble")
     generations = generate(artifacts.checkpoint, list(cfg.smoke.prompts), cfg.smoke.max_tokens, engine_args)
     if not all(generation.finite for generation in generations):
