@@ -81,18 +81,24 @@ def plan_layer(source: SplitSource, layer: int, options: RequantOptions) -> list
 
 def _plan_target(source: SplitSource, layer: int, fusion: names.Fusion, options: RequantOptions) -> Target:
     name, parts = names.target_of(fusion, layer), tuple(source.modules(layer, fusion))
-    dense = [part for part in parts if part.state is None]
-    if dense and not fusion.stacked:
+    if not fusion.stacked and any(part.state is None for part in parts):
         return Target(name, fusion, parts)
-    columns = parts[0].shape[1]
     if options.mode == NF4:
-        if columns % options.blocksize:
-            raise UserError(
-                "rows are not whole blocks", where=name, got=f"in_features {columns} and blocksize {options.blocksize}",
-                expected="a blocksize that divides in_features", next_step=_advice(source),
-            )  # fmt: skip
-        return Target(name, fusion, parts, options.quant_type, options.blocksize)
+        quant_type, blocksize = options.quant_type, options.blocksize
+    else:
+        quant_type, blocksize = _stored_quantization(source, name, parts)
+    columns = parts[0].shape[1]
+    if columns % blocksize:
+        raise UserError(
+            "rows are not whole blocks", where=name, got=f"in_features {columns} and blocksize {blocksize}",
+            expected="a blocksize that divides in_features, since rows are moved whole", next_step=_advice(source),
+        )  # fmt: skip
+    return Target(name, fusion, parts, quant_type, blocksize)
 
+
+def _stored_quantization(source: SplitSource, name: str, parts: tuple[Module, ...]) -> tuple[str, int]:
+    """(quant_type, blocksize) that all parts of a target and the rest of the model share; UserError where they do not."""
+    dense = [part for part in parts if part.state is None]
     if dense:
         raise UserError(
             "dense expert in a quantized layer", where=dense[0].name,
@@ -105,13 +111,7 @@ def _plan_target(source: SplitSource, layer: int, fusion: names.Fusion, options:
             "mixed quantization", where=name, got=f"{sorted(states)} in one model", expected="one type and blocksize",
             next_step="use requant.mode=nf4, which quantizes all of it alike",
         )  # fmt: skip
-    ((quant_type, blocksize),) = states
-    if columns % blocksize:
-        raise UserError(
-            "rows are not whole blocks", where=name, got=f"in_features {columns} and blocksize {blocksize}",
-            expected="a multiple, since mode exact moves whole blocks", next_step=_advice(source),
-        )  # fmt: skip
-    return Target(name, fusion, parts, quant_type, blocksize)
+    return states.pop()
 
 
 def _states_of_model(source: SplitSource) -> set[tuple[str, int]]:

@@ -37,13 +37,12 @@ PARAMETER_NAMES = {
 class GptOssNf4Config(QuantizationConfig):
     """`quantization_config` of a converted checkpoint; its fields are written by `gptoss_nf4.assemble`."""
 
-    def __init__(self, quant_type: str, blocksize: int, w13_order: str, modules_to_not_convert: list[str], raw: dict):
+    def __init__(self, quant_type: str, blocksize: int, w13_order: str, modules_to_not_convert: list[str]):
         super().__init__()
         self.quant_type = quant_type
         self.blocksize = blocksize
         self.w13_order = w13_order
         self.modules_to_not_convert = frozenset(modules_to_not_convert)
-        self.raw = raw
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -74,9 +73,7 @@ class GptOssNf4Config(QuantizationConfig):
                     "bad quantization_config", where="config.json", got=f"{key}={config.get(key)!r}",
                     expected=f"one of {values}", next_step="convert the checkpoint with this version of gptoss-nf4",
                 )  # fmt: skip
-        return cls(
-            config["quant_type"], config["blocksize"], config["w13_order"], config.get("modules_to_not_convert", []), config
-        )
+        return cls(config["quant_type"], config["blocksize"], config["w13_order"], config.get("modules_to_not_convert", []))
 
     def maybe_update_config(self, model_name: str, hf_config=None, revision: str | None = None) -> None:
         """Refuse a local checkpoint whose index lacks a tensor, before anything is allocated.
