@@ -3,11 +3,19 @@
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 from vllm.model_executor.layers.linear import LinearMethodBase
 
+from gptoss_nf4.vllm import ops  # noqa: F401  (registers torch.ops.gptoss_nf4)
 from gptoss_nf4.vllm.dequantize import dequantize
-from gptoss_nf4.vllm.loading import blocksize_of_shard, register_parameter, repeat_absmax, require_filled
+from gptoss_nf4.vllm.kernels.tiles import pack, padded_rows
+from gptoss_nf4.vllm.loading import (
+    blocksize_of_shard,
+    register_parameter,
+    repeat_absmax,
+    require_filled,
+    runs_on_kernels,
+)
 
 if TYPE_CHECKING:
     from gptoss_nf4.vllm.config import GptOssNf4Config
@@ -36,6 +44,8 @@ class Nf4LinearMethod(LinearMethodBase):
         rows = sum(output_partition_sizes)
         blocksize = blocksize_of_shard(self.config.blocksize, input_size_per_partition, self.prefix)
         layer.nf4_blocksize = blocksize
+        layer.nf4_rows = rows
+        layer.nf4_packed = runs_on_kernels(params_dtype)
 
         def load_absmax(parameter: torch.nn.Parameter, tensor: torch.Tensor, *args) -> None:
             weight_loader(parameter, repeat_absmax(tensor, self.config.blocksize, blocksize), *args)
@@ -47,8 +57,21 @@ class Nf4LinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         require_filled(layer)
+        if not layer.nf4_packed:
+            return
+        codes, absmax = pack(layer.weight.data, layer.absmax.data, layer.nf4_blocksize)
+        layer.weight = torch.nn.Parameter(codes[None], requires_grad=False)
+        layer.absmax = torch.nn.Parameter(absmax[None], requires_grad=False)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out] in x's dtype."""
-        weight = dequantize(layer.weight, layer.absmax, layer.nf4_blocksize, self.config.quant_type, x.dtype)
-        return linear(x, weight, bias)
+        if not layer.nf4_packed:
+            weight = dequantize(layer.weight, layer.absmax, layer.nf4_blocksize, self.config.quant_type, x.dtype)
+            return linear(x, weight, bias)
+        if bias is not None:
+            bias = pad(bias, (0, padded_rows(layer.nf4_rows) - layer.nf4_rows))[None]
+        out = torch.ops.gptoss_nf4.packed_linear(
+            x.reshape(-1, x.shape[-1]), layer.weight, layer.absmax, bias, layer.nf4_rows, layer.nf4_blocksize,
+            self.config.quant_type,
+        )  # fmt: skip
+        return out.view(*x.shape[:-1], layer.nf4_rows)

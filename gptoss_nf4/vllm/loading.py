@@ -42,6 +42,11 @@ def require_filled(layer: torch.nn.Module) -> None:
         )  # fmt: skip
 
 
+def runs_on_kernels(dtype: torch.dtype) -> bool:
+    """Whether a layer created now, with activations in `dtype`, runs on our kernels and wants its weights packed."""
+    return torch.get_default_device().type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+
+
 def blocksize_of_shard(blocksize: int, in_features: int, prefix: str) -> int:
     """The blocksize with which a rank's `in_features` are whole blocks.
 

@@ -3,15 +3,24 @@
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import pad
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig, biased_moe_quant_config
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fuse import INTERLEAVED, interleaved_rows
+from gptoss_nf4.vllm import ops  # noqa: F401  (registers torch.ops.gptoss_nf4)
 from gptoss_nf4.vllm.dequantize import dequantize
 from gptoss_nf4.vllm.experts import used_experts  # noqa: F401  (registers torch.ops.gptoss_nf4)
-from gptoss_nf4.vllm.loading import blocksize_of_shard, register_parameter, repeat_absmax, require_filled
+from gptoss_nf4.vllm.kernels.tiles import gate_and_up_tiles, pack_absmax, pack_codes, padded_rows, tile_inputs
+from gptoss_nf4.vllm.loading import (
+    blocksize_of_shard,
+    register_parameter,
+    repeat_absmax,
+    require_filled,
+    runs_on_kernels,
+)
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -47,20 +56,36 @@ class Nf4MoEMethod(FusedMoEMethodBase):
             "w2": (hidden_size, intermediate_size_per_partition),
         }
         layer.nf4_blocksizes = {}
+        layer.nf4_packed = self.packs(params_dtype)
         for name, (rows, columns) in shapes.items():
             blocksize = blocksize_of_shard(self.config.blocksize, columns, self.prefix)
             layer.nf4_blocksizes[name] = blocksize
             parameters = {
-                "codes": ((num_experts, rows, columns // 2), torch.uint8),
-                "absmax": ((num_experts, rows, columns // blocksize), torch.float32),
-                "expert_bias": ((num_experts, rows), params_dtype),
+                "codes": torch.empty(num_experts, rows, columns // 2, dtype=torch.uint8, device="meta"),
+                "absmax": torch.empty(num_experts, rows, columns // blocksize, device="meta"),
+                "expert_bias": torch.empty(num_experts, rows, dtype=params_dtype, device="meta"),
             }
-            for kind, (shape, dtype) in parameters.items():
-                load = self._loader(layer, name, kind)
-                register_parameter(layer, self.prefix, f"{name}_{kind}", shape, dtype, load)
+            for kind, stored in parameters.items():
+                load = self._loader(layer, name, kind, stored.shape)
+                kept = self._arranged(layer, name, kind, stored)
+                register_parameter(layer, self.prefix, f"{name}_{kind}", kept.shape, kept.dtype, load)
 
-    def _loader(self, layer: "RoutedExperts", name: str, kind: str):
-        """How the tensor of all experts becomes this rank's parameter."""
+    def packs(self, params_dtype: torch.dtype) -> bool:
+        """Whether the weights are kept in the kernels' order."""
+        return runs_on_kernels(params_dtype)
+
+    def _arranged(self, layer: "RoutedExperts", name: str, kind: str, rows: torch.Tensor) -> torch.Tensor:
+        """[E, rows, ...] as stored -> as kept on the device."""
+        if not layer.nf4_packed:
+            return rows
+        if name == "w13":
+            rows = gate_and_up_tiles(rows, 1)
+        if kind == "codes":
+            return pack_codes(rows, tile_inputs(layer.nf4_blocksizes[name]))
+        return pack_absmax(rows) if kind == "absmax" else pad(rows, (0, padded_rows(rows.shape[1]) - rows.shape[1]))
+
+    def _loader(self, layer: "RoutedExperts", name: str, kind: str, shape: torch.Size):
+        """How the tensor of all experts becomes this rank's parameter; `shape` is that of its rows before packing."""
 
         def load(parameter: torch.nn.Parameter, tensor: torch.Tensor) -> None:
             if kind == "absmax":
@@ -68,13 +93,15 @@ class Nf4MoEMethod(FusedMoEMethodBase):
             local = self._local_experts(layer, tensor)
             if name == "w13" and self.config.w13_order != INTERLEAVED:
                 local = local[:, torch.from_numpy(interleaved_rows(self.config.w13_order, local.shape[1]))]
-            local = self._rank_slice(local, parameter, name, kind)
-            if local.shape != parameter.shape:
+            local = self._rank_slice(local, shape, name, kind)
+            if local.shape != shape:
                 raise UserError(
                     "wrong shape", where=f"{self.prefix}.{name}_{kind}", got=list(local.shape),
-                    expected=list(parameter.shape), next_step="convert the checkpoint again",
+                    expected=list(shape), next_step="convert the checkpoint again",
                 )  # fmt: skip
-            parameter.data.copy_(local)
+            for expert in range(len(local)):  # one at a time: packing takes some copies, on the device
+                rows = local[expert : expert + 1].to(parameter.device)
+                parameter.data[expert].copy_(self._arranged(layer, name, kind, rows)[0])
 
         return load
 
@@ -86,7 +113,7 @@ class Nf4MoEMethod(FusedMoEMethodBase):
         here = (expert_map >= 0).nonzero().flatten()
         return tensor[here[expert_map[here].argsort()]]
 
-    def _rank_slice(self, tensor: torch.Tensor, parameter: torch.nn.Parameter, name: str, kind: str) -> torch.Tensor:
+    def _rank_slice(self, tensor: torch.Tensor, shape: torch.Size, name: str, kind: str) -> torch.Tensor:
         """Tensor parallelism: w13 by rows, w2 by input columns; w2's bias is added on the first rank only."""
         parallel = self.moe.moe_parallel_config
         if parallel.tp_size == 1:
@@ -94,7 +121,7 @@ class Nf4MoEMethod(FusedMoEMethodBase):
         if name == "w2" and kind == "expert_bias":
             return tensor if parallel.tp_rank == 0 else torch.zeros_like(tensor)
         dim = 1 if name == "w13" else 2
-        size = parameter.shape[dim]
+        size = shape[dim]
         return tensor.narrow(dim, parallel.tp_rank * size, size)
 
     def process_weights_after_loading(self, layer: "RoutedExperts") -> None:
@@ -114,12 +141,19 @@ class Nf4MoEMethod(FusedMoEMethodBase):
     ) -> torch.Tensor:
         """x [tokens, hidden], topk_* [tokens, k] with global expert numbers -> [tokens, hidden].
 
-        On the CPU only the experts in use are dequantized. Asking a GPU which those are would stall it and break
-        CUDA graphs, so there all are: correct, and as slow as moving them; the fast path takes this method's place.
+        On the CPU only the experts in use are dequantized. In float32 on a GPU all are: correct, and as slow as moving
+        them, since asking which are in use would stall it and break CUDA graphs.
         """
         weights = {
             name: (getattr(layer, f"{name}_codes"), getattr(layer, f"{name}_absmax")) for name in layer.nf4_blocksizes
         }
+        if layer.nf4_packed:
+            return torch.ops.gptoss_nf4.packed_experts(
+                x, topk_weights, topk_ids, layer.expert_map, layer.global_num_experts,
+                *weights["w13"], layer.w13_expert_bias, layer.nf4_blocksizes["w13"],
+                *weights["w2"], layer.w2_expert_bias, layer.nf4_blocksizes["w2"],
+                self.config.quant_type,
+            )  # fmt: skip
         if x.device.type == "cpu":
             return torch.ops.gptoss_nf4.used_experts(
                 x, topk_weights, topk_ids, layer.expert_map,

@@ -1,0 +1,25 @@
+"""The last step of the experts: adding the outputs of a token's slots."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sum_slots(partial, out, N, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for slot in tl.static_range(TOP_K):
+        total += tl.load(partial + (token * TOP_K + slot) * N + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out + token * N + n, total.to(out.dtype.element_ty), mask=n < N)
+
+
+def sum_slots(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[tokens, k, hidden] -> [tokens, hidden] in `dtype`, summed in float32."""
+    tokens, top_k, hidden = partial.shape
+    out = torch.empty(tokens, hidden, dtype=dtype, device=partial.device)
+    if tokens:
+        block = 1024
+        _sum_slots[(tokens, triton.cdiv(hidden, block))](partial, out, hidden, TOP_K=top_k, BLOCK=block, num_warps=4)
+    return out

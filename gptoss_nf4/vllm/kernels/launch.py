@@ -1,0 +1,219 @@
+"""Choosing and starting the kernels: `linear` and `experts` on packed weights.
+
+No function here waits for the GPU or looks at a tensor's values, so all may be captured in a CUDA graph.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import triton
+
+from gptoss_nf4.vllm.activation import SWIGLU_ALPHA, SWIGLU_LIMIT
+from gptoss_nf4.vllm.kernels import dense, large, small
+from gptoss_nf4.vllm.kernels.codebook import codebook
+from gptoss_nf4.vllm.kernels.combine import sum_slots
+from gptoss_nf4.vllm.kernels.tiles import ROWS
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+class Tiling(NamedTuple):
+    """How one product runs: `warps` share a program's inputs (kernels of `small`), or 0 for those of `large`."""
+
+    warps: int
+    unroll: int = 1
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the experts run: activation rows of a program, and the two products."""
+
+    rows: int
+    w13: Tiling
+    w2: Tiling
+
+
+class Routing(NamedTuple):
+    """Slots (token * top_k + choice) sorted by expert, as vLLM's `moe_align_block_size` returns them.
+
+    `slots` int32 [padded]: a multiple of the block for each expert, filled up with the number of slots; `experts` int32
+    [blocks]: local expert of each block, -1 for another rank's; `padded_count` int32 [1]: slots in use. Where each slot
+    is a block of its own, `slots` and `padded_count` are None.
+    """
+
+    slots: torch.Tensor | None
+    experts: torch.Tensor
+    padded_count: torch.Tensor | None
+
+
+class Packed(NamedTuple):
+    """A weight in the order of `tiles`: codes int32 [E, R, C, 32, S], absmax float32 [E, R, blocks, 16], bias [E, 16 R]."""
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    bias: torch.Tensor | None
+    blocksize: int
+    quant_type: str
+
+
+LARGE = Tiling(0)
+MAX_LINEAR_ROWS = 64  # beyond, a dense copy of the weight and cuBLAS are faster
+
+
+def plan_linear(rows: int) -> tuple[int, Tiling]:
+    """Activation rows of a program and the product's tiling, for at most MAX_LINEAR_ROWS."""
+    if rows <= 8:
+        return 8, Tiling(4, 1, 5)
+    return 16 if rows <= 16 else 32, Tiling(4)
+
+
+def plan_experts(tokens: int, top_k: int, experts: int, device: torch.device) -> Plan:
+    """By the mean number of rows of an expert; measured on an H100 (NOTES.md)."""
+    mean = tokens * top_k / experts
+    if tokens == 1:
+        return Plan(8, Tiling(2, 2), Tiling(4))
+    if mean <= 4:
+        return Plan(8, Tiling(2, 2), Tiling(2, 2))
+    if mean <= 8:
+        return Plan(16, Tiling(1, 1, 5), Tiling(2, 1, 4))
+    if mean <= 128 or not _has_wgmma(device):  # 128 rows: mma.sync would not have the registers
+        return Plan(32 if mean <= 24 else 64, LARGE, LARGE)
+    return Plan(128, Tiling(0, stages=4), Tiling(0, stages=4))
+
+
+def _has_wgmma(device: torch.device) -> bool:
+    """Hopper's matrix instructions; Triton compiles the same products to mma.sync elsewhere."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _shape(weight: Packed) -> dict:
+    _, row_tiles, input_tiles, _, words = weight.codes.shape
+    inputs = words * ROWS
+    return {
+        "row_tiles": row_tiles, "input_tiles": input_tiles, "absmax_stride": weight.absmax.shape[-2],
+        "PER_ABSMAX": max(1, weight.blocksize // inputs), "S": words,
+    }  # fmt: skip
+
+
+def _options(tiling: Tiling, rows: int, device: torch.device) -> tuple[ModuleType, dict]:
+    """The module that has the kernel, and the options that all its kernels take."""
+    common = {"BM": rows, "STAGES": tiling.stages, "ASM": not INTERPRETED}
+    if tiling.warps:
+        return small, common | {"WARPS": tiling.warps, "UNROLL": tiling.unroll, "num_warps": tiling.warps}
+    return large, common | {"WGMMA": _has_wgmma(device), "num_warps": large.ROW_TILES.value}
+
+
+def linear(
+    x: torch.Tensor, weight: Packed, out_features: int, plan: tuple[int, Tiling] | None = None
+) -> torch.Tensor:
+    """x [rows, in] float16 or bfloat16 -> [rows, out_features] in x's dtype, with bias where the weight has one."""
+    rows, inputs = x.shape
+    if plan is None and rows > MAX_LINEAR_ROWS:
+        bias = None if weight.bias is None else weight.bias[0, :out_features]
+        return torch.nn.functional.linear(x, dequantize(weight, out_features, x.dtype), bias)
+    x = x.contiguous()
+    out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
+    if rows == 0:
+        return out
+    block, tiling = plan or plan_linear(rows)
+    _, options = _options(tiling, block, x.device)
+    book, shape = codebook(weight.quant_type, x.dtype, x.device), _shape(weight)
+    # Two row tiles a program share x; one each where pairs would be more than one for each multiprocessor.
+    pair = shape["row_tiles"] <= 2 * _multiprocessors(x.device)
+    unused = out  # for pointers that the kernel does not touch without experts
+    small.matmul[(triton.cdiv(shape["row_tiles"], 1 + pair), triton.cdiv(rows, block))](
+        x, weight.codes, weight.absmax, unused if weight.bias is None else weight.bias, book.table, 1 / book.factor, out,
+        unused, unused, unused, rows, unused, inputs, out_features,
+        PAIR=pair, EXPERTS=False, SORTED=False, HAS_BIAS=weight.bias is not None, **shape, **options,
+    )  # fmt: skip
+    return out
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def dequantize(weight: Packed, out_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """The dense weight [out_features, in] of a packed one [1, ...] in `dtype` (float16 or bfloat16)."""
+    book, shape = codebook(weight.quant_type, dtype, weight.codes.device), _shape(weight)
+    inputs = shape["input_tiles"] * shape["S"] * ROWS
+    out = torch.empty(out_features, inputs, dtype=dtype, device=weight.codes.device)
+    tiles = 4
+    dense.dequantize[(shape["row_tiles"], triton.cdiv(shape["input_tiles"], tiles))](
+        weight.codes, weight.absmax, book.table, 1 / book.factor, out, out_features, inputs, **shape,
+        TILES=tiles, ASM=not INTERPRETED, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def experts(
+    x: torch.Tensor, topk_weights: torch.Tensor, routing: Routing, w13: Packed, w2: Packed, plan: Plan
+) -> torch.Tensor:
+    """The weighted sum of each token's experts.
+
+    Args:
+        x: [tokens, hidden] float16 or bfloat16.
+        topk_weights: float32 [tokens, k].
+        routing: slots for blocks of `plan.rows`.
+        w13: gate and up tiles in turn: codes [E, 2 R, C, 32, S]. w2: rows of hidden. Both with bias.
+
+    Returns:
+        [tokens, hidden] in x's dtype; slots of other ranks' experts add nothing.
+    """
+    x = x.contiguous()
+    tokens, hidden = x.shape
+    top_k = topk_weights.shape[1]
+    middle = swiglu_experts(x, top_k, routing, w13, w2.codes.shape[2] * w2.codes.shape[4] * ROWS, plan.rows, plan.w13)
+    # Few slots: their sum in float32 costs nothing. Many: half the bytes.
+    dtype = torch.float32 if plan.w2.warps else x.dtype
+    partial = down_experts(middle, topk_weights, routing, w2, hidden, plan.rows, plan.w2, dtype)
+    return sum_slots(partial.view(tokens, top_k, hidden), x.dtype)
+
+
+def _lists(routing: Routing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    slots, experts, padded_count = routing
+    return (experts, experts, experts) if slots is None else (slots, experts, padded_count)
+
+
+def swiglu_experts(
+    x: torch.Tensor, top_k: int, routing: Routing, w13: Packed, intermediate: int, block: int, tiling: Tiling
+) -> torch.Tensor:
+    """x [tokens, hidden] -> [tokens * top_k, intermediate]; rows of other ranks' experts are not written."""
+    module, options = _options(tiling, block, x.device)
+    book, shape = codebook(w13.quant_type, x.dtype, x.device), _shape(w13)
+    shape["row_tiles"] //= 2
+    tiles = 1
+    if tiling.warps:
+        options["SORTED"] = routing.slots is not None
+    else:
+        tiles = large.ROW_TILES.value
+    slots = x.shape[0] * top_k
+    out = torch.empty(slots, intermediate, dtype=x.dtype, device=x.device)
+    module.swiglu_experts[(triton.cdiv(shape["row_tiles"], tiles), routing.experts.shape[0])](
+        x, w13.codes, w13.absmax, w13.bias, book.table, 1 / book.factor, out, *_lists(routing), slots, top_k,
+        x.shape[1], intermediate, ALPHA=SWIGLU_ALPHA, LIMIT=SWIGLU_LIMIT, **shape, **options,
+    )  # fmt: skip
+    return out
+
+
+def down_experts(
+    x: torch.Tensor, topk_weights: torch.Tensor, routing: Routing, w2: Packed, hidden: int, block: int, tiling: Tiling,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """x [slots, intermediate] -> [slots, hidden] in `dtype`, times topk_weights; zeros for other ranks' experts."""
+    module, options = _options(tiling, block, x.device)
+    book, shape = codebook(w2.quant_type, x.dtype, x.device), _shape(w2)
+    if tiling.warps:
+        kernel, tiles = module.matmul, 2
+        options |= {"PAIR": True, "EXPERTS": True, "HAS_BIAS": True, "SORTED": routing.slots is not None}
+    else:
+        kernel, tiles = module.down_experts, large.ROW_TILES.value
+    out = torch.empty(x.shape[0], hidden, dtype=dtype, device=x.device)
+    kernel[(triton.cdiv(shape["row_tiles"], tiles), routing.experts.shape[0])](
+        x, w2.codes, w2.absmax, w2.bias, book.table, 1 / book.factor, out, *_lists(routing), x.shape[0], topk_weights,
+        x.shape[1], hidden, **shape, **options,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,74 @@
+"""The kernels as two operators that torch.compile and CUDA graphs take as they are.
+
+How a product is split depends on the number of tokens, which is known only when it runs: inside an operator the
+compiler does not look.
+"""
+
+import torch
+from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
+
+from gptoss_nf4.vllm.kernels import launch
+from gptoss_nf4.vllm.kernels.launch import Packed, Routing
+
+
+@torch.library.custom_op("gptoss_nf4::packed_linear", mutates_args=())
+def packed_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    blocksize: int,
+    quant_type: str,
+) -> torch.Tensor:
+    """x [rows, in] float16 or bfloat16 -> [rows, out_features]; a weight [1, ...] in the order of `kernels.tiles`."""
+    return launch.linear(x, Packed(codes, absmax, bias, blocksize, quant_type), out_features)
+
+
+@packed_linear.register_fake
+def _(x, codes, absmax, bias, out_features, blocksize, quant_type):
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.custom_op("gptoss_nf4::packed_experts", mutates_args=())
+def packed_experts(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    experts: int,
+    w13_codes: torch.Tensor,
+    w13_absmax: torch.Tensor,
+    w13_bias: torch.Tensor,
+    w13_blocksize: int,
+    w2_codes: torch.Tensor,
+    w2_absmax: torch.Tensor,
+    w2_bias: torch.Tensor,
+    w2_blocksize: int,
+    quant_type: str,
+) -> torch.Tensor:
+    """The weighted sum of each token's experts.
+
+    Args:
+        x: [tokens, hidden] float16 or bfloat16.
+        topk_weights, topk_ids: [tokens, k], global expert numbers.
+        expert_map: int32 [experts] from global to local number, -1 for another rank's; None where all are here.
+        experts: their global number.
+        w13_*, w2_*: this rank's experts in the order of `kernels.tiles`.
+    """
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
+    plan = launch.plan_experts(*topk_ids.shape, experts, x.device)
+    if x.shape[0] == 1:  # each slot its own block: nothing to sort
+        local = topk_ids.flatten() if expert_map is None else expert_map[topk_ids.flatten().long()]
+        routing = Routing(None, local, None)
+    else:
+        routing = Routing(*moe_align_block_size(topk_ids, plan.rows, experts, expert_map))
+    w13 = Packed(w13_codes, w13_absmax, w13_bias, w13_blocksize, quant_type)
+    w2 = Packed(w2_codes, w2_absmax, w2_bias, w2_blocksize, quant_type)
+    return launch.experts(x, topk_weights, routing, w13, w2, plan)
+
+
+@packed_experts.register_fake
+def _(x: torch.Tensor, *args) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
