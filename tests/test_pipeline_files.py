@@ -8,6 +8,7 @@ import pytest
 import yaml
 from project_imports import ROOT, direct_imports, project_files
 
+PLUGIN = "gptoss_nf4/vllm"
 STAGES = ("fetch", "dequant", "requant", "normalize", "assemble", "smoke", "benchmark")
 sys.path.insert(0, str(ROOT / "stages"))
 
@@ -44,8 +45,13 @@ def test_a_local_model_takes_name_and_layers_from_its_directory(tiny):
 def test_a_stage_depends_on_every_project_file_that_it_imports(stage):
     """A missing one is DVC's worst failure: a stale result that says it is up to date."""
     definition = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]
-    declared = {dep for dep in definition.get("do", definition)["deps"] if dep.endswith(".py")}
-    assert declared == project_files(ROOT / f"stages/{stage}.py")
+    dependencies = definition.get("do", definition)["deps"]
+    declared = {dep for dep in dependencies if dep.endswith(".py")}
+    needed = project_files(ROOT / f"stages/{stage}.py")
+    if stage in ("smoke", "benchmark"):  # these run the whole plugin, which vLLM loads by its entry point
+        assert PLUGIN in dependencies
+        needed = {file for file in needed if not file.startswith(f"{PLUGIN}/")}
+    assert declared == needed
 
 
 def test_the_library_imports_neither_dvc_nor_hydra_nor_vllm():

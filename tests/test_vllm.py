@@ -1,25 +1,30 @@
 """The real vLLM on converted checkpoints, in float32, against transformers: 1e-3 in log-probability."""
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import edit_shard, local, make_dense
 from openai import OpenAI
+from project_imports import ROOT
+from vllm_server import server
 
-from gptoss_nf4 import reference
+from gptoss_nf4 import embedded, reference
 from gptoss_nf4.agreement import Agreement
 from gptoss_nf4.artifacts import Artifacts
 from gptoss_nf4.checkpoint import INDEX_FILE, read_json_object
 from gptoss_nf4.convert import convert
+from gptoss_nf4.dimensions import Dimensions
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.files import write_json
 from gptoss_nf4.fuse import CONCATENATED
 from gptoss_nf4.plan import RequantOptions
 from gptoss_nf4.source import SplitSource
 from gptoss_nf4.vllm.generate import generate
-from gptoss_nf4.vllm.serve import server
 
 PROMPTS = [
     "The capital of France is",
@@ -94,9 +99,28 @@ def test_two_ranks_agree(dynamic, monkeypatch):
 
 
 @pytest.mark.slow
+def test_packed_weights_and_interpreted_kernels_agree(tmp_path):
+    """The GPU's path without one: loading into the kernels' order, routing, and the kernels, within vLLM."""
+    d = Dimensions(
+        layers=1, hidden=128, intermediate=64, experts=4, experts_per_token=2, heads=2, kv_heads=1, head_dim=64,
+        vocabulary=262,
+    )  # fmt: skip
+    embedded.write_checkpoint(tmp_path / "source", d)
+    model, artifacts = local(tmp_path / "source", tmp_path / "artifacts")
+    convert(model, artifacts, RequantOptions(), "float16")
+    script = [sys.executable, ROOT / "tests" / "packed_in_vllm.py", tmp_path / "source", artifacts.checkpoint]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout[done.stdout.rindex("{") : done.stdout.rindex("}") + 1])
+    assert result["positions"] >= 8
+    assert result["top1_agreement"] == 1
+    assert result["worst_logprob_difference"] < 0.05
+
+
+@pytest.mark.slow
 def test_vllm_serve_without_flags_answers_an_openai_client(converted, tmp_path):
     _, artifacts = converted
-    with server(artifacts.checkpoint, {}, tmp_path / "serve.log") as (url, _, _):
+    with server(artifacts.checkpoint, {}, tmp_path / "serve.log") as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
         answer = client.completions.create(
             model=str(artifacts.checkpoint), prompt=PROMPTS[0], max_tokens=8, temperature=0, extra_body={"ignore_eos": True}

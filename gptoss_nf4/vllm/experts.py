@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from gptoss_nf4.vllm.activation import clamped_swiglu
 from gptoss_nf4.vllm.dequantize import dequantize
 
+
 def run_used_experts(
     x: torch.Tensor,
     topk_weights: torch.Tensor,

@@ -62,7 +62,7 @@ class Nf4MoEMethod(FusedMoEMethodBase):
             layer.nf4_blocksizes[name] = blocksize
             parameters = {
                 "codes": torch.empty(num_experts, rows, columns // 2, dtype=torch.uint8, device="meta"),
-                "absmax": torch.empty(num_experts, rows, columns // blocksize, device="meta"),
+                "absmax": torch.empty(num_experts, rows, columns // blocksize, dtype=torch.float32, device="meta"),
                 "expert_bias": torch.empty(num_experts, rows, dtype=params_dtype, device="meta"),
             }
             for kind, stored in parameters.items():

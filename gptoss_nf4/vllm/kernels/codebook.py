@@ -4,8 +4,8 @@ The 16 values of the codebook, in float16 or bfloat16, stand in eight registers:
 their high ones. PTX `prmt` picks four bytes out of two registers by four 4-bit selectors, and the codes are such
 selectors already: two picks by the low three bits of each code, one from each half of the plane, a third permute that
 chooses between the two by the codes' top bits, and two that zip low and high bytes into pairs of 16-bit weights. That
-is 18 integer instructions and three products for eight weights, and no memory access (a select tree takes about 150, a table in memory
-eight gathers).
+is 18 integer instructions and three products for eight weights, and no memory access (a select tree takes about 150, a
+table in memory eight gathers).
 
 Rounding the codebook to 16 bit is the kernels' largest error, and a systematic one: the same 16 values are wrong
 everywhere. So the codebook is multiplied by the factor in [1, 2) at which its rounding error is smallest, and the
@@ -159,7 +159,7 @@ def _joined_nibbles(n0, n1, n2, n3, n4, n5, n6, n7):
 
 @triton.jit
 def decode(word, table, registers, dtype: tl.constexpr, ASM: tl.constexpr):
-    """int32 words [...] -> `dtype` weights [..., 2, 2, 2], the last three indexes bits 0, 1 and 2 of the nibble's number."""
+    """int32 words [...] -> `dtype` weights [..., 2, 2, 2]; the last indexes are bits 0, 1 and 2 of a nibble's number."""
     if ASM:
         t0, t1, t2, t3, t4, t5, t6, t7, t8, t9 = registers
         p0, p1, p2, p3 = tl.inline_asm_elementwise(

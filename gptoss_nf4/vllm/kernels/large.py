@@ -41,10 +41,8 @@ def _weights(
         scale = tl.load(scales + row, mask=tile_ok[:, None, None], other=0.0)
         weight = tl.reshape(decode(word, table, registers, dtype, ASM), [ROW_TILES, 8, 4, S, 2, 2, 2])
         weight = weight * tl.reshape(scale.to(dtype), [ROW_TILES, 8, 1, 1, 1, 2, 1])
-    if WGMMA:
-        weight = tl.permute(weight, [0, 5, 1, 3, 6, 2, 4])  # r g | s h t p
-    else:
-        weight = tl.permute(weight, [0, 5, 1, 3, 2, 6, 4])  # r g | s t h p
+    # wgmma's operand A in registers has the inputs in order (s h t p); mma.sync's as in `small` (s t h p).
+    weight = tl.permute(weight, [0, 5, 1, 3, 6, 2, 4] if WGMMA else [0, 5, 1, 3, 2, 6, 4])
     return tl.reshape(weight, [ROW_TILES * 16, 16 * S])
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks that anyone can run, on weights that they make themselves: `python -m benchmarks.serving`, `.kernels`."""

@@ -1,0 +1,188 @@
+"""Full-size gpt-oss-20b checkpoints of random weights: ours in NF4, and the stock one in MXFP4.
+
+Both have the same embeddings, attention biases, norms, sinks, routers and head, and experts of the same size of values,
+so a token goes to as many different experts in one as in the other. With a router of standard deviation 0.02 on
+embeddings of standard deviation 1, routing spreads over all experts (vLLM's dummy weights send most tokens of a batch
+to the same few, so that a batch reads half the bytes).
+"""
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from gptoss_nf4 import names
+from gptoss_nf4.assemble import FORMAT_VERSION, QUANT_METHOD
+from gptoss_nf4.checkpoint import INDEX_FILE
+from gptoss_nf4.codec import CODEBOOKS
+from gptoss_nf4.dimensions import Dimensions
+from gptoss_nf4.embedded import model_config
+from gptoss_nf4.files import write_json
+from gptoss_nf4.fuse import INTERLEAVED
+from gptoss_nf4.quant_state import QuantState
+
+GPT_OSS_20B = Dimensions(
+    layers=24, hidden=2880, intermediate=2880, experts=32, experts_per_token=4, heads=64, kv_heads=8, head_dim=64,
+    vocabulary=201088,
+)  # fmt: skip
+BLOCKSIZE = 64
+MXFP4_BLOCK = 32
+WEIGHT_STD = 0.0115  # of every 4-bit weight: MXFP4 codes are 2.94 on average, times 2^-8
+DTYPE = torch.bfloat16
+
+
+@cache
+def balanced_bytes(entries: int = 1 << 14) -> torch.Tensor:
+    """uint8 [entries]: bytes of two codes, as often as makes the codes' mean value zero and otherwise equally likely."""
+    book = CODEBOOKS["nf4"].astype(np.float64)
+    low, high = 0.0, 10.0  # tilt: exp(-tilt * value)
+    for _ in range(60):
+        tilt = (low + high) / 2
+        weights = np.exp(-tilt * book)
+        low, high = (tilt, high) if (weights * book).sum() > 0 else (low, tilt)
+    pairs = np.outer(weights, weights).flatten()
+    edges = np.round(np.cumsum(pairs / pairs.sum()) * entries).astype(np.int64)
+    return torch.from_numpy(np.repeat(np.arange(256), np.diff(edges, prepend=0)).astype(np.uint8))
+
+
+class Maker:
+    """Random tensors on the GPU where there is one; every tensor has its own seed, so both checkpoints get the same."""
+
+    def __init__(self, d: Dimensions, device: str):
+        self.d, self.device = d, device
+
+    def _generator(self, name: str) -> torch.Generator:
+        seed = int.from_bytes(name.encode()[-8:], "little") % (1 << 31) + sum(name.encode()) * 7919
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def normal(self, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> torch.Tensor:
+        values = torch.randn(shape, generator=self._generator(name), device=self.device, dtype=torch.float32)
+        return (values * std + mean).to(DTYPE).cpu()
+
+    def bytes(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randint(0, 256, shape, generator=self._generator(name), device=self.device, dtype=torch.uint8).cpu()
+
+    def codes(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Bytes of two NF4 codes whose values are zero on average.
+
+        Equally likely codes are not (+0.026, since zero takes a negative one's place): every row would share a
+        component, hidden states would line up with it, and all tokens would choose the same experts.
+        """
+        generator = self._generator(name)
+        table = balanced_bytes().to(self.device)
+        indices = torch.randint(0, len(table), shape, generator=generator, device=self.device, dtype=torch.int32)
+        return table[indices].cpu()
+
+    def dense(self, layer: int) -> dict[str, torch.Tensor]:
+        """Router, norms and sinks of a layer, under the names that both checkpoints use."""
+        tensors = {}
+        for key, shape in names.renamed_shapes(self.d).items():
+            name, norm = names.prefix(layer) + names.RENAMED[key], key.endswith("layernorm.weight")
+            std = 0.1 if norm else 0.02 if key == "mlp.router.linear.weight" else 0.1
+            tensors[name] = self.normal(name, shape, std, mean=1.0 if norm else 0.0)
+        return tensors
+
+    def outside(self) -> dict[str, torch.Tensor]:
+        return {
+            name: self.normal(name, shape, 0.1 if "norm" in name else 1.0 if "embed" in name else 0.02,
+                              mean=1.0 if "norm" in name else 0.0)
+            for name, shape in names.outside_shapes(self.d).items()
+        }  # fmt: skip
+
+    def nf4(self, name: str, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """A weight [..., rows, in] as `gptoss_nf4.requant` stores it."""
+        book = CODEBOOKS["nf4"]
+        absmax = WEIGHT_STD / float(np.sqrt(np.mean(np.square(book))))
+        state = QuantState(quant_type="nf4", blocksize=BLOCKSIZE, dtype="bfloat16", shape=shape)
+        return {
+            name: self.codes(name, (*shape[:-1], shape[-1] // 2)),
+            f"{name}.absmax": torch.full((*shape[:-1], shape[-1] // BLOCKSIZE), absmax),
+            f"{name}.quant_map": torch.from_numpy(book.copy()),
+            f"{name}.{names.STATE_PREFIX}nf4": torch.from_numpy(state.to_json().copy()),
+        }
+
+    def nf4_layer(self, layer: int) -> dict[str, torch.Tensor]:
+        d, tensors = self.d, self.dense(layer)
+        shapes = {
+            "self_attn.qkv_proj": (d.q_rows + 2 * d.kv_rows, d.hidden),
+            "self_attn.o_proj": (d.hidden, d.q_rows),
+            "mlp.experts.w13": (d.experts, 2 * d.intermediate, d.hidden),
+            "mlp.experts.w2": (d.experts, d.hidden, d.intermediate),
+        }
+        for key, shape in shapes.items():
+            name = names.prefix(layer) + key
+            tensors |= self.nf4(f"{name}.weight", shape)
+            tensors[f"{name}.bias"] = self.normal(f"{name}.bias", shape[:-1], 0.02)
+        return tensors
+
+    def mxfp4_layer(self, layer: int) -> dict[str, torch.Tensor]:
+        d, tensors = self.d, self.dense(layer)
+        shapes = {
+            "q_proj": (d.q_rows, d.hidden), "k_proj": (d.kv_rows, d.hidden), "v_proj": (d.kv_rows, d.hidden),
+            "o_proj": (d.hidden, d.q_rows),
+        }  # fmt: skip
+        for key, shape in shapes.items():
+            name = f"{names.prefix(layer)}self_attn.{key}"
+            tensors[f"{name}.weight"] = self.normal(f"{name}.weight", shape, WEIGHT_STD)
+            tensors[f"{name}.bias"] = self.normal(f"{name}.bias", shape[:1], 0.02)
+        for key, rows, columns in (("gate_up_proj", 2 * d.intermediate, d.hidden), ("down_proj", d.hidden, d.intermediate)):
+            name = f"{names.prefix(layer)}mlp.experts.{key}"
+            blocks = (d.experts, rows, columns // MXFP4_BLOCK)
+            tensors[f"{name}_blocks"] = self.bytes(name, (*blocks, MXFP4_BLOCK // 2))
+            tensors[f"{name}_scales"] = torch.full(blocks, 127 - 8, dtype=torch.uint8)  # 2^-8
+            tensors[f"{name}_bias"] = self.normal(f"{name}_bias", (d.experts, rows), 0.02)
+        return tensors
+
+
+def _config(d: Dimensions, quantization: dict) -> dict:
+    rope = {"original_max_position_embeddings": 4096}
+    config = model_config(d)
+    return config | {
+        "rope_scaling": config["rope_scaling"] | rope, "initial_context_length": 4096, "max_position_embeddings": 131072,
+        "sliding_window": 128, "eos_token_id": d.vocabulary - 1, "pad_token_id": d.vocabulary - 2,
+        "quantization_config": quantization,
+    }  # fmt: skip
+
+
+def _write(directory: Path, parts: Iterator[dict[str, torch.Tensor]], config: dict) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    weight_map, total = {}, 0
+    for number, tensors in enumerate(parts):
+        file = f"model-{number:05d}.safetensors"
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(directory / "config.json", config)  # last: its presence says that the checkpoint is whole
+
+
+def write_nf4(directory: Path, d: Dimensions, device: str) -> None:
+    maker = Maker(d, device)
+    quantization = {
+        "quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "quant_type": "nf4", "blocksize": BLOCKSIZE,
+        "w13_order": INTERLEAVED, "requant_mode": "synthetic", "modules_to_not_convert": [],
+    }  # fmt: skip
+    parts = [*(lambda layer=layer: maker.nf4_layer(layer) for layer in range(d.layers)), maker.outside]
+    _write(directory, (part() for part in parts), _config(d, quantization))
+
+
+def write_mxfp4(directory: Path, d: Dimensions, device: str) -> None:
+    maker = Maker(d, device)
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
+    parts = [*(lambda layer=layer: maker.mxfp4_layer(layer) for layer in range(d.layers)), maker.outside]
+    _write(directory, (part() for part in parts), _config(d, quantization))
+
+
+def ensure(directory: Path, kind: str, d: Dimensions, device: str) -> Path:
+    """The checkpoint `directory/kind`, made where it is missing or of other dimensions."""
+    path = directory / kind
+    stamp = path / "config.json"
+    if not stamp.exists() or json.loads(stamp.read_text())["num_hidden_layers"] != d.layers:
+        stamp.unlink(missing_ok=True)
+        {"nf4": write_nf4, "mxfp4": write_mxfp4}[kind](path, d, device)
+    return path

@@ -1,0 +1,39 @@
+"""vLLM on the CPU with the GPU's path: packed weights and the kernels, run by Triton's interpreter, in float16.
+
+The interpreter has to be chosen before the kernels are imported, hence a script; prints the agreement as JSON.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"TRITON_INTERPRET": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+import gptoss_nf4.vllm.linear
+import gptoss_nf4.vllm.moe
+import gptoss_nf4.vllm.ops
+from gptoss_nf4 import reference
+from gptoss_nf4.agreement import Agreement
+from gptoss_nf4.source import SplitSource
+from gptoss_nf4.vllm.generate import generate
+
+
+def main(source: str, checkpoint: str) -> None:
+    from kernel_cases import align
+
+    for module in (gptoss_nf4.vllm.linear, gptoss_nf4.vllm.moe):
+        module.runs_on_kernels = lambda dtype: True
+    # vLLM's own operator has no CPU build.
+    gptoss_nf4.vllm.ops.moe_align_block_size = lambda ids, block, experts, expert_map: align(ids, block, [*range(experts)])
+    engine = {"dtype": "float16", "max_model_len": 32, "max_num_batched_tokens": 32, "max_num_seqs": 1}
+    engine["enforce_eager"] = True
+    generations = generate(Path(checkpoint), ["2 + 2 ="], 2, engine)
+    model, result = reference.build(SplitSource(Path(source))), Agreement()
+    for generation in generations:
+        result.add(generation, reference.log_probabilities(model, generation.token_ids))
+    print(json.dumps(result.as_dict()))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

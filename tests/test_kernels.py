@@ -1,0 +1,108 @@
+"""The kernels: packing is lossless, results against float64, and what they compile to for a GPU that is not here."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import machine_code
+from benchmarks.weights import GPT_OSS_20B
+from gptoss_nf4.codec import CODEBOOKS
+from gptoss_nf4.vllm.kernels import launch, tiles
+from gptoss_nf4.vllm.kernels.codebook import best_factor
+
+ROOT = Path(__file__).parent.parent
+LIMITS = {"torch.bfloat16": 4e-3, "torch.float16": 1e-3}
+MAX_SHARED_BYTES = 99 * 1024  # of a program, on sm_86
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "columns", "inputs"), [((2,), 40, 192, 64), ((), 16, 96, 32), ((3,), 7, 128, 64)]
+)
+def test_packing_moves_bytes_and_loses_none(batch, rows, columns, inputs):
+    codes = torch.randint(0, 256, (*batch, rows, columns // 2), dtype=torch.uint8)
+    packed = tiles.pack_codes(codes, inputs)
+    assert packed.shape == (*batch, tiles.padded_rows(rows) // 16, columns // inputs, 32, inputs // 16)
+    assert torch.equal(tiles.unpack_codes(packed, rows), codes)
+
+
+def test_a_lane_holds_what_the_tensor_core_wants():
+    """The order as PTX documents it: one nibble set, looked for where the formula says."""
+    codes = torch.zeros(16, 64, dtype=torch.uint8)  # 16 rows, 128 inputs
+    row, column = 13, 64 + 2 * 16 + 8 + 2 * 3 + 1
+    codes[row, column // 2] = 0x0B  # an odd column is the low nibble
+    packed = tiles.pack_codes(codes, 64)
+    lane, word, nibble = 4 * (row % 8) + 3, 2, 1 + 2 * (row // 8) + 4 * 1
+    assert packed[0, 1, lane, word] == 0x0B << (4 * nibble)
+    assert packed.count_nonzero() == 1
+
+
+def test_gate_and_up_tiles_are_a_permutation_padded_with_zeros():
+    rows = torch.arange(1, 2 * 20 + 1).view(1, 40, 1)
+    tiled = tiles.gate_and_up_tiles(rows, 1).flatten()
+    assert tiled[:16].tolist() == list(range(1, 33, 2))
+    assert tiled[16:32].tolist() == list(range(2, 34, 2))
+    assert sorted(tiled.tolist())[24:] == list(range(1, 41))
+    assert (tiled == 0).sum() == 24
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)])
+def test_the_codebooks_factor_lowers_its_rounding_error(dtype, bits):
+    book = torch.from_numpy(CODEBOOKS["nf4"]).double()
+
+    def error(factor: float) -> float:
+        return float(((book * factor).to(dtype).double() / factor - book).norm())
+
+    assert error(best_factor("nf4", bits)) < 0.7 * error(1.0)
+
+
+def test_every_plan_makes_whole_blocks():
+    for tokens in random.Random(0).sample(range(1, 20000), 200):
+        plan = launch.plan_experts(tokens, 4, 32, torch.device("cpu"))
+        assert plan.rows in (8, 16, 32, 64)
+        assert plan.w13.warps in (0, 1, 2, 4)
+
+
+def test_errors_against_float64():
+    """On a GPU the kernels themselves; elsewhere their logic, in float16, through Triton's interpreter."""
+    seed = random.randrange(1 << 30)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "kernel_cases.py", str(seed)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(results) >= 6
+    for result in results:
+        for kernel, error in result["errors"].items():
+            assert error <= LIMITS[result["dtype"]], (seed, result["case"], result["dtype"], kernel)
+
+
+@pytest.mark.parametrize(("capability", "dtype", "blocksize"), [
+    (86, torch.bfloat16, 64), (86, torch.float16, 64), (80, torch.bfloat16, 32), (90, torch.bfloat16, 64),
+])  # fmt: skip
+def test_every_launch_compiles_without_spills(capability, dtype, blocksize):
+    """For an RTX 3090 and others, with no GPU here: all that gpt-oss-20b launches, at all batch sizes."""
+    found = machine_code.launches(GPT_OSS_20B, dtype, wgmma=capability == 90, blocksize=blocksize)
+    assert {each.kernel for each in found} == {f"{m.__name__.rsplit('.', 1)[1]}.{name}" for m, name in machine_code.KERNELS}
+    for each in found:
+        report = machine_code.report(each, capability)
+        assert report.spilled_bytes == 0, report
+        assert report.shared_bytes <= MAX_SHARED_BYTES, report
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: there is none on this machine")
+def test_no_launch_waits_for_the_gpu():
+    from benchmarks import kernels
+
+    weight = kernels.packed(1, 64, 128)
+    x = torch.randn(4, 128, device="cuda", dtype=torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    launch.linear(x, weight, 64)
+    with torch.cuda.graph(graph):  # raises on any synchronisation
+        out = launch.linear(x, weight, 64)
+    graph.replay()
+    assert torch.equal(out, launch.linear(x, weight, 64))
