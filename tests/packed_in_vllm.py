@@ -22,6 +22,14 @@ from gptoss_nf4.vllm.generate import generate
 def main(source: str, checkpoint: str) -> None:
     from kernel_cases import align
 
+    dtypes = {}
+    register = gptoss_nf4.vllm.moe.register_parameter
+
+    def register_and_note(layer, prefix, name, shape, dtype, load):
+        dtypes[name] = str(dtype)
+        register(layer, prefix, name, shape, dtype, load)
+
+    gptoss_nf4.vllm.moe.register_parameter = register_and_note
     for module in (gptoss_nf4.vllm.linear, gptoss_nf4.vllm.moe):
         module.runs_on_kernels = lambda dtype: True
     # vLLM's own operator has no CPU build.
@@ -32,7 +40,7 @@ def main(source: str, checkpoint: str) -> None:
     model, result = reference.build(SplitSource(Path(source))), Agreement()
     for generation in generations:
         result.add(generation, reference.log_probabilities(model, generation.token_ids))
-    print(json.dumps(result.as_dict()))
+    print(json.dumps(result.as_dict() | {"dtypes": dtypes}))
 
 
 if __name__ == "__main__":
