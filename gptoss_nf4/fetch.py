@@ -8,11 +8,13 @@ from pathlib import Path
 from gptoss_nf4 import hub
 from gptoss_nf4.artifacts import Artifacts
 from gptoss_nf4.checkpoint import Checkpoint, read_json_object
+from gptoss_nf4.dimensions import Dimensions
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.files import describe_file, write_json
 from gptoss_nf4.source import SplitSource
 
-KINDS = ("embedded", "hub", "local")
+KINDS = ("embedded", "synthetic", "hub", "local")
+OWN_KINDS = ("embedded", "synthetic")  # written by fetch itself, below the artifacts
 # Beside the weights, these decide what the finished checkpoint says.
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
               "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
@@ -27,6 +29,7 @@ class Model:
     path: str | None = None
     repository: str | None = None
     revision: str | None = None
+    dimensions: Dimensions | None = None
 
 
 def fetch(model: Model, artifacts: Artifacts) -> dict:
@@ -62,7 +65,7 @@ def open_source(model: Model, artifacts: Artifacts) -> SplitSource:
     manifest = read_json_object(artifacts.require(artifacts.manifest, "fetch"))
     if model.kind == "hub":
         return SplitSource(hub.cached(model.repository, manifest["source"]["commit"]))
-    directory = artifacts.source if model.kind == "embedded" else Path(model.path)
+    directory = artifacts.source if model.kind in OWN_KINDS else Path(model.path)
     if not directory.is_dir():
         raise UserError(
             "missing source", where=directory, got="no such directory", expected=f"the checkpoint of model {model.name}",
@@ -78,6 +81,12 @@ def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
 
         embedded.write_checkpoint(artifacts.source)
         return artifacts.source, {"kind": model.kind}
+    if model.kind == "synthetic":
+        from gptoss_nf4 import synthetic
+
+        if not _holds(artifacts.source, model.dimensions):
+            synthetic.write_checkpoint(artifacts.source, model.dimensions)
+        return artifacts.source, {"kind": model.kind, "values": "random: for measuring the conversion only"}
     if model.kind == "hub":
         directory, commit = hub.download(model.repository, model.revision)
         return directory, {"kind": model.kind, "repository": model.repository, "commit": commit}
@@ -92,6 +101,12 @@ def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
         "bad setting", where="model.kind", got=repr(model.kind), expected=f"one of {KINDS}",
         next_step="run `python stages/configure.py`",
     )  # fmt: skip
+
+
+def _holds(directory: Path, dimensions: Dimensions) -> bool:
+    """Whether a synthetic source of these dimensions was written whole: its config.json comes last."""
+    config = directory / "config.json"
+    return config.is_file() and Dimensions.from_config(read_json_object(config), config) == dimensions
 
 
 def _expected_files(source: SplitSource) -> list[Path]:

@@ -13,6 +13,7 @@ import hydra  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from gptoss_nf4.artifacts import Artifacts  # noqa: E402
+from gptoss_nf4.dimensions import Dimensions  # noqa: E402
 from gptoss_nf4.errors import UserError  # noqa: E402
 from gptoss_nf4.fetch import Model  # noqa: E402
 
@@ -33,8 +34,10 @@ def stage(function: Callable[[DictConfig], None]) -> Callable[[], None]:
 
 
 def model_of(cfg: DictConfig) -> tuple[Model, Artifacts]:
-    model = Model(**{key: cfg.model[key] for key in ("name", "kind", "path", "repository", "revision")})
-    return model, Artifacts.of(model.name)
+    fields = {key: cfg.model[key] for key in ("name", "kind", "path", "repository", "revision")}
+    if cfg.model.kind == "synthetic":
+        fields["dimensions"] = Dimensions(layers=len(cfg.model.layers), **cfg.model.dimensions)
+    return Model(**fields), Artifacts.of(cfg.model.name)
 
 
 def engine_of(cfg: DictConfig) -> dict:

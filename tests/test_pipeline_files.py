@@ -22,14 +22,14 @@ def test_params_yaml_is_what_conf_composes():
     assert stored == current, "params.yaml is stale: run `python stages/configure.py`"
 
 
-@pytest.mark.parametrize("model", ["tiny", "gpt_oss_20b", "gpt_oss_120b"])
+@pytest.mark.parametrize("model", ["tiny", "gpt_oss_20b", "gpt_oss_120b", "synthetic_20b", "synthetic_120b"])
 @pytest.mark.parametrize("engine", ["cpu", "gpu"])
 def test_every_model_and_engine_composes(model, engine):
     from configure import composed
 
     cfg = composed([f"model={model}", f"engine={engine}"])
     assert cfg.model.name == model
-    assert len(cfg.model.layers) == {"tiny": 2, "gpt_oss_20b": 24, "gpt_oss_120b": 36}[model]
+    assert len(cfg.model.layers) == {"tiny": 2, "20b": 24, "120b": 36}[model.rsplit("_", 1)[-1]]
 
 
 def test_a_local_model_takes_name_and_layers_from_its_directory(tiny):

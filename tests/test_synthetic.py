@@ -1,0 +1,80 @@
+"""The synthetic source: the published layout, the same bytes every time, and the tensors that the real one has."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from project_imports import ROOT
+
+from gptoss_nf4 import names, synthetic
+from gptoss_nf4.artifacts import Artifacts
+from gptoss_nf4.convert import convert
+from gptoss_nf4.dimensions import Dimensions
+from gptoss_nf4.embedded import TINY
+from gptoss_nf4.fetch import Model, fetch
+from gptoss_nf4.files import sha256_of
+from gptoss_nf4.plan import RequantOptions
+from gptoss_nf4.proof import source_weight
+from gptoss_nf4.source import SplitSource
+
+
+def configured(size: str) -> Dimensions:
+    model = yaml.safe_load((ROOT / f"conf/model/synthetic_{size}.yaml").read_text())
+    return Dimensions(layers=len(model["layers"]), **model["dimensions"])
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {file.name: sha256_of(file) for file in sorted(directory.iterdir())}
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        synthetic.write_checkpoint(tmp_path / name, TINY)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_it_is_valid_and_bitsandbytes_reads_what_we_read(tmp_path):
+    synthetic.write_checkpoint(tmp_path, TINY)
+    source = SplitSource(tmp_path)
+    source.validate()
+    for module in source.modules(0, names.FUSIONS[0]):
+        theirs = source_weight(source.checkpoint, module.weight)
+        assert torch.equal(torch.from_numpy(source.dequantized(module)), theirs)
+        assert (source.absmax(module) > 0).all()
+        assert theirs.std() > 0
+
+
+def test_a_conversion_of_it_is_exact(tmp_path):
+    model = Model(name="synthetic", kind="synthetic", dimensions=TINY)
+    report = convert(model, Artifacts(tmp_path), RequantOptions(), "bfloat16")
+    assert report["different"] == 0
+    assert report["compared"] > 0
+
+
+def test_a_whole_source_is_left_alone_and_another_size_is_written_anew(tmp_path):
+    artifacts = Artifacts(tmp_path)
+    assert fetch(Model(name="s", kind="synthetic", dimensions=TINY), artifacts)["source"]["kind"] == "synthetic"
+    before = {file: file.stat().st_mtime_ns for file in artifacts.source.iterdir()}
+    fetch(Model(name="s", kind="synthetic", dimensions=TINY), artifacts)
+    assert {file: file.stat().st_mtime_ns for file in artifacts.source.iterdir()} == before
+    one_layer = Dimensions(**(TINY.as_dict() | {"layers": 1}))
+    assert fetch(Model(name="s", kind="synthetic", dimensions=one_layer), artifacts)["dimensions"]["layers"] == 1
+
+
+@pytest.mark.parametrize(("size", "tensors", "gigabytes"), [("20b", 11547, 12.52), ("120b", 65703, 62.08)])
+def test_it_has_as_many_tensors_and_bytes_as_the_published_one(size, tensors, gigabytes):
+    """By count, from one expert: what the facts about the published checkpoints say."""
+    d = configured(size)
+    one = Dimensions(**(d.as_dict() | {"experts": 1, "vocabulary": 8}))
+    nested_map = np.zeros(256, np.float32)
+    layer = synthetic.layer_tensors(one, 0, nested_map)
+    expert = {name: array for name, (_, array) in layer.items() if ".experts." in name}
+    rest = {name: array for name, (_, array) in layer.items() if name not in expert and "router" not in name}
+    router = 2 * (d.hidden + 1) * d.experts
+    total = d.layers * (len(expert) * d.experts + len(rest) + 2) + len(names.OUTSIDE_LAYERS)
+    assert total == tensors
+    size_of = sum(array.nbytes for array in expert.values()) * d.experts + sum(array.nbytes for array in rest.values())
+    outside = 2 * (2 * d.vocabulary * d.hidden + d.hidden)
+    assert (d.layers * (size_of + router) + outside) / 1e9 == pytest.approx(gigabytes, abs=0.02)
