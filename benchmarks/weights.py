@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from gptoss_nf4 import names
@@ -25,10 +26,16 @@ from gptoss_nf4.files import write_json
 from gptoss_nf4.fuse import INTERLEAVED
 from gptoss_nf4.quant_state import QuantState
 
-GPT_OSS_20B = Dimensions(
-    layers=24, hidden=2880, intermediate=2880, experts=32, experts_per_token=4, heads=64, kv_heads=8, head_dim=64,
-    vocabulary=201088,
-)  # fmt: skip
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def configured(name: str) -> Dimensions:
+    """The dimensions of conf/model/<name>.yaml."""
+    model = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
+    return Dimensions(layers=len(model.layers), **model.dimensions)
+
+
+GPT_OSS_20B = configured("synthetic_20b")
 BLOCKSIZE = 64
 MXFP4_BLOCK = 32
 WEIGHT_STD = 0.0115  # of every 4-bit weight: MXFP4 codes are 2.94 on average, times 2^-8

@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
-from project_imports import ROOT
 
+from benchmarks.weights import configured
 from gptoss_nf4 import names, synthetic
 from gptoss_nf4.artifacts import Artifacts
 from gptoss_nf4.convert import convert
@@ -18,11 +17,6 @@ from gptoss_nf4.files import sha256_of
 from gptoss_nf4.plan import RequantOptions
 from gptoss_nf4.proof import source_weight
 from gptoss_nf4.source import SplitSource
-
-
-def configured(size: str) -> Dimensions:
-    model = yaml.safe_load((ROOT / f"conf/model/synthetic_{size}.yaml").read_text())
-    return Dimensions(layers=len(model["layers"]), **model["dimensions"])
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -66,7 +60,7 @@ def test_a_whole_source_is_left_alone_and_another_size_is_written_anew(tmp_path)
 @pytest.mark.parametrize(("size", "tensors", "gigabytes"), [("20b", 11547, 12.52), ("120b", 65703, 62.08)])
 def test_it_has_as_many_tensors_and_bytes_as_the_published_one(size, tensors, gigabytes):
     """By count, from one expert: what the facts about the published checkpoints say."""
-    d = configured(size)
+    d = configured(f"synthetic_{size}")
     one = Dimensions(**(d.as_dict() | {"experts": 1, "vocabulary": 8}))
     nested_map = np.zeros(256, np.float32)
     layer = synthetic.layer_tensors(one, 0, nested_map)

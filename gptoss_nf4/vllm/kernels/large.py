@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from gptoss_nf4.vllm.kernels.codebook import decode, decode_scaled, load_table
+from gptoss_nf4.vllm.kernels.swiglu import clamped_swiglu
 
 ROW_TILES = tl.constexpr(4)  # 16-row tiles of a program, one for each warp
 
@@ -100,9 +101,7 @@ def swiglu_experts(
     biases = bias + expert * row_tiles * 32 + (n // 16) * 32 + n % 16
     g = gate * inverse_factor + tl.load(biases, mask=n_ok, other=0.0).to(tl.float32)[:, None]
     u = up * inverse_factor + tl.load(biases + 16, mask=n_ok, other=0.0).to(tl.float32)[:, None]
-    g = tl.minimum(g, LIMIT)
-    u = tl.minimum(tl.maximum(u, -LIMIT), LIMIT)
-    value = (g * tl.sigmoid(ALPHA * g) * (u + 1)).to(out.dtype.element_ty)
+    value = clamped_swiglu(g, u, ALPHA, LIMIT).to(out.dtype.element_ty)
     tl.store(
         out + slot.to(tl.int64)[:, None] * N + n[None, :], tl.trans(value), mask=slot_ok[:, None] & (n < N)[None, :]
     )

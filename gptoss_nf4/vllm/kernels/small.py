@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from gptoss_nf4.vllm.kernels.codebook import decode, load_table
+from gptoss_nf4.vllm.kernels.swiglu import clamped_swiglu
 
 
 @triton.jit
@@ -125,9 +126,7 @@ def swiglu_experts(
     biases = bias + (expert * row_tiles + tile) * 32 + row
     g = g * inverse_factor + tl.load(biases).to(tl.float32)[:, None]
     u = u * inverse_factor + tl.load(biases + 16).to(tl.float32)[:, None]
-    g = tl.minimum(g, LIMIT)
-    u = tl.minimum(tl.maximum(u, -LIMIT), LIMIT)
-    value = g * tl.sigmoid(ALPHA * g) * (u + 1)
+    value = clamped_swiglu(g, u, ALPHA, LIMIT)
     n = tile * 16 + row
     tl.store(
         out + slot.to(tl.int64)[None, :] * N + n[:, None], value.to(out.dtype.element_ty),
