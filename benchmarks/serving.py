@@ -80,6 +80,7 @@ def run_all(args: argparse.Namespace) -> dict:
         print(f"weights {kind}: {time.monotonic() - started:.0f} s", flush=True)
     torch.cuda.empty_cache()
     read = read_rate(args.directory / CONTENDERS[args.contenders[0]][0])
+    print(f"reading the files: {read:.1f} GB/s", flush=True)
     results = {"gpu": torch.cuda.get_device_name(), "read_gb_per_second": read, "contenders": {}}
     others = [name for name in args.contenders if name != OURS]
     groups = [[OURS]] * (OURS in args.contenders)
