@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from gptoss_nf4 import embedded, names
 from gptoss_nf4.checkpoint import INDEX_FILE
@@ -26,6 +27,7 @@ ABSMAX_MEAN, ABSMAX_SPREAD = 0.02, 0.015  # so that every de-nested absmax is po
 def write_checkpoint(directory: Path, d: Dimensions) -> None:
     """Write the model: a shard a layer and one for the rest, index, config and the embedded model's tokenizer."""
     from bitsandbytes.functional import create_dynamic_map
+    from safetensors.torch import save_file
 
     nested_map = create_dynamic_map().numpy()
     weight_map, total = {}, 0
@@ -33,8 +35,8 @@ def write_checkpoint(directory: Path, d: Dimensions) -> None:
     def write_shard(layer: int) -> tuple[str, dict[str, int]]:
         tensors = layer_tensors(d, layer, nested_map) if layer < d.layers else outside_tensors(d)
         file = f"model-{layer + 1:05d}-of-{d.layers + 1:05d}.safetensors"
-        write_file(directory / file, lambda path: write_safetensors(path, tensors))
-        return file, {name: array.nbytes for name, (_, array) in tensors.items()}
+        write_file(directory / file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        return file, {name: tensor.nbytes for name, tensor in tensors.items()}
 
     # Two at once: random numbers and the disk each take part of a core, and a shard takes half a GB of memory.
     with ThreadPoolExecutor(2) as pool:
@@ -47,7 +49,7 @@ def write_checkpoint(directory: Path, d: Dimensions) -> None:
     write_json(directory / "config.json", config)  # last: its presence says that the checkpoint is whole
 
 
-Tensors = dict[str, tuple[str, np.ndarray]]  # name -> (safetensors dtype, values; bfloat16 as uint16)
+Tensors = dict[str, torch.Tensor]
 
 
 def _generator(name: str) -> np.random.Generator:
@@ -60,9 +62,9 @@ def random_bytes(name: str, count: int) -> np.ndarray:
     return words.view(np.uint8)[:count]
 
 
-def bfloat16(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> tuple[str, np.ndarray]:
+def bfloat16(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> torch.Tensor:
     values = _generator(name).standard_normal(shape, dtype=np.float32) * np.float32(std) + np.float32(mean)
-    return "BF16", (values.view(np.uint32) >> 16).astype(np.uint16)
+    return torch.from_numpy((values.view(np.uint32) >> 16).astype(np.uint16)).view(torch.bfloat16)
 
 
 def quantized(name: str, shape: tuple[int, int], nested_map: np.ndarray) -> Tensors:
@@ -74,14 +76,15 @@ def quantized(name: str, shape: tuple[int, int], nested_map: np.ndarray) -> Tens
         "nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32", "nested_offset": ABSMAX_MEAN,
     }  # fmt: skip
     nested = np.full(-(-blocks // NESTED_BLOCKSIZE), ABSMAX_SPREAD, np.float32)
-    return {
-        name: ("U8", random_bytes(name, elements // 2).reshape(-1, 1)),
-        f"{name}.absmax": ("U8", random_bytes(f"{name}.absmax", blocks)),
-        f"{name}.nested_absmax": ("F32", nested),
-        f"{name}.quant_map": ("F32", NF4_MAP),
-        f"{name}.nested_quant_map": ("F32", nested_map),
-        f"{name}.{names.STATE_PREFIX}nf4": ("U8", np.frombuffer(json.dumps(state).encode(), np.uint8)),
+    arrays = {
+        name: random_bytes(name, elements // 2).reshape(-1, 1),
+        f"{name}.absmax": random_bytes(f"{name}.absmax", blocks),
+        f"{name}.nested_absmax": nested,
+        f"{name}.quant_map": NF4_MAP.copy(),  # safetensors writes no memory twice
+        f"{name}.nested_quant_map": nested_map.copy(),
+        f"{name}.{names.STATE_PREFIX}nf4": np.frombuffer(bytearray(json.dumps(state).encode()), np.uint8),
     }
+    return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
 
 def layer_tensors(d: Dimensions, layer: int, nested_map: np.ndarray) -> Tensors:
@@ -100,20 +103,3 @@ def outside_tensors(d: Dimensions) -> Tensors:
         name: bfloat16(name, shape, 0.1 if "norm" in name else 0.02, mean=1.0 if "norm" in name else 0.0)
         for name, shape in names.outside_shapes(d).items()
     }
-
-
-def write_safetensors(path: Path, tensors: Tensors) -> None:
-    """The format's own layout, for NumPy has no bfloat16: 8 bytes of header length, a JSON header, the values.
-
-    https://github.com/huggingface/safetensors, "Format"; the header is padded to whole 8 bytes.
-    """
-    header, start = {"__metadata__": {"format": "pt"}}, 0
-    for name, (dtype, array) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [start, start + array.nbytes]}
-        start += array.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, array in tensors.values():
-            file.write(np.ascontiguousarray(array).data)

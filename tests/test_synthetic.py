@@ -64,8 +64,8 @@ def test_it_has_as_many_tensors_and_bytes_as_the_published_one(size, tensors, gi
     one = Dimensions(**(d.as_dict() | {"experts": 1, "vocabulary": 8}))
     nested_map = np.zeros(256, np.float32)
     layer = synthetic.layer_tensors(one, 0, nested_map)
-    expert = {name: array for name, (_, array) in layer.items() if ".experts." in name}
-    rest = {name: array for name, (_, array) in layer.items() if name not in expert and "router" not in name}
+    expert = {name: array for name, array in layer.items() if ".experts." in name}
+    rest = {name: array for name, array in layer.items() if name not in expert and "router" not in name}
     router = 2 * (d.hidden + 1) * d.experts
     total = d.layers * (len(expert) * d.experts + len(rest) + 2) + len(names.OUTSIDE_LAYERS)
     assert total == tensors
