@@ -67,7 +67,7 @@ class Launch:
 
     @property
     def label(self) -> str:
-        shown = ("BM", "WARPS", "UNROLL", "STAGES", "PAIR", "S")
+        shown = ("BM", "WARPS", "STAGES", "PAIR", "S")
         settings = ", ".join(f"{n} {v}" for n, v in self.arguments if n in shown)
         return f"{self.kernel} {dict(self.arguments)['out'].dtype}".replace("torch.", "") + f" ({settings})"
 
@@ -133,7 +133,7 @@ def launches(d: Dimensions, dtype: torch.dtype, wgmma: bool, blocksize: int = 64
 def _meta_codebook(quant_type: str, dtype: torch.dtype, device: torch.device):
     from gptoss_nf4.vllm.kernels.codebook import Codebook
 
-    return Codebook(torch.empty(10, 32, dtype=torch.int32, device="meta"), 1.5)
+    return Codebook(torch.empty(11, 32, dtype=torch.int32, device="meta"), 1.5)
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,13 @@ def report(each: Launch, capability: int) -> Report:
         disassemble = [BIN / "cuobjdump", "-sass", f"{directory}/kernel.cubin"]
         sass = subprocess.run(disassemble, capture_output=True, text=True).stdout
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", said)]
+    # Triton counts only what it allocates itself; the codebook's table stands beside it.
+    shared = compiled.metadata.shared + sum(int(n) for n in re.findall(r"(\d+) bytes smem", said))
     registers = int(re.search(r"Used (\d+) registers", said)[1])
     settings = dict(each.arguments)
-    unroll = settings.get("UNROLL", 1)
     pair = 2 if each.kernel.endswith("swiglu_experts") or settings.get("PAIR") else 1
-    weights = 8 * settings.get("S", 0) * unroll * pair
-    return Report(each.label, registers, sum(spills), compiled.metadata.shared, loop_length(sass), weights)
+    weights = 8 * settings.get("S", 0) * pair
+    return Report(each.label, registers, sum(spills), shared, loop_length(sass), weights)
 
 
 def loop_length(sass: str) -> int | None:

@@ -33,7 +33,7 @@ def test_packing_moves_bytes_and_loses_none(batch, rows, columns, inputs):
 def test_a_lane_holds_what_the_tensor_core_wants():
     """The order as PTX documents it: one nibble set, looked for where the formula says."""
     codes = torch.zeros(16, 64, dtype=torch.uint8)  # 16 rows, 128 inputs
-    row, column = 13, 64 + 2 * 16 + 8 + 2 * 3 + 1
+    row, column = 13, 64 + 32 + 8 * 3 + 4 * 0 + 2 * 1 + 1
     codes[row, column // 2] = 0x0B  # an odd column is the low nibble
     packed = tiles.pack_codes(codes, 64)
     lane, word, nibble = 4 * (row % 8) + 3, 2, 1 + 2 * (row // 8) + 4 * 1

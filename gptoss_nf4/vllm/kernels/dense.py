@@ -25,7 +25,8 @@ def dequantize(
         absmax + (tile * absmax_stride + block // PER_ABSMAX)[:, None] * 16 + row[None, :], mask=ok[:, None], other=0.0
     )
     weight = decode(word, table, load_table(table), out.dtype.element_ty, ASM)
-    weight = tl.permute(tl.reshape(weight, [TILES, 8, 4, S, 2, 2, 2]), [0, 5, 1, 3, 6, 2, 4])  # g t s p r h -> r g s h t p
+    weight = tl.reshape(weight, [TILES, 8, 4, S // 2, 2, 2, 2, 2])  # g t s/2 s%2 p r h
+    weight = tl.permute(weight, [0, 6, 1, 3, 2, 4, 7, 5])  # r g | s/2 t s%2 h p
     weight = tl.reshape(weight, [TILES, 16, 16 * S]).to(tl.float32) * (scale * inverse_factor)[:, :, None]
     n = tile * 16 + row
     k = block[:, None] * (16 * S) + tl.arange(0, 16 * S)[None, :]

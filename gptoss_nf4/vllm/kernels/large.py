@@ -66,7 +66,7 @@ def swiglu_experts(
     PER_ABSMAX: tl.constexpr, BM: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, WGMMA: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """The same product as `small.swiglu_experts` for sorted slots, with the same arguments."""
+    """The same product as `small.swiglu_experts` for sorted slots; x and out in `tiles.operand_order`."""
     first = tl.program_id(1)
     if first * BM >= tl.load(padded_count):
         return
@@ -102,6 +102,9 @@ def swiglu_experts(
     g = gate * inverse_factor + tl.load(biases, mask=n_ok, other=0.0).to(tl.float32)[:, None]
     u = up * inverse_factor + tl.load(biases + 16, mask=n_ok, other=0.0).to(tl.float32)[:, None]
     value = clamped_swiglu(g, u, ALPHA, LIMIT).to(out.dtype.element_ty)
+    # Into the order that the second product wants (`tiles.operand_order`): s / 2, t, s % 2, h, p -> s, h, t, p.
+    value = tl.permute(tl.reshape(value, [ROW_TILES // 2, 4, 2, 2, 2, BM]), [0, 2, 3, 1, 4, 5])
+    value = tl.reshape(value, [ROW_TILES * 16, BM])
     tl.store(
         out + slot.to(tl.int64)[:, None] * N + n[None, :], tl.trans(value), mask=slot_ok[:, None] & (n < N)[None, :]
     )
@@ -115,7 +118,7 @@ def down_experts(
     PER_ABSMAX: tl.constexpr, BM: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, WGMMA: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """The same product as `small.matmul` with EXPERTS for sorted slots, with the same arguments."""
+    """The same product as `small.matmul` with EXPERTS for sorted slots; x in `tiles.operand_order`."""
     first = tl.program_id(1)
     n = tl.program_id(0) * (ROW_TILES * 16) + tl.arange(0, ROW_TILES * 16)
     if first * BM >= tl.load(padded_count):

@@ -14,16 +14,16 @@ from gptoss_nf4.vllm.activation import SWIGLU_ALPHA, SWIGLU_LIMIT
 from gptoss_nf4.vllm.kernels import dense, large, small
 from gptoss_nf4.vllm.kernels.codebook import codebook
 from gptoss_nf4.vllm.kernels.combine import sum_slots
-from gptoss_nf4.vllm.kernels.tiles import ROWS
+from gptoss_nf4.vllm.kernels.tiles import ROWS, operand_order
 
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 class Tiling(NamedTuple):
-    """How one product runs: `warps` share a program's inputs (kernels of `small`), or 0 for those of `large`."""
+    """How one product runs: `warps` share a program's inputs (kernels of `small`), or 0 for those of `large`, which
+    read `stages` - 1 blocks ahead."""
 
     warps: int
-    unroll: int = 1
     stages: int = 3
 
 
@@ -66,19 +66,15 @@ MAX_LINEAR_ROWS = 64  # beyond, a dense copy of the weight and cuBLAS are faster
 def plan_linear(rows: int) -> tuple[int, Tiling]:
     """Activation rows of a program and the product's tiling, for at most MAX_LINEAR_ROWS."""
     if rows <= 8:
-        return 8, Tiling(4, 1, 5)
+        return 8, Tiling(4)
     return 16 if rows <= 16 else 32, Tiling(4)
 
 
 def plan_experts(tokens: int, top_k: int, experts: int, device: torch.device) -> Plan:
     """By the mean number of rows of an expert; measured on an H100 (NOTES.md)."""
     mean = tokens * top_k / experts
-    if tokens == 1:
-        return Plan(8, Tiling(2, 2), Tiling(4))
-    if mean <= 4:
-        return Plan(8, Tiling(2, 2), Tiling(2, 2))
     if mean <= 8:
-        return Plan(16, Tiling(1, 1, 5), Tiling(2, 1, 4))
+        return Plan(8 if mean <= 4 else 16, Tiling(4), Tiling(4))
     if mean <= 128 or not _has_wgmma(device):  # 128 rows: mma.sync would not have the registers
         return Plan(32 if mean <= 24 else 64, LARGE, LARGE)
     return Plan(128, Tiling(0, stages=4), Tiling(0, stages=4))
@@ -100,10 +96,12 @@ def _shape(weight: Packed) -> dict:
 
 def _options(tiling: Tiling, rows: int, device: torch.device) -> tuple[ModuleType, dict]:
     """The module that has the kernel, and the options that all its kernels take."""
-    common = {"BM": rows, "STAGES": tiling.stages, "ASM": not INTERPRETED}
+    common = {"BM": rows, "ASM": not INTERPRETED}
     if tiling.warps:
-        return small, common | {"WARPS": tiling.warps, "UNROLL": tiling.unroll, "num_warps": tiling.warps}
-    return large, common | {"WGMMA": _has_wgmma(device), "num_warps": large.ROW_TILES.value}
+        # The codebook's table leaves room for 24 warps on a multiprocessor if they have no more registers than this.
+        capped = {"maxnreg": 80} if rows == 8 and not INTERPRETED else {}
+        return small, common | {"WARPS": tiling.warps, "num_warps": tiling.warps} | capped
+    return large, common | {"STAGES": tiling.stages, "WGMMA": _has_wgmma(device), "num_warps": large.ROW_TILES.value}
 
 
 def linear(
@@ -166,6 +164,8 @@ def experts(
     x = x.contiguous()
     tokens, hidden = x.shape
     top_k = topk_weights.shape[1]
+    if not plan.w13.warps:
+        x = operand_order(x, w13.codes.shape[-1] * ROWS)
     middle = swiglu_experts(x, top_k, routing, w13, w2.codes.shape[2] * w2.codes.shape[4] * ROWS, plan.rows, plan.w13)
     # Few slots: their sum in float32 costs nothing. Many: half the bytes.
     dtype = torch.float32 if plan.w2.warps else x.dtype

@@ -2,50 +2,61 @@
 
 Each program takes two tiles (16 rows each) of outputs, a gate and an up tile or two neighbours, and up to `BM`
 activation rows. Its warps share the inputs: warp i multiplies blocks i, i + warps, ... on tensor cores, weights as
-operand A, so that the instruction's 16 rows are weights and only its 8 columns are padded. The 16 x 8 sums of one tile
-are scaled by absmax in float32, once per 64 weights. The warps' sums are added at the end, in shared memory.
+operand A, so that the instruction's 16 rows are weights and only its 8 columns are padded. Both operands go from memory
+to the registers of the lane that needs them, one block ahead of their use: the loop touches shared memory for the
+codebook only and has no barrier. The 16 x 8 sums of one tile are scaled by absmax in float32, once per 64 weights. The
+warps' sums are added at the end, in shared memory.
 """
 
 import triton
 import triton.language as tl
 
-from gptoss_nf4.vllm.kernels.codebook import decode, load_table
+from gptoss_nf4.vllm.kernels.codebook import fill_shared, lookup
 from gptoss_nf4.vllm.kernels.swiglu import clamped_swiglu
 
 
 @triton.jit
-def _activations(x, rows, row_ok, block, block_ok, K, BM: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr):
-    """x[rows, tiles `block` [WARPS] of the inputs] as [WARPS, 16 S, BM], inputs in the order of `_partial`."""
-    WARPS: tl.constexpr = block.shape[0]
-    k = block[:, None] * (16 * S) + tl.arange(0, 16 * S)[None, :]
-    ok = row_ok[None, :, None]
-    if MASKED:
-        ok = ok & block_ok[:, None, None]
-    value = tl.load(x + rows[None, :, None] * K + k[:, None, :], mask=ok, other=0.0)
-    value = tl.permute(tl.reshape(value, [WARPS, BM, S, 2, 4, 2]), [0, 1, 2, 4, 3, 5])  # s h t p -> s t h p
-    return tl.permute(tl.reshape(value, [WARPS, BM, 16 * S]), [0, 2, 1])
+def _load(
+    x, rows, row_ok, K, codes, absmax, codes2, absmax2, block, input_tiles,
+    PER_ABSMAX: tl.constexpr, S: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """What block `block` [WARPS] of the inputs needs: both tiles' words, their absmax, and x[rows].
+
+    Beyond the last tile the last one is read again, with absmax 0: one minimum instead of masks on all loads.
+    """
+    place = tl.minimum(block, input_tiles - 1)
+    words = place[:, None, None] * (32 * S) + tl.arange(0, 32)[None, :, None] * S + tl.arange(0, S)[None, None, :]
+    scales = (place // PER_ABSMAX)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    exists = (block < input_tiles)[:, None]
+    # Each warp's part of x lies in the last dimensions but for halves of a tile and groups of 8 rows: Triton spreads
+    # lanes and warps from the last dimension on, so that a lane's 8 inputs of a row are what it holds as operand B.
+    half = tl.arange(0, S // 2)
+    k = place[None, None, :, None, None] * (16 * S) + half[:, None, None, None, None] * 32 + tl.arange(0, 32)
+    row = tl.reshape(rows, [1, BM // 8, 1, 8, 1])
+    ok = tl.reshape(row_ok, [1, BM // 8, 1, 8, 1])
+    return (
+        tl.load(codes + words),
+        tl.load(codes2 + words),
+        tl.load(absmax + scales, mask=exists, other=0.0),
+        tl.load(absmax2 + scales, mask=exists, other=0.0),
+        tl.load(x + row * K + k, mask=ok, other=0.0),
+    )
 
 
 @triton.jit
-def _partial(
-    codes, absmax, block, block_ok, x, table, registers,
-    PER_ABSMAX: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """The product of one row tile, block `block` [WARPS], with x, scaled: float32 [WARPS, 16, BM].
+def _operand(value, BM: tl.constexpr, S: tl.constexpr):
+    """x [S / 2, BM / 8, WARPS, 8, 32] as operand B [WARPS, 16 S, BM], its inputs in the order of `_partial`."""
+    WARPS: tl.constexpr = value.shape[2]
+    value = tl.reshape(value, [S // 2, BM // 8, WARPS, 8, 4, 2, 2, 2])  # s_hi n_hi w n_lo t s_lo h p
+    value = tl.permute(value, [2, 0, 5, 4, 6, 7, 1, 3])  # w | s_hi s_lo t h p | n_hi n_lo
+    return tl.reshape(value, [WARPS, 16 * S, BM])
 
-    Inputs are taken in the order s, t, h, p: what a lane loads of one row is adjacent then, which is the operand layout
-    that Triton chooses for weights that come out of `tl.join` (kWidth 4), and nothing has to be moved.
-    """
-    WARPS: tl.constexpr = block.shape[0]
-    words = codes + block[:, None, None] * (32 * S) + tl.arange(0, 32)[None, :, None] * S + tl.arange(0, S)[None, None, :]
-    scales = absmax + (block // PER_ABSMAX)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    if MASKED:
-        word = tl.load(words, mask=block_ok[:, None, None], other=0)
-        scale = tl.load(scales, mask=block_ok[:, None], other=0.0)
-    else:
-        word = tl.load(words)
-        scale = tl.load(scales)
-    weight = decode(word, table, registers, x.dtype, ASM)
+
+@triton.jit
+def _partial(word, scale, x, table, column, S: tl.constexpr, ASM: tl.constexpr):
+    """One tile per warp times x, scaled: float32 [WARPS, 16, BM]."""
+    WARPS: tl.constexpr = word.shape[0]
+    weight = lookup(word, table, column, x.dtype, ASM)
     weight = tl.permute(tl.reshape(weight, [WARPS, 8, 4, S, 2, 2, 2]), [0, 5, 1, 3, 2, 6, 4])  # g t s p r h -> r g s t h p
     return tl.dot(tl.reshape(weight, [WARPS, 16, 16 * S]), x) * scale[:, :, None]
 
@@ -53,30 +64,24 @@ def _partial(
 @triton.jit
 def _two_tiles(
     x, rows, row_ok, K, codes, absmax, codes2, absmax2, table, input_tiles,
-    BM: tl.constexpr, PER_ABSMAX: tl.constexpr, S: tl.constexpr, WARPS: tl.constexpr, UNROLL: tl.constexpr,
-    STAGES: tl.constexpr, PAIR: tl.constexpr, ASM: tl.constexpr,
+    BM: tl.constexpr, PER_ABSMAX: tl.constexpr, S: tl.constexpr, WARPS: tl.constexpr,
+    PAIR: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Two row tiles (one and zeros if not PAIR) times x[rows]: float32 [16, BM] each, times the codebook's factor."""
-    registers = load_table(table)
+    warp = tl.arange(0, WARPS)
+    w1, w2, s1, s2, xs = _load(x, rows, row_ok, K, codes, absmax, codes2, absmax2, warp, input_tiles, PER_ABSMAX, S, BM)
+    column = fill_shared(table, ASM)
     first = tl.zeros([WARPS, 16, BM], tl.float32)
     second = tl.zeros([WARPS, 16, BM], tl.float32)
-    warp = tl.arange(0, WARPS)
-    # Whole rounds of all warps need no masks, which cost a fifth of the integer instructions.
-    whole = input_tiles // (WARPS * UNROLL) * (WARPS * UNROLL)
-    for start in tl.range(0, whole, WARPS * UNROLL, num_stages=STAGES):
-        for step in tl.static_range(UNROLL):
-            block = start + step * WARPS + warp
-            xb = _activations(x, rows, row_ok, block, block, K, BM, S, False)
-            first += _partial(codes, absmax, block, block, xb, table, registers, PER_ABSMAX, S, ASM, False)
-            if PAIR:
-                second += _partial(codes2, absmax2, block, block, xb, table, registers, PER_ABSMAX, S, ASM, False)
-    for start in tl.range(whole, input_tiles, WARPS, num_stages=1):
-        block = start + warp
-        ok = block < input_tiles
-        xb = _activations(x, rows, row_ok, block, ok, K, BM, S, True)
-        first += _partial(codes, absmax, block, ok, xb, table, registers, PER_ABSMAX, S, ASM, True)
+    for start in tl.range(0, input_tiles, WARPS, num_stages=1):
+        xb = _operand(xs, BM, S)
+        c1, c2, d1, d2 = w1, w2, s1, s2
+        w1, w2, s1, s2, xs = _load(
+            x, rows, row_ok, K, codes, absmax, codes2, absmax2, start + WARPS + warp, input_tiles, PER_ABSMAX, S, BM
+        )
+        first += _partial(c1, d1, xb, table, column, S, ASM)
         if PAIR:
-            second += _partial(codes2, absmax2, block, ok, xb, table, registers, PER_ABSMAX, S, ASM, True)
+            second += _partial(c2, d2, xb, table, column, S, ASM)
     return tl.sum(first, axis=0), tl.sum(second, axis=0)
 
 
@@ -95,8 +100,8 @@ def swiglu_experts(
     x, codes, absmax, bias, table, inverse_factor, out,
     slots, experts, padded_count, count, top_k,
     K, N, row_tiles, input_tiles, absmax_stride,
-    PER_ABSMAX: tl.constexpr, BM: tl.constexpr, S: tl.constexpr, WARPS: tl.constexpr, UNROLL: tl.constexpr,
-    STAGES: tl.constexpr, SORTED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, ASM: tl.constexpr,
+    PER_ABSMAX: tl.constexpr, BM: tl.constexpr, S: tl.constexpr, WARPS: tl.constexpr, SORTED: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """out[slot] = clamped SwiGLU of (w13[expert] @ x[slot // top_k] + bias[expert]).
 
@@ -119,8 +124,7 @@ def swiglu_experts(
     gate_absmax = absmax + (expert * row_tiles + tile) * 2 * absmax_stride * 16
     g, u = _two_tiles(
         x, slot // top_k, slot_ok, K, gate_codes, gate_absmax, gate_codes + input_tiles * (32 * S),
-        gate_absmax + absmax_stride * 16, table, input_tiles, BM, PER_ABSMAX, S, WARPS, UNROLL, STAGES,
-        True, ASM,
+        gate_absmax + absmax_stride * 16, table, input_tiles, BM, PER_ABSMAX, S, WARPS, True, ASM,
     )  # fmt: skip
     row = tl.arange(0, 16)
     biases = bias + (expert * row_tiles + tile) * 32 + row
@@ -139,8 +143,8 @@ def matmul(
     x, codes, absmax, bias, table, inverse_factor, out,
     slots, experts, padded_count, count, slot_weights,
     K, N, row_tiles, input_tiles, absmax_stride,
-    PER_ABSMAX: tl.constexpr, BM: tl.constexpr, S: tl.constexpr, WARPS: tl.constexpr, UNROLL: tl.constexpr,
-    STAGES: tl.constexpr, PAIR: tl.constexpr, EXPERTS: tl.constexpr, SORTED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PER_ABSMAX: tl.constexpr, BM: tl.constexpr, S: tl.constexpr, WARPS: tl.constexpr,
+    PAIR: tl.constexpr, EXPERTS: tl.constexpr, SORTED: tl.constexpr, HAS_BIAS: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
     """out[row] = w @ x[row] + bias; with EXPERTS (w[expert] @ x[slot] + bias[expert]) * slot_weights[slot].
@@ -179,7 +183,7 @@ def matmul(
     value, value2 = _two_tiles(
         x, slot, slot_ok, K, tile_codes, tile_absmax, tile_codes + has_second * input_tiles * (32 * S),
         tile_absmax + has_second * absmax_stride * 16, table, input_tiles,
-        BM, PER_ABSMAX, S, WARPS, UNROLL, STAGES, PAIR, ASM,
+        BM, PER_ABSMAX, S, WARPS, PAIR, ASM,
     )  # fmt: skip
     value *= inverse_factor
     value2 *= inverse_factor

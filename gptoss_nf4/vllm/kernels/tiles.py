@@ -3,7 +3,9 @@
 A tile is 16 rows by 64 inputs (by 32 where the blocksize is 32), the weights that one warp multiplies with four (two)
 tensor-core instructions m16n8k16. Its bytes are stored so that a lane's single 16-byte load brings exactly the weights
 that this lane holds as that instruction's operand A (PTX ISA, "Matrix fragments for mma.m16n8k16"): no shared memory,
-no shuffle. Lane 4g + t, word s, nibble p + 2r + 4h is the weight of row 8r + g and input 16s + 8h + 2t + p.
+no shuffle. Which inputs meet in which instruction is free, as long as the activations agree: lane 4g + t, word s,
+nibble p + 2r + 4h is the weight of row 8r + g and input 32 (s / 2) + 8t + 4 (s % 2) + 2h + p, so that the activations
+that a lane holds as operand B are 8 neighbours too, one 16-byte load.
 
 Only whole bytes and bits move: no code and no absmax changes.
 """
@@ -32,9 +34,9 @@ def pack_codes(codes: torch.Tensor, inputs: int) -> torch.Tensor:
     *batch, rows, half = codes.shape
     codes = torch.nn.functional.pad(codes, (0, 0, 0, padded_rows(rows) - rows))
     nibbles = torch.stack((codes >> 4, codes & 15), dim=-1)
-    #                          [..., R, r, g, C, s, h, t, p]
-    nibbles = nibbles.view(-1, padded_rows(rows) // ROWS, 2, 8, 2 * half // inputs, inputs // 16, 2, 4, 2)
-    nibbles = nibbles.permute(0, 1, 4, 3, 7, 5, 6, 2, 8).contiguous()  # [..., R, C, g, t, s, h, r, p]
+    #                          [..., R, r, g, C, s / 2, t, s % 2, h, p]
+    nibbles = nibbles.view(-1, padded_rows(rows) // ROWS, 2, 8, 2 * half // inputs, inputs // 32, 4, 2, 2, 2)
+    nibbles = nibbles.permute(0, 1, 4, 3, 6, 5, 7, 8, 2, 9).contiguous()  # [..., R, C, g, t, s / 2, s % 2, h, r, p]
     pairs = nibbles.view(-1, 2)
     packed = (pairs[:, 0] | (pairs[:, 1] << 4)).view(torch.int32)
     return packed.view(*batch, padded_rows(rows) // ROWS, 2 * half // inputs, LANES, inputs // 16)
@@ -45,8 +47,8 @@ def unpack_codes(packed: torch.Tensor, rows: int) -> torch.Tensor:
     *batch, row_tiles, input_tiles, _, words = packed.shape
     flat = packed.contiguous().view(torch.uint8).view(-1, 1)
     nibbles = torch.cat((flat & 15, flat >> 4), dim=1)
-    nibbles = nibbles.view(-1, row_tiles, input_tiles, 8, 4, words, 2, 2, 2)  # [..., R, C, g, t, s, h, r, p]
-    nibbles = nibbles.permute(0, 1, 7, 3, 2, 5, 6, 4, 8).contiguous().view(-1, 2)
+    nibbles = nibbles.view(-1, row_tiles, input_tiles, 8, 4, words // 2, 2, 2, 2, 2)  # R, C, g, t, s / 2, s % 2, h, r, p
+    nibbles = nibbles.permute(0, 1, 8, 3, 2, 5, 4, 6, 7, 9).contiguous().view(-1, 2)
     codes = (nibbles[:, 0] << 4) | nibbles[:, 1]
     return codes.view(*batch, row_tiles * ROWS, -1)[..., :rows, :].contiguous()
 
@@ -71,3 +73,10 @@ def gate_and_up_tiles(rows: torch.Tensor, dim: int) -> torch.Tensor:
     padded[: 2 * half] = rows
     tiles = padded.view(-1, ROWS, 2, *rows.shape[1:]).transpose(1, 2)
     return tiles.reshape(padded.shape).movedim(0, dim)
+
+
+def operand_order(x: torch.Tensor, inputs: int) -> torch.Tensor:
+    """Activations [..., in] as the prefill kernels want them in memory: input 16s + 8h + 2t + p of a tile is the one that
+    meets the weight of lane t, word s, nibble bits h and p."""
+    parts = x.view(*x.shape[:-1], -1, inputs // 32, 4, 2, 2, 2)  # s / 2, t, s % 2, h, p
+    return parts.movedim(-4, -2).reshape(x.shape)
