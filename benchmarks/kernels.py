@@ -74,7 +74,8 @@ def packed(experts: int, rows: int, columns: int, gate_and_up: bool = False) -> 
     row_tiles = (2 * tiles.padded_rows(rows // 2) if gate_and_up else tiles.padded_rows(rows)) // tiles.ROWS
     size = (experts, row_tiles, columns // tiles.MAX_INPUTS, tiles.LANES, 4 * tiles.MAX_INPUTS // tiles.ROWS)
     codes = torch.randint(0, 256, size, dtype=torch.uint8, device=DEVICE).view(torch.int32)
-    absmax = (torch.rand(experts, row_tiles, columns // BLOCKSIZE, tiles.ROWS, device=DEVICE) + 0.5) / columns**0.5
+    absmax = torch.rand(experts, row_tiles, columns // BLOCKSIZE, tiles.ROWS, device=DEVICE) + 0.5
+    absmax = (absmax * (tiles.ABSMAX_FACTOR / columns**0.5)).half()
     bias = torch.randn(experts, row_tiles * tiles.ROWS, device=DEVICE, dtype=DTYPE) * 0.1
     return Packed(codes, absmax, bias, BLOCKSIZE, "nf4")
 

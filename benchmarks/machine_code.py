@@ -26,15 +26,15 @@ from triton.compiler import ASTSource
 from benchmarks.tables import markdown
 from benchmarks.weights import GPT_OSS_20B
 from gptoss_nf4.dimensions import Dimensions
-from gptoss_nf4.vllm.kernels import combine, dense, large, launch, small, tiles
+from gptoss_nf4.vllm.kernels import combine, dense, large, launch, small, sort, tiles
 from gptoss_nf4.vllm.kernels.launch import Packed, Routing
 
 TOKENS = (1, 8, 32, 64, 128, 256, 2048)
 LINEAR_ROWS = (1, 16, 32, 64)
-RTX_3090_MULTIPROCESSORS = 82
+HOPPER_SHARED_MEMORY = 228 * 1024  # bytes of a multiprocessor
 KERNELS = [
-    (small, "swiglu_experts"), (small, "matmul"), (large, "swiglu_experts"), (large, "down_experts"),
-    (dense, "dequantize"), (combine, "_sum_slots"),
+    (small, "product"), (large, "swiglu_experts"), (large, "down_experts"),
+    (dense, "dequantize"), (combine, "_sum_slots"), (sort, "_sort_slots"),
 ]  # fmt: skip
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -67,9 +67,10 @@ class Launch:
 
     @property
     def label(self) -> str:
-        shown = ("BM", "WARPS", "STAGES", "PAIR", "S")
+        shown = ("BM", "WARPS", "GATED", "EXPERTS", "SORTED", "SHARED", "STAGES", "PAIR", "S", "SLOTS")
         settings = ", ".join(f"{n} {v}" for n, v in self.arguments if n in shown)
-        return f"{self.kernel} {dict(self.arguments)['out'].dtype}".replace("torch.", "") + f" ({settings})"
+        out = dict(self.arguments).get("out", dict(self.arguments).get("slots"))
+        return f"{self.kernel} {out.dtype}".replace("torch.", "") + f" ({settings})"
 
 
 @contextmanager
@@ -96,8 +97,8 @@ def recorded(wgmma: bool) -> Iterator[list[Launch]]:
         for module, name in KERNELS:
             patches.enter_context(mock.patch.object(module, name, Recorder(module, name)))
         patches.enter_context(mock.patch.object(launch, "_has_wgmma", return_value=wgmma))
-        count = mock.patch.object(launch, "_multiprocessors", return_value=RTX_3090_MULTIPROCESSORS)
-        patches.enter_context(count)
+        memory = HOPPER_SHARED_MEMORY if wgmma else 0
+        patches.enter_context(mock.patch.object(launch, "_shared_memory", return_value=memory))
         patches.enter_context(mock.patch.object(launch, "INTERPRETED", False))
         yield launches
 
@@ -105,7 +106,7 @@ def recorded(wgmma: bool) -> Iterator[list[Launch]]:
 def packed(experts: int, rows: int, columns: int, blocksize: int) -> Packed:
     inputs = tiles.tile_inputs(blocksize)
     codes = torch.empty(experts, rows // 16, columns // inputs, 32, inputs // 16, dtype=torch.int32, device="meta")
-    absmax = torch.empty(experts, rows // 16, columns // blocksize, 16, device="meta")
+    absmax = torch.empty(experts, rows // 16, columns // blocksize, 16, dtype=torch.float16, device="meta")
     bias = torch.empty(experts, rows, dtype=torch.bfloat16, device="meta")
     return Packed(codes, absmax, bias, blocksize, "nf4")
 
@@ -121,6 +122,9 @@ def launches(d: Dimensions, dtype: torch.dtype, wgmma: bool, blocksize: int = 64
             plan = launch.plan_experts(tokens, d.experts_per_token, d.experts, meta)
             blocks = torch.empty(8, dtype=torch.int32, device=meta)
             routing = Routing(None, blocks, None) if tokens == 1 else Routing(blocks, blocks, blocks)
+            if sort.fits(tokens * d.experts_per_token, d.experts):
+                ids = torch.empty(tokens, d.experts_per_token, dtype=torch.int32, device=meta)
+                sort.sort_slots(ids, plan.rows, d.experts)
             x = torch.empty(tokens, d.hidden, dtype=dtype, device=meta)
             launch.experts(x, torch.empty(tokens, d.experts_per_token, device=meta), routing, w13, w2, plan)
         for rows, (weight, outputs) in itertools.product(LINEAR_ROWS, ((qkv, d.q_rows + 2 * d.kv_rows), (o, d.hidden))):

@@ -90,9 +90,10 @@ def run_all(args: argparse.Namespace) -> dict:
     for group in groups:
         kv_gib = args.kv_gib if len(group) == 1 else args.kv_gib or KV_GIB
         children = {name: start_child(name, args, kv_gib) for name in group}
+        ready = {name for name in group if wait_for(children[name], "READY")}  # all of them: nobody starts while one runs
         for name in group:
             result = None
-            if wait_for(children[name], "READY"):
+            if name in ready:
                 children[name].stdin.write("GO\n")
                 children[name].stdin.flush()
                 result = wait_for(children[name], "RESULT ")
@@ -157,7 +158,7 @@ def run_contender(args: argparse.Namespace) -> None:
     llm = LLM(
         str(args.directory / checkpoint), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=args.max_model_len,
         max_num_seqs=64, max_num_batched_tokens=8192, gpu_memory_utilization=args.gib * 2**30 / total,
-        attention_config={"backend": "TRITON_ATTN"}, enable_prefix_caching=False,
+        attention_config={"backend": "TRITON_ATTN"}, enable_prefix_caching=False, disable_log_stats=False,
         compilation_config={"cudagraph_capture_sizes": GRAPH_SIZES},
         kv_cache_memory_bytes=int(args.kv_gib * 2**30) if args.kv_gib else None, **engine_args,
     )  # fmt: skip
@@ -175,7 +176,7 @@ def measure(llm, args: argparse.Namespace) -> dict:
 
     vocabulary = llm.model_config.get_vocab_size()
     result = {
-        "batches": [measure_batch(llm, batch, 128, 129, args.rounds, vocabulary) for batch in BATCHES],
+        "batches": [measure_batch(llm, batch, 128, 257, args.rounds, vocabulary) for batch in BATCHES],
         "prefill_ms": {tokens: measure_prefill(llm, tokens, args.rounds, vocabulary) for tokens in PREFILLS},
     }
     if args.long and args.contender == OURS:

@@ -20,7 +20,7 @@ def main(cfg: DictConfig) -> None:
     from vllm import LLM
 
     started = time.monotonic()
-    llm = LLM(str(artifacts.checkpoint), enable_prefix_caching=False, **engine_args)
+    llm = LLM(str(artifacts.checkpoint), enable_prefix_caching=False, disable_log_stats=False, **engine_args)
     load_seconds = time.monotonic() - started
     sizes = (cfg.benchmark.input_tokens, cfg.benchmark.output_tokens, cfg.benchmark.rounds)
     batches = [measure_batch(llm, batch, *sizes, llm.model_config.get_vocab_size()) for batch in cfg.benchmark.batch_sizes]

@@ -16,7 +16,7 @@ if not ON_GPU:
 
 from gptoss_nf4.codec import CODEBOOKS  # noqa: E402
 from gptoss_nf4.vllm.activation import clamped_swiglu  # noqa: E402
-from gptoss_nf4.vllm.kernels import combine, launch, tiles  # noqa: E402
+from gptoss_nf4.vllm.kernels import combine, launch, sort, tiles  # noqa: E402
 from gptoss_nf4.vllm.kernels.launch import Packed, Plan, Routing, Tiling  # noqa: E402
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -81,6 +81,9 @@ def run(case, dtype: torch.dtype) -> dict[str, float]:
     local = [*range(experts - 1), -1]
     if tokens == 1:
         routing = Routing(None, torch.tensor(local, dtype=torch.int32, device=DEVICE)[ids.flatten()], None)
+    elif plan.w13.warps:  # as the plugin sorts few slots
+        mapped = torch.tensor(local, dtype=torch.int32, device=DEVICE)
+        routing = Routing(*poison(lambda: sort.sort_slots(ids, plan.rows, experts, mapped)))
     else:
         routing = align(ids, plan.rows, local)
     w13 = Packed(
@@ -96,6 +99,7 @@ def run(case, dtype: torch.dtype) -> dict[str, float]:
     here = choice < experts - 1
     slots = x.double().repeat_interleave(TOP_K, 0)
     gate_up = torch.stack([d13[e] @ s + b13[e].double() for e, s in zip(choice, slots, strict=True)])
+
     def order(t: torch.Tensor) -> torch.Tensor:  # of the kernels of `large`
         return t if plan.w13.warps else tiles.operand_order(t, tiles.tile_inputs(blocksize))
 
@@ -119,13 +123,13 @@ def run(case, dtype: torch.dtype) -> dict[str, float]:
     return errors
 
 
-def poison(call) -> torch.Tensor:
-    """Run `call` with every new tensor filled with NaN first: an element that no kernel writes shows."""
+def poison(call):
+    """Run `call` with every new tensor filled with NaN, or an absurd number, first: what no kernel writes shows."""
     empty = torch.empty
 
     def poisoned(*args, **kwargs):
         tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 1 << 30)
 
     torch.empty = poisoned
     try:

@@ -14,6 +14,7 @@ from gptoss_nf4.vllm.loading import (
     register_parameter,
     repeat_absmax,
     require_filled,
+    require_packable,
     runs_on_kernels,
 )
 
@@ -59,6 +60,7 @@ class Nf4LinearMethod(LinearMethodBase):
         require_filled(layer)
         if not layer.nf4_packed:
             return
+        require_packable(layer.absmax.data, f"{self.prefix}.absmax")
         codes, absmax = pack(layer.weight.data, layer.absmax.data, layer.nf4_blocksize)
         layer.weight = torch.nn.Parameter(codes[None], requires_grad=False)
         layer.absmax = torch.nn.Parameter(absmax[None], requires_grad=False)

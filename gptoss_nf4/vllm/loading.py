@@ -8,6 +8,7 @@ from vllm.config import get_current_vllm_config_or_none
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.quant_state import BLOCKSIZES
+from gptoss_nf4.vllm.kernels.tiles import MAX_ABSMAX
 
 Loader = Callable[..., None]
 
@@ -66,3 +67,13 @@ def blocksize_of_shard(blocksize: int, in_features: int, prefix: str) -> int:
 def repeat_absmax(absmax: torch.Tensor, blocksize: int, shard_blocksize: int) -> torch.Tensor:
     """absmax [..., blocks] for blocks of `blocksize` as [..., blocks * n] for blocks of `shard_blocksize`."""
     return absmax if blocksize == shard_blocksize else absmax.repeat_interleave(blocksize // shard_blocksize, dim=-1)
+
+
+def require_packable(absmax: torch.Tensor, where: str) -> None:
+    """Refuse an absmax float32 [...] that the kernels' float16 cannot hold, before it is packed."""
+    largest = float(absmax.abs().max()) if absmax.numel() else 0.0
+    if not largest <= MAX_ABSMAX:  # NaN too
+        raise UserError(
+            "absmax out of range", where=where, got=f"{largest:g}", expected=f"at most {MAX_ABSMAX:g}",
+            next_step="serve it in float32 (dtype=float32), or look at the weights: trained ones are far below 1",
+        )  # fmt: skip

@@ -1,7 +1,7 @@
 """Measuring vLLM in this process: the benchmark stage and `python -m benchmarks.serving` both use these functions.
 
 Prompts are random token numbers, fresh ones each time: no text, no tokenizer, and a mixture of experts that sees
-different tokens. Seconds are wall-clock times of `LLM.generate`.
+different tokens.
 """
 
 import random
@@ -64,8 +64,8 @@ def random_prompts(count: int, tokens: int, vocabulary: int) -> list[dict]:
     return [{"prompt_token_ids": random.choices(range(vocabulary), k=tokens)} for _ in range(count)]
 
 
-def generate_seconds(llm, prompts: list[dict], output_tokens: int) -> float:
-    """Seconds until every prompt is continued by exactly `output_tokens` tokens.
+def generate(llm, prompts: list[dict], output_tokens: int) -> list:
+    """vLLM's outputs with every prompt continued by exactly `output_tokens` tokens.
 
     Sampled, not greedy: a model of random weights, given its likeliest tokens, soon repeats a few, and a batch of them
     would use a few experts.
@@ -73,26 +73,32 @@ def generate_seconds(llm, prompts: list[dict], output_tokens: int) -> float:
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=1, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
-    started = time.perf_counter()
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    seconds = time.perf_counter() - started
     produced = [len(output.outputs[0].token_ids) for output in outputs]
     if produced != [output_tokens] * len(prompts):
         raise RuntimeError(f"vLLM produced {produced} tokens, not {output_tokens} for each of {len(prompts)} prompts")
-    return seconds
+    return outputs
+
+
+def generate_seconds(llm, prompts: list[dict], output_tokens: int) -> float:
+    """Seconds until every prompt is continued by exactly `output_tokens` tokens."""
+    started = time.perf_counter()
+    generate(llm, prompts, output_tokens)
+    return time.perf_counter() - started
 
 
 def measure_batch(llm, batch: int, input_tokens: int, output_tokens: int, rounds: int, vocabulary: int) -> dict:
-    """One batch size, after one round that is not counted; medians over `rounds`.
+    """One batch size, after one round that is not counted; medians over requests, then over `rounds`.
 
-    Tokens per second are those of decoding: the time of the first token, which is prefill, is taken off.
+    By vLLM's own clock, so the engine has to be made with disable_log_stats=False: a step is the time from a request's
+    first token to its last, divided by the tokens between.
     """
     firsts, steps = [], []
     for _ in range(rounds + 1):
-        first = generate_seconds(llm, random_prompts(batch, input_tokens, vocabulary), 1)
-        whole = generate_seconds(llm, random_prompts(batch, input_tokens, vocabulary), output_tokens)
-        firsts.append(first)
-        steps.append((whole - first) / (output_tokens - 1))
+        outputs = generate(llm, random_prompts(batch, input_tokens, vocabulary), output_tokens)
+        stats = [output.metrics for output in outputs]
+        firsts.append(statistics.median(s.first_token_latency for s in stats))
+        steps.append(statistics.median((s.last_token_ts - s.first_token_ts) / (output_tokens - 1) for s in stats))
     step = statistics.median(steps[1:])
     return {
         "batch": batch,

@@ -19,6 +19,7 @@ from gptoss_nf4.vllm.loading import (
     register_parameter,
     repeat_absmax,
     require_filled,
+    require_packable,
     runs_on_kernels,
 )
 
@@ -89,6 +90,8 @@ class Nf4MoEMethod(FusedMoEMethodBase):
 
         def load(parameter: torch.nn.Parameter, tensor: torch.Tensor) -> None:
             if kind == "absmax":
+                if layer.nf4_packed:
+                    require_packable(tensor, f"{self.prefix}.{name}_absmax")
                 tensor = repeat_absmax(tensor, self.config.blocksize, layer.nf4_blocksizes[name])
             local = self._local_experts(layer, tensor)
             if name == "w13" and self.config.w13_order != INTERLEAVED:

@@ -9,6 +9,8 @@ from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_
 
 from gptoss_nf4.vllm.kernels import launch
 from gptoss_nf4.vllm.kernels.launch import Packed, Routing
+from gptoss_nf4.vllm.kernels.sort import fits as sorts
+from gptoss_nf4.vllm.kernels.sort import sort_slots
 
 
 @torch.library.custom_op("gptoss_nf4::packed_linear", mutates_args=())
@@ -63,7 +65,8 @@ def packed_experts(
         local = topk_ids.flatten() if expert_map is None else expert_map[topk_ids.flatten().long()]
         routing = Routing(None, local, None)
     else:
-        routing = Routing(*moe_align_block_size(topk_ids, plan.rows, experts, expert_map))
+        sort = sort_slots if sorts(topk_ids.numel(), experts) else moe_align_block_size
+        routing = Routing(*sort(topk_ids, plan.rows, experts, expert_map))
     w13 = Packed(w13_codes, w13_absmax, w13_bias, w13_blocksize, quant_type)
     w2 = Packed(w2_codes, w2_absmax, w2_bias, w2_blocksize, quant_type)
     return launch.experts(x, topk_weights, routing, w13, w2, plan)

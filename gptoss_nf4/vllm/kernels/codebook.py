@@ -174,7 +174,7 @@ def decode(word, table, registers, dtype: tl.constexpr, ASM: tl.constexpr):
 
 SHARED_BYTES = 256 * 32 * 4
 DECLARE_ASM = tl.constexpr(f".shared .align 16 .b8 nf4_pairs[{SHARED_BYTES}];\nmov.u32 $0, nf4_pairs;")
-STORE_ASM = tl.constexpr("st.shared.b32 [$1], $2; mov.b32 $0, 0;")
+STORE_ASM = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b32 $0, 0;")
 
 
 def _lookup_asm() -> str:
@@ -190,14 +190,13 @@ LOOKUP_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,r,r")
 
 @triton.jit
 def fill_shared(table, ASM: tl.constexpr):
-    lane = tl.arange(0, 32)[None, None, :]
-    column = tl.reshape(lane * 4, [1, 32, 1])
+    column = tl.arange(0, 32)[None, :, None] * 4
     if ASM:
         code = tl.arange(0, 16)
         first, second = code[None, :, None], code[:, None, None]
         pair = tl.load(table + 320 + first) | (tl.load(table + 320 + second) << 16)
         base = tl.inline_asm_elementwise(DECLARE_ASM, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-        place = base + (second * 16 + first) * 128 + lane * 4
+        place = base + (second * 16 + first) * 128 + tl.arange(0, 8)[None, None, :] * 16
         tl.inline_asm_elementwise(STORE_ASM, "=r,r,r", [place, pair], dtype=tl.int32, is_pure=False, pack=1)
         tl.debug_barrier()
         base = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [base], dtype=tl.int32, is_pure=False, pack=1)
@@ -212,8 +211,12 @@ def lookup(word, table, column, dtype: tl.constexpr, ASM: tl.constexpr):
         n0, n1, n2, n3, n4, n5, n6, n7 = _nibbles(word, table, dtype)
         return _joined_nibbles(n0, n1, n2, n3, n4, n5, n6, n7)
     p0, p1, p2, p3 = tl.inline_asm_elementwise(
-        LOOKUP_ASM, LOOKUP_CONSTRAINTS, [word, column],
-        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
+        LOOKUP_ASM,
+        LOOKUP_CONSTRAINTS,
+        [word, column],
+        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
+        is_pure=True,
+        pack=1,
     )
     return _joined(p0, p1, p2, p3, dtype)
 
@@ -239,3 +242,10 @@ def decode_scaled(word, scale0, scale1, registers, dtype: tl.constexpr):
             dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
         )  # fmt: skip
     return _joined(p0, p1, p2, p3, dtype)
+
+
+@triton.jit
+def halves(pair):
+    """The two float16 in int32 `pair`, low bits first."""
+    low = pair.to(tl.uint16).to(tl.float16, bitcast=True)
+    return low, (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)

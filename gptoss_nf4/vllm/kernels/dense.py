@@ -11,7 +11,7 @@ def dequantize(
     codes, absmax, table, inverse_factor, out, N, K, row_tiles, input_tiles, absmax_stride,
     PER_ABSMAX: tl.constexpr, S: tl.constexpr, TILES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """codes int32 [row_tiles, input_tiles, 32, S], absmax float32 [row_tiles, absmax_stride, 16] -> out [N, K]."""
+    """codes int32 [row_tiles, input_tiles, 32, S], absmax float16 [row_tiles, absmax_stride, 16] -> out [N, K]."""
     tile = tl.program_id(0)
     block = tl.program_id(1) * TILES + tl.arange(0, TILES)
     ok = block < input_tiles
@@ -21,9 +21,9 @@ def dequantize(
         mask=ok[:, None, None], other=0,
     )  # fmt: skip
     row = tl.arange(0, 16)
-    scale = tl.load(
-        absmax + (tile * absmax_stride + block // PER_ABSMAX)[:, None] * 16 + row[None, :], mask=ok[:, None], other=0.0
-    )
+    pair = row % 8 * 2 + row // 8  # where `tiles.pack_absmax` puts a row
+    places = (tile * absmax_stride + block // PER_ABSMAX)[:, None] * 16 + pair[None, :]
+    scale = tl.load(absmax + places, mask=ok[:, None], other=0.0)
     weight = decode(word, table, load_table(table), out.dtype.element_ty, ASM)
     weight = tl.reshape(weight, [TILES, 8, 4, S // 2, 2, 2, 2, 2])  # g t s/2 s%2 p r h
     weight = tl.permute(weight, [0, 6, 1, 3, 2, 4, 7, 5])  # r g | s/2 t s%2 h p

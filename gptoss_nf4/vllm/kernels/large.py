@@ -8,7 +8,7 @@ memory first would write and read four times the bytes. On Hopper the products a
 import triton
 import triton.language as tl
 
-from gptoss_nf4.vllm.kernels.codebook import decode, decode_scaled, load_table
+from gptoss_nf4.vllm.kernels.codebook import decode, decode_scaled, halves, load_table
 from gptoss_nf4.vllm.kernels.swiglu import clamped_swiglu
 
 ROW_TILES = tl.constexpr(4)  # 16-row tiles of a program, one for each warp
@@ -30,18 +30,18 @@ def _weights(
         + tl.arange(0, 32)[None, :, None] * S + tl.arange(0, S)[None, None, :],
         mask=tile_ok[:, None, None], other=0,
     )  # fmt: skip
-    scales = absmax + (place * absmax_stride + block // PER_ABSMAX) * 16
+    # Two neighbours in one load: Triton copies no fewer than four bytes ahead of their use.
+    pairs = absmax.to(tl.pointer_type(tl.int32)) + (place * absmax_stride + block // PER_ABSMAX) * 8
     if SCALE_ASM and ASM:
-        group = (tl.arange(0, 32) // 4)[None, :, None]
-        scale0 = tl.load(scales + group, mask=tile_ok[:, None, None], other=0.0)
-        scale1 = tl.load(scales + group + 8, mask=tile_ok[:, None, None], other=0.0)
+        scale0, scale1 = halves(
+            tl.load(pairs + (tl.arange(0, 32) // 4)[None, :, None], mask=tile_ok[:, None, None], other=0)
+        )
         weight = decode_scaled(word, scale0, scale1, registers, dtype)
         weight = tl.reshape(weight, [ROW_TILES, 8, 4, S, 2, 2, 2])  # g t s p r h
     else:
-        row = tl.arange(0, 8)[None, :, None] + tl.arange(0, 2)[None, None, :] * 8
-        scale = tl.load(scales + row, mask=tile_ok[:, None, None], other=0.0)
+        scale0, scale1 = halves(tl.load(pairs + tl.arange(0, 8)[None, :, None], mask=tile_ok[:, None, None], other=0))
         weight = tl.reshape(decode(word, table, registers, dtype, ASM), [ROW_TILES, 8, 4, S, 2, 2, 2])
-        weight = weight * tl.reshape(scale.to(dtype), [ROW_TILES, 8, 1, 1, 1, 2, 1])
+        weight = weight * tl.reshape(tl.join(scale0, scale1).to(dtype), [ROW_TILES, 8, 1, 1, 1, 2, 1])
     # wgmma's operand A in registers has the inputs in order (s h t p); mma.sync's as in `small` (s t h p).
     weight = tl.permute(weight, [0, 5, 1, 3, 6, 2, 4] if WGMMA else [0, 5, 1, 3, 2, 6, 4])
     return tl.reshape(weight, [ROW_TILES * 16, 16 * S])
@@ -66,7 +66,7 @@ def swiglu_experts(
     PER_ABSMAX: tl.constexpr, BM: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, WGMMA: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """The same product as `small.swiglu_experts` for sorted slots; x and out in `tiles.operand_order`."""
+    """The same product as `small.product`, GATED, for sorted slots; x and out in `tiles.operand_order`."""
     first = tl.program_id(1)
     if first * BM >= tl.load(padded_count):
         return
@@ -105,9 +105,7 @@ def swiglu_experts(
     # Into the order that the second product wants (`tiles.operand_order`): s / 2, t, s % 2, h, p -> s, h, t, p.
     value = tl.permute(tl.reshape(value, [ROW_TILES // 2, 4, 2, 2, 2, BM]), [0, 2, 3, 1, 4, 5])
     value = tl.reshape(value, [ROW_TILES * 16, BM])
-    tl.store(
-        out + slot.to(tl.int64)[:, None] * N + n[None, :], tl.trans(value), mask=slot_ok[:, None] & (n < N)[None, :]
-    )
+    tl.store(out + slot.to(tl.int64)[:, None] * N + n[None, :], tl.trans(value), mask=slot_ok[:, None] & (n < N)[None, :])
 
 
 @triton.jit
@@ -118,7 +116,7 @@ def down_experts(
     PER_ABSMAX: tl.constexpr, BM: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, WGMMA: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """The same product as `small.matmul` with EXPERTS for sorted slots; x in `tiles.operand_order`."""
+    """The same product as `small.product` with EXPERTS for sorted slots; x in `tiles.operand_order`."""
     first = tl.program_id(1)
     n = tl.program_id(0) * (ROW_TILES * 16) + tl.arange(0, ROW_TILES * 16)
     if first * BM >= tl.load(padded_count):

@@ -4,7 +4,6 @@ No function here waits for the GPU or looks at a tensor's values, so all may be 
 """
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -12,19 +11,20 @@ import triton
 
 from gptoss_nf4.vllm.activation import SWIGLU_ALPHA, SWIGLU_LIMIT
 from gptoss_nf4.vllm.kernels import dense, large, small
-from gptoss_nf4.vllm.kernels.codebook import codebook
+from gptoss_nf4.vllm.kernels.codebook import SHARED_BYTES, Codebook, codebook
 from gptoss_nf4.vllm.kernels.combine import sum_slots
-from gptoss_nf4.vllm.kernels.tiles import ROWS, operand_order
+from gptoss_nf4.vllm.kernels.tiles import ABSMAX_FACTOR, ROWS, operand_order
 
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 class Tiling(NamedTuple):
-    """How one product runs: `warps` share a program's inputs (kernels of `small`), or 0 for those of `large`, which
-    read `stages` - 1 blocks ahead."""
+    """How one product runs: `warps` share a program's inputs, in row tiles by `pair`s or alone (`small`); or warps is 0,
+    and the kernels of `large` read `stages` - 1 blocks ahead."""
 
     warps: int
     stages: int = 3
+    pair: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Routing(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A weight in the order of `tiles`: codes int32 [E, R, C, 32, S], absmax float32 [E, R, blocks, 16], bias [E, 16 R]."""
+    """A weight in the order of `tiles`: codes int32 [E, R, C, 32, S], absmax float16 [E, R, blocks, 16], bias [E, 16 R]."""
 
     codes: torch.Tensor
     absmax: torch.Tensor
@@ -60,14 +60,16 @@ class Packed(NamedTuple):
 
 
 LARGE = Tiling(0)
+# Of a multiprocessor, for six programs of four warps, as many as their registers allow, with a table each.
+SHARED_LIMIT = 6 * (SHARED_BYTES + 2048)
 MAX_LINEAR_ROWS = 64  # beyond, a dense copy of the weight and cuBLAS are faster
 
 
 def plan_linear(rows: int) -> tuple[int, Tiling]:
     """Activation rows of a program and the product's tiling, for at most MAX_LINEAR_ROWS."""
     if rows <= 8:
-        return 8, Tiling(4)
-    return 16 if rows <= 16 else 32, Tiling(4)
+        return 8, Tiling(8, pair=False)
+    return 16 if rows <= 32 else 32, Tiling(4, pair=False)
 
 
 def plan_experts(tokens: int, top_k: int, experts: int, device: torch.device) -> Plan:
@@ -86,6 +88,8 @@ def _has_wgmma(device: torch.device) -> bool:
 
 
 def _shape(weight: Packed) -> dict:
+    if weight.codes.dtype != torch.int32 or weight.absmax.dtype != torch.float16:
+        raise TypeError(f"packed weight of {weight.codes.dtype} and {weight.absmax.dtype}, not int32 and float16")
     _, row_tiles, input_tiles, _, words = weight.codes.shape
     inputs = words * ROWS
     return {
@@ -94,19 +98,33 @@ def _shape(weight: Packed) -> dict:
     }  # fmt: skip
 
 
-def _options(tiling: Tiling, rows: int, device: torch.device) -> tuple[ModuleType, dict]:
-    """The module that has the kernel, and the options that all its kernels take."""
-    common = {"BM": rows, "ASM": not INTERPRETED}
-    if tiling.warps:
-        # The codebook's table leaves room for 24 warps on a multiprocessor if they have no more registers than this.
-        capped = {"maxnreg": 80} if rows == 8 and not INTERPRETED else {}
-        return small, common | {"WARPS": tiling.warps, "num_warps": tiling.warps} | capped
-    return large, common | {"STAGES": tiling.stages, "WGMMA": _has_wgmma(device), "num_warps": large.ROW_TILES.value}
+def _inverse(book: Codebook) -> float:
+    """What a product of packed weights is multiplied by."""
+    return 1 / (book.factor * ABSMAX_FACTOR)
 
 
-def linear(
-    x: torch.Tensor, weight: Packed, out_features: int, plan: tuple[int, Tiling] | None = None
-) -> torch.Tensor:
+def _small_options(tiling: Tiling, rows: int, device: torch.device) -> dict:
+    """Weights are decoded by the table in shared memory where that has room for enough programs, else by permutes."""
+    shared = _shared_memory(device) >= SHARED_LIMIT
+    capped = {"maxnreg": 80} if shared and rows == 8 and not INTERPRETED else {}
+    return capped | {
+        "BM": rows, "WARPS": tiling.warps, "PAIR": tiling.pair, "SHARED": shared, "ASM": not INTERPRETED,
+        "num_warps": tiling.warps,
+    }  # fmt: skip
+
+
+def _large_options(tiling: Tiling, rows: int, device: torch.device) -> dict:
+    return {
+        "BM": rows, "STAGES": tiling.stages, "WGMMA": _has_wgmma(device), "ASM": not INTERPRETED,
+        "num_warps": large.ROW_TILES.value,
+    }  # fmt: skip
+
+
+def _small_grid(row_tiles: int, blocks: int, tiling: Tiling) -> tuple[int, int]:
+    return triton.cdiv(row_tiles, 1 + tiling.pair), blocks
+
+
+def linear(x: torch.Tensor, weight: Packed, out_features: int, plan: tuple[int, Tiling] | None = None) -> torch.Tensor:
     """x [rows, in] float16 or bfloat16 -> [rows, out_features] in x's dtype, with bias where the weight has one."""
     rows, inputs = x.shape
     if plan is None and rows > MAX_LINEAR_ROWS:
@@ -117,21 +135,22 @@ def linear(
     if rows == 0:
         return out
     block, tiling = plan or plan_linear(rows)
-    _, options = _options(tiling, block, x.device)
     book, shape = codebook(weight.quant_type, x.dtype, x.device), _shape(weight)
-    # Two row tiles a program share x; one each where pairs would be more than one for each multiprocessor.
-    pair = shape["row_tiles"] <= 2 * _multiprocessors(x.device)
     unused = out  # for pointers that the kernel does not touch without experts
-    small.matmul[(triton.cdiv(shape["row_tiles"], 1 + pair), triton.cdiv(rows, block))](
-        x, weight.codes, weight.absmax, unused if weight.bias is None else weight.bias, book.table, 1 / book.factor, out,
-        unused, unused, unused, rows, unused, inputs, out_features,
-        PAIR=pair, EXPERTS=False, SORTED=False, HAS_BIAS=weight.bias is not None, **shape, **options,
+    small.product[_small_grid(shape["row_tiles"], triton.cdiv(rows, block), tiling)](
+        x, weight.codes, weight.absmax, unused if weight.bias is None else weight.bias, book.table, _inverse(book), out,
+        unused, unused, unused, unused, rows, 1, inputs, out_features, ALPHA=SWIGLU_ALPHA, LIMIT=SWIGLU_LIMIT,
+        GATED=False, EXPERTS=False, SORTED=False, HAS_BIAS=weight.bias is not None,
+        **shape, **_small_options(tiling, block, x.device),
     )  # fmt: skip
     return out
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of a multiprocessor."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
 def dequantize(weight: Packed, out_features: int, dtype: torch.dtype) -> torch.Tensor:
@@ -141,7 +160,7 @@ def dequantize(weight: Packed, out_features: int, dtype: torch.dtype) -> torch.T
     out = torch.empty(out_features, inputs, dtype=dtype, device=weight.codes.device)
     tiles = 4
     dense.dequantize[(shape["row_tiles"], triton.cdiv(shape["input_tiles"], tiles))](
-        weight.codes, weight.absmax, book.table, 1 / book.factor, out, out_features, inputs, **shape,
+        weight.codes, weight.absmax, book.table, _inverse(book), out, out_features, inputs, **shape,
         TILES=tiles, ASM=not INTERPRETED, num_warps=4,
     )  # fmt: skip
     return out
@@ -173,28 +192,20 @@ def experts(
     return sum_slots(partial.view(tokens, top_k, hidden), x.dtype)
 
 
-def _lists(routing: Routing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    slots, experts, padded_count = routing
-    return (experts, experts, experts) if slots is None else (slots, experts, padded_count)
-
-
 def swiglu_experts(
     x: torch.Tensor, top_k: int, routing: Routing, w13: Packed, intermediate: int, block: int, tiling: Tiling
 ) -> torch.Tensor:
     """x [tokens, hidden] -> [tokens * top_k, intermediate]; rows of other ranks' experts are not written."""
-    module, options = _options(tiling, block, x.device)
-    book, shape = codebook(w13.quant_type, x.dtype, x.device), _shape(w13)
-    shape["row_tiles"] //= 2
-    tiles = 1
-    if tiling.warps:
-        options["SORTED"] = routing.slots is not None
-    else:
-        tiles = large.ROW_TILES.value
     slots = x.shape[0] * top_k
     out = torch.empty(slots, intermediate, dtype=x.dtype, device=x.device)
-    module.swiglu_experts[(triton.cdiv(shape["row_tiles"], tiles), routing.experts.shape[0])](
-        x, w13.codes, w13.absmax, w13.bias, book.table, 1 / book.factor, out, *_lists(routing), slots, top_k,
-        x.shape[1], intermediate, ALPHA=SWIGLU_ALPHA, LIMIT=SWIGLU_LIMIT, **shape, **options,
+    if tiling.warps:
+        return _small_experts(x, top_k, routing, w13, None, out, block, tiling)
+    book, shape = codebook(w13.quant_type, x.dtype, x.device), _shape(w13)
+    shape["row_tiles"] //= 2
+    large.swiglu_experts[(triton.cdiv(shape["row_tiles"], large.ROW_TILES.value), routing.experts.shape[0])](
+        x, w13.codes, w13.absmax, w13.bias, book.table, _inverse(book), out, *routing, slots, top_k,
+        x.shape[1], intermediate, ALPHA=SWIGLU_ALPHA, LIMIT=SWIGLU_LIMIT, **shape,
+        **_large_options(tiling, block, x.device),
     )  # fmt: skip
     return out
 
@@ -204,16 +215,29 @@ def down_experts(
     dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
     """x [slots, intermediate] -> [slots, hidden] in `dtype`, times topk_weights; zeros for other ranks' experts."""
-    module, options = _options(tiling, block, x.device)
-    book, shape = codebook(w2.quant_type, x.dtype, x.device), _shape(w2)
-    if tiling.warps:
-        kernel, tiles = module.matmul, 2
-        options |= {"PAIR": True, "EXPERTS": True, "HAS_BIAS": True, "SORTED": routing.slots is not None}
-    else:
-        kernel, tiles = module.down_experts, large.ROW_TILES.value
     out = torch.empty(x.shape[0], hidden, dtype=dtype, device=x.device)
-    kernel[(triton.cdiv(shape["row_tiles"], tiles), routing.experts.shape[0])](
-        x, w2.codes, w2.absmax, w2.bias, book.table, 1 / book.factor, out, *_lists(routing), x.shape[0], topk_weights,
-        x.shape[1], hidden, **shape, **options,
+    if tiling.warps:
+        return _small_experts(x, 1, routing, w2, topk_weights, out, block, tiling)
+    book, shape = codebook(w2.quant_type, x.dtype, x.device), _shape(w2)
+    large.down_experts[(triton.cdiv(shape["row_tiles"], large.ROW_TILES.value), routing.experts.shape[0])](
+        x, w2.codes, w2.absmax, w2.bias, book.table, _inverse(book), out, *routing, x.shape[0],
+        topk_weights, x.shape[1], hidden, **shape, **_large_options(tiling, block, x.device),
+    )  # fmt: skip
+    return out
+
+
+def _small_experts(
+    x: torch.Tensor, top_k: int, routing: Routing, weight: Packed, topk_weights: torch.Tensor | None, out: torch.Tensor,
+    block: int, tiling: Tiling,
+) -> torch.Tensor:  # fmt: skip
+    """`small.product` for experts, gated where there are no topk_weights."""
+    book, shape = codebook(weight.quant_type, x.dtype, x.device), _shape(weight)
+    slots, experts, padded_count = routing
+    small.product[_small_grid(shape["row_tiles"], experts.shape[0], tiling)](
+        x, weight.codes, weight.absmax, weight.bias, book.table, _inverse(book), out,
+        experts if slots is None else slots, experts, experts if slots is None else padded_count,
+        out if topk_weights is None else topk_weights, out.shape[0], top_k, x.shape[1], out.shape[1],
+        ALPHA=SWIGLU_ALPHA, LIMIT=SWIGLU_LIMIT, GATED=topk_weights is None, EXPERTS=True, SORTED=slots is not None,
+        HAS_BIAS=True, **shape, **_small_options(tiling, block, x.device),
     )  # fmt: skip
     return out
