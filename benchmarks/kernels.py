@@ -197,10 +197,15 @@ def errors() -> list[list]:
             values, ids = torch.topk(torch.randn(tokens, count, device=DEVICE), 2)
             routing = Routing(None, ids.flatten().int(), None) if tokens == 1 else align(ids, plan.rows, count)
             choice, each = ids.flatten(), torch.softmax(values, -1)
-            middle = launch.swiglu_experts(x, 2, routing, w13, D.intermediate, plan.rows, plan.w13)
-            slots = x.double().repeat_interleave(2, 0)
-            first = relative(middle, clamped_swiglu(products(dense["w13"], bias["w13"], choice, slots)))
-            down = launch.down_experts(middle, each, routing, w2, D.hidden, plan.rows, plan.w2, torch.float32)
+
+            def order(t, plan=plan):  # in which the prefill kernels read and write
+                return t if plan.w13.warps else tiles.operand_order(t, tiles.tile_inputs(BLOCKSIZE))
+
+            reference = clamped_swiglu(products(dense["w13"], bias["w13"], choice, x.double().repeat_interleave(2, 0)))
+            middle = launch.swiglu_experts(order(x), 2, routing, w13, D.intermediate, plan.rows, plan.w13)
+            first = relative(middle, order(reference))
+            middle = reference.to(dtype)
+            down = launch.down_experts(order(middle), each, routing, w2, D.hidden, plan.rows, plan.w2, torch.float32)
             reference = products(dense["w2"], bias["w2"], choice, middle.double())
             second = relative(down, reference * each.double().view(-1, 1))
             rows.append([f"{dtype}, {tokens} tokens, {plan.rows} rows a program", f"w13 {first:.1e}, w2 {second:.1e}"])
