@@ -3,10 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.files import write_file
 
 
 @dataclass(frozen=True)
@@ -27,8 +24,18 @@ class Artifacts:
         return self.root / "manifest.json"
 
     @property
+    def code(self) -> Path:
+        """Digests of the code that the layers' stages run."""
+        return self.root / "code.json"
+
+    @property
     def digests(self) -> Path:
         return self.root / "digests"
+
+    @property
+    def dense_digests(self) -> Path:
+        """Digests of what stage normalize reads."""
+        return self.root / "dense-digests.json"
 
     def digest(self, layer: int | None) -> Path:
         return self.digests / ("outside.json" if layer is None else f"layer-{layer}.json")
@@ -51,6 +58,11 @@ class Artifacts:
         return self.checkpoint / f"layer-{layer}.safetensors"
 
     @property
+    def digest_list(self) -> Path:
+        """SHA-256 of every file of the checkpoint, as `sha256sum` writes and checks them."""
+        return self.root / "checkpoint.sha256"
+
+    @property
     def dense_weights(self) -> Path:
         return self.checkpoint / "dense.safetensors"
 
@@ -62,10 +74,3 @@ class Artifacts:
                 next_step=f"run `dvc repro {stage}`",
             )  # fmt: skip
         return path
-
-
-def write_tensors(target: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write numpy arrays as safetensors; `format: pt` is what transformers and vLLM expect in the header."""
-    from safetensors.numpy import save_file
-
-    write_file(target, lambda path: save_file(tensors, path, metadata={"format": "pt"}))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from gptoss_nf4 import names
 from gptoss_nf4.artifacts import Artifacts
-from gptoss_nf4.checkpoint import INDEX_FILE, read_header, read_json_object
+from gptoss_nf4.audit import audit, check_dtype
+from gptoss_nf4.checkpoint import INDEX_FILE, Checkpoint, read_header, read_json_object
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.files import write_bytes, write_json, write_text
 from gptoss_nf4.plan import RequantOptions, plan_layer
@@ -15,8 +16,12 @@ FORMAT_VERSION = 1
 NO_TEMPLATE = "{{ raise_exception('this fine-tune was saved without a chat template') }}\n"
 
 
-def assemble(source: SplitSource, artifacts: Artifacts, options: RequantOptions, dtype: str) -> None:
-    """Write the checkpoint's own files; which ones is fixed, since dvc.yaml has to name them."""
+def assemble(source: SplitSource, artifacts: Artifacts, options: RequantOptions, dtype: str) -> dict[str, int]:
+    """Write the checkpoint's own files (which ones is fixed, since dvc.yaml has to name them) and audit its dtypes.
+
+    Returns the number of floating tensors by dtype, which is one.
+    """
+    check_dtype(dtype)
     directory, origin = artifacts.checkpoint, source.checkpoint.directory
     write_json(directory / INDEX_FILE, build_index(weight_files(source, artifacts)))
     write_json(directory / "config.json", build_config(source, options, dtype))
@@ -25,6 +30,7 @@ def assemble(source: SplitSource, artifacts: Artifacts, options: RequantOptions,
     write_text(directory / "chat_template.jinja", chat_template(origin, tokenizer_config))
     write_json(directory / "tokenizer_config.json", tokenizer_config)
     write_json(directory / "generation_config.json", build_generation_config(source))
+    return audit(Checkpoint(directory), dtype)
 
 
 def weight_files(source: SplitSource, artifacts: Artifacts) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Opening a safetensors checkpoint: every tensor by name, read through memory maps, nothing copied.
+"""Opening a safetensors checkpoint: every tensor by name, read where it lies when it is asked for.
 
 Reading raw bytes keeps torch out of the per-layer stages: numpy has no bfloat16, and those stages need none.
 Format: https://github.com/huggingface/safetensors#format (8-byte header length, JSON header, data).
@@ -7,8 +7,9 @@ Format: https://github.com/huggingface/safetensors#format (8-byte header length,
 import json
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+PIECE_BYTES = 1 << 23  # a multiple of every item's size
 
 ITEM_BYTES = {"U8": 1, "I8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
 NUMPY_DTYPES = {"U8": np.uint8, "F16": np.float16, "F32": np.float32, "F64": np.float64}
@@ -122,9 +124,15 @@ class Checkpoint:
             )  # fmt: skip
 
     def raw(self, name: str) -> np.ndarray:
-        """The tensor's bytes, uint8 [nbytes], read-only, mapped from its file."""
+        """The tensor's bytes, uint8 [nbytes], in memory of their own."""
         info = self.tensors[name]
-        return _map(info.file)[info.start : info.end]
+        return _read(info.file, info.start, info.end)
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """The tensor's bytes in order, a few megabytes at a time."""
+        info = self.tensors[name]
+        for start in range(info.start, info.end, PIECE_BYTES):
+            yield _read(info.file, start, min(start + PIECE_BYTES, info.end))
 
     def numpy(self, name: str) -> np.ndarray:
         """The tensor as stored; bfloat16 has no numpy dtype: use `torch` for it."""
@@ -132,16 +140,48 @@ class Checkpoint:
         return self.raw(name).view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
     def torch(self, name: str) -> "torch.Tensor":
-        """The tensor as stored, in memory of its own, any floating dtype or uint8."""
-        import torch
+        """The tensor as stored, any floating dtype or uint8."""
+        return _as_torch(self.raw(name), self.tensors[name].dtype).reshape(self.tensors[name].shape)
 
+    def torch_row(self, name: str, number: int) -> "torch.Tensor":
+        """Element `number` of the tensor's first dimension: of a stack of experts, one."""
         info = self.tensors[name]
-        return torch.from_numpy(self.raw(name).copy()).view(getattr(torch, TORCH_DTYPES[info.dtype])).reshape(info.shape)
+        size = (info.end - info.start) // info.shape[0]
+        start = info.start + number * size
+        return _as_torch(_read(info.file, start, start + size), info.dtype).reshape(info.shape[1:])
+
+    def torch_pieces(self, name: str) -> "Iterator[torch.Tensor]":
+        """The tensor's values in order, flat, a few megabytes at a time."""
+        return (_as_torch(piece, self.tensors[name].dtype) for piece in self.pieces(name))
 
 
-@cache
-def _map(file: Path) -> np.ndarray:
-    return np.memmap(file, dtype=np.uint8, mode="r")
+def _read(file: Path, start: int, end: int) -> np.ndarray:
+    """Bytes of a file. Not mapped: mapped pages count as a process's memory, and a read error would be a signal."""
+    data = np.empty(end - start, np.uint8)
+    try:
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(start)
+            view = memoryview(data)
+            while view:
+                count = stream.readinto(view)
+                if not count:
+                    raise UserError(
+                        "damaged shard", where=file, got=f"an end at byte {end - len(view)}",
+                        expected=f"{end} bytes or more", next_step="fetch the file again",
+                    )  # fmt: skip
+                view = view[count:]
+    except OSError as error:
+        raise UserError(
+            "cannot read", where=file, got=error.strerror or error, expected="a file that can be read",
+            next_step="make it readable, or check the disk, and run the command again",
+        ) from None  # fmt: skip
+    return data
+
+
+def _as_torch(data: np.ndarray, dtype: str) -> "torch.Tensor":
+    import torch
+
+    return torch.from_numpy(data).view(getattr(torch, TORCH_DTYPES[dtype]))
 
 
 def read_json_object(path: Path) -> dict:

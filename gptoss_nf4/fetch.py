@@ -1,16 +1,22 @@
 """Making a source available and describing it: a manifest, and one digest file per layer that its stages depend on."""
 
 import hashlib
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from gptoss_nf4 import hub
 from gptoss_nf4.artifacts import Artifacts
+from gptoss_nf4.budget import budget, cores, require_disk, seconds, synthetic_bytes
 from gptoss_nf4.checkpoint import Checkpoint, read_json_object
 from gptoss_nf4.dimensions import Dimensions
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.files import describe_file, write_json
+from gptoss_nf4.names import FUSIONS
 from gptoss_nf4.source import SplitSource
 
 KINDS = ("embedded", "synthetic", "hub", "local")
@@ -32,20 +38,28 @@ class Model:
     dimensions: Dimensions | None = None
 
 
-def fetch(model: Model, artifacts: Artifacts) -> dict:
+def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambda line: None) -> dict:
     """Bring the source, validate all of it, write digests and manifest; returns the manifest.
+
+    `say` is told what the conversion will take.
 
     Nothing is written before the source is valid, and the bytes stay where they are.
     """
     directory, origin = _make_available(model, artifacts)
     source = SplitSource(directory)
     source.validate()
-    expected = _expected_files(source)
+    plan = budget(source, artifacts)
+    require_disk(plan.disk_bytes, artifacts.root, "the converted checkpoint")
+    started = time.monotonic()
     with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter lock
-        files = list(pool.map(describe_file, expected))
         digests = list(pool.map(lambda names: describe_tensors(source.checkpoint, names), source.tensors_by_layer.values()))
+    size = sum(file.stat().st_size for file in source.checkpoint.weight_files)
+    rough = seconds(size, time.monotonic() - started, size)
+    say(f"to convert {size / 1e9:.1f} GB: about {rough:.0f} s on {cores()} cores, {plan.line()}")
     for layer, digest in zip(source.tensors_by_layer, digests, strict=True):
         write_json(artifacts.digest(layer), digest)
+    moved = _moved_as_codes(source)
+    write_json(artifacts.dense_digests, {name: d[name] for d in digests for name in d if name not in moved})
     for stale in set(artifacts.digests.glob("layer-*.json")) - {artifacts.digest(k) for k in source.tensors_by_layer}:
         stale.unlink()  # a longer model of the same name was here before
     manifest = {
@@ -54,7 +68,7 @@ def fetch(model: Model, artifacts: Artifacts) -> dict:
         "layout": source.layout,
         "dimensions": source.dimensions.as_dict(),
         "tensors": len(source.checkpoint.tensors),
-        "files": files,
+        "files": _describe_files(source),
     }
     write_json(artifacts.manifest, manifest)
     return manifest
@@ -85,6 +99,7 @@ def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
         from gptoss_nf4 import synthetic
 
         if not _holds(artifacts.source, model.dimensions):
+            require_disk(synthetic_bytes(model.dimensions), artifacts.source, "the synthetic source")
             synthetic.write_checkpoint(artifacts.source, model.dimensions)
         return artifacts.source, {"kind": model.kind, "values": "random: for measuring the conversion only"}
     if model.kind == "hub":
@@ -109,9 +124,24 @@ def _holds(directory: Path, dimensions: Dimensions) -> bool:
     return config.is_file() and Dimensions.from_config(read_json_object(config), config) == dimensions
 
 
-def _expected_files(source: SplitSource) -> list[Path]:
-    side = [source.checkpoint.directory / name for name in SIDE_FILES]
-    return [*source.checkpoint.weight_files, *(path for path in side if path.is_file())]
+def _describe_files(source: SplitSource) -> list[dict]:
+    """Weight files by size, since every tensor in them has its own digest; the files beside them by digest."""
+    weights = [{"name": path.name, "bytes": path.stat().st_size} for path in source.checkpoint.weight_files]
+    side = (source.checkpoint.directory / name for name in SIDE_FILES)
+    return [*weights, *(describe_file(path) for path in side if path.is_file())]
+
+
+def _moved_as_codes(source: SplitSource) -> set[str]:
+    """Tensors whose content stage normalize never reads: those of modules that stay 4-bit, but for their states."""
+    moved: set[str] = set()
+    for layer in range(source.dimensions.layers):
+        for fusion in FUSIONS:
+            parts = source.modules(layer, fusion)
+            if fusion.stacked or all(part.state for part in parts):
+                for part in parts:
+                    kinds = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+                    moved |= {part.weight + kind for kind in kinds} if part.state else set()
+    return moved
 
 
 def describe_tensors(checkpoint: Checkpoint, tensor_names: list[str]) -> dict:
@@ -120,7 +150,14 @@ def describe_tensors(checkpoint: Checkpoint, tensor_names: list[str]) -> dict:
         name: {
             "dtype": checkpoint.tensors[name].dtype,
             "shape": checkpoint.tensors[name].shape,
-            "sha256": hashlib.sha256(checkpoint.raw(name)).hexdigest(),
+            "sha256": _sha256(checkpoint.pieces(name)),
         }
         for name in tensor_names
     }
+
+
+def _sha256(pieces: Iterator[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()

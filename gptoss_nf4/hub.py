@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from gptoss_nf4.budget import require_disk
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.files import CHUNK_BYTES, sha256_of
 
@@ -22,6 +23,7 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
 
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+        _require_room(info, repository)
         directory = Path(snapshot_download(repository, revision=info.sha, allow_patterns=list(PATTERNS)))
     except RepositoryNotFoundError:
         raise UserError(
@@ -38,6 +40,18 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
         if path.is_file():
             _check(path, sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id)
     return directory, info.sha
+
+
+def _require_room(info, repository: str) -> None:
+    """Refuse a download that the cache's file system cannot hold; files that are there already count as room."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    wanted = [f for f in info.siblings if f.size and any(Path(f.rfilename).match(pattern) for pattern in PATTERNS)]
+    there = {
+        f.rfilename for f in wanted if isinstance(try_to_load_from_cache(repository, f.rfilename, revision=info.sha), str)
+    }
+    needed = sum(f.size for f in wanted if f.rfilename not in there)
+    require_disk(needed, Path(constants.HF_HUB_CACHE), f"the download of {repository}")
 
 
 def cached(repository: str, commit: str) -> Path:

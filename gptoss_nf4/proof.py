@@ -1,22 +1,46 @@
 """The proof of exactness: what bitsandbytes reads from the source against what it reads from the result."""
 
+import multiprocessing
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from bitsandbytes.functional import QuantState
 
+from gptoss_nf4.artifacts import Artifacts
 from gptoss_nf4.bnb import dequantize_float32
 from gptoss_nf4.checkpoint import Checkpoint
 from gptoss_nf4.dtypes import cast
-from gptoss_nf4.fuse import interleaved_rows
-from gptoss_nf4.plan import RequantOptions, Target, plan_layer
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.fuse import INTERLEAVED, interleaved_rows
+from gptoss_nf4.plan import EXACT, RequantOptions, Target, plan_layer
 from gptoss_nf4.source import Module, SplitSource
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Weights compared, those that differ, and by how much at most."""
+
+    compared: int = 0
+    different: int = 0
+    largest_difference: float = 0.0
+
+    def __add__(self, other: "Comparison") -> "Comparison":
+        return Comparison(
+            self.compared + other.compared, self.different + other.different,
+            max(self.largest_difference, other.largest_difference),
+        )  # fmt: skip
 
 
 def read_state(checkpoint: Checkpoint, weight: str) -> QuantState:
     """bitsandbytes' own QuantState of `weight`, read by its `from_dict`."""
-    sidecars = {name: checkpoint.torch(name) for name in checkpoint.tensors if name.startswith(f"{weight}.")}
-    return QuantState.from_dict(sidecars, device=torch.device("cpu"))
+    kinds = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+    states = (f"quant_state.bitsandbytes__{quant_type}" for quant_type in ("nf4", "fp4"))
+    stored = [name for kind in (*kinds, *states) if (name := f"{weight}.{kind}") in checkpoint.tensors]
+    return QuantState.from_dict({name: checkpoint.torch(name) for name in stored}, device=torch.device("cpu"))
 
 
 def source_weight(checkpoint: Checkpoint, weight: str) -> torch.Tensor:
@@ -26,25 +50,34 @@ def source_weight(checkpoint: Checkpoint, weight: str) -> torch.Tensor:
     return dequantize_float32(checkpoint.torch(weight), read_state(checkpoint, weight))
 
 
-def compare(source: SplitSource, result: Checkpoint, options: RequantOptions, dtype: str) -> dict:
-    """Compare every weight of attention and experts, 4-bit or carried dense; the counts are of single weights.
+def compare(source: SplitSource, result: Checkpoint, options: RequantOptions, dtype: str) -> Comparison:
+    """Compare every weight of attention and experts, 4-bit or carried dense, on all cores.
 
     What is served dense (a module left in 16 bit, or q, k and v that differ) is compared after rounding to `dtype`.
     """
-    compared = different = 0
-    largest = 0.0
-    for layer in range(source.dimensions.layers):
-        for target in plan_layer(source, layer, options):
-            for part, after in _result_parts(result, target, options.w13_order):
-                before = source_weight(source.checkpoint, part.weight)
-                if not target.quantized:
-                    before = cast(before, getattr(torch, dtype))[0].float()
+    work = partial(_compare_layer, source, result, options, dtype)
+    # spawn: a fork of a process with torch's threads can hang.
+    workers = min(os.cpu_count() or 1, source.dimensions.layers)
+    if workers == 1 or source.dimensions.layers * source.dimensions.experts < 256:  # starting workers would take longer
+        return sum(map(work, range(source.dimensions.layers)), Comparison())
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads,
+                             initargs=(1,)) as pool:  # fmt: skip
+        return sum(pool.map(work, range(source.dimensions.layers)), Comparison())
+
+
+def _compare_layer(source: SplitSource, result: Checkpoint, options: RequantOptions, dtype: str, layer: int) -> Comparison:
+    total = Comparison()
+    for target in plan_layer(source, layer, options):
+        for part, after in _result_parts(result, target, options.w13_order):
+            before = source_weight(source.checkpoint, part.weight)
+            if not target.quantized:
+                before = cast(before, getattr(torch, dtype))[0].float()
+            if torch.equal(before, after):
+                total += Comparison(before.numel())
+            else:
                 unequal = before != after
-                compared += before.numel()
-                different += int(unequal.sum())
-                if unequal.any():
-                    largest = max(largest, float((before - after).abs().max()))
-    return {"compared": compared, "different": different, "largest_difference": largest}
+                total += Comparison(before.numel(), int(unequal.sum()), float((before - after).abs().max()))
+    return total
 
 
 def _result_parts(result: Checkpoint, target: Target, w13_order: str) -> Iterator[tuple[Module, torch.Tensor]]:
@@ -58,9 +91,19 @@ def _result_parts(result: Checkpoint, target: Target, w13_order: str) -> Iterato
         whole = source_weight(result, weight)
         yield from zip(target.parts, whole.split(rows), strict=True)
         return
-    codes, state = result.torch(weight), read_state(result, weight)
+    state = read_state(result, weight)
     absmax = state.absmax
     for number, part in enumerate(target.parts):
         state.absmax, state.shape = absmax[number].contiguous(), torch.Size(part.shape)
-        values = dequantize_float32(codes[number].contiguous(), state)
-        yield part, values[torch.from_numpy(interleaved_rows(w13_order, len(values)))] if target.is_w13 else values
+        values = dequantize_float32(result.torch_row(weight, number), state)
+        reorder = target.is_w13 and w13_order != INTERLEAVED
+        yield part, values[torch.from_numpy(interleaved_rows(w13_order, len(values)))] if reorder else values
+
+
+def require_exact(result: Comparison, options: RequantOptions, artifacts: Artifacts) -> None:
+    """Raise a UserError where mode exact changed a weight."""
+    if options.mode == EXACT and result.different:
+        raise UserError(
+            "the result is not exact", where=artifacts.checkpoint, got=f"{result.different} different weights",
+            expected="0", next_step="run `dvc repro -f prove`; if it stays, report it",
+        )  # fmt: skip

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptoss_nf4.codec import CODEBOOKS
-from gptoss_nf4.fuse import rows_of_blocks, w13_rows
+from gptoss_nf4.fuse import INTERLEAVED, rows_of_blocks, w13_rows
 from gptoss_nf4.plan import EXACT, RequantOptions, Target
 from gptoss_nf4.source import Module, SplitSource
+from gptoss_nf4.stream import Stream, whole
 
 
 @dataclass
@@ -35,8 +36,8 @@ class AddedError:
 
 def requant_layer(
     source: SplitSource, absmax: dict[str, np.ndarray], targets: list[Target], options: RequantOptions, device: str
-) -> tuple[dict[str, np.ndarray], dict]:
-    """The 4-bit tensors of a layer by name, and a report.
+) -> tuple[list[Stream], dict[str, AddedError]]:
+    """The 4-bit tensors of a layer, made expert by expert while they are written.
 
     Args:
         absmax: de-nested float32 absmax by source weight name (stage dequant).
@@ -44,43 +45,37 @@ def requant_layer(
 
     Returns:
         `<target>.weight` uint8 [..., rows, in/2], `.absmax` float32 [..., rows, in/blocksize], `.quant_map` float32
-        [16] for each quantized target; and {"targets": ...} for the layer's report.
+        [16] for each quantized target; and in mode nf4 what quantizing again changed by target, filled by writing.
     """
-    tensors: dict[str, np.ndarray] = {}
-    report: dict[str, dict] = {}
+    streams: list[Stream] = []
+    errors: dict[str, AddedError] = {}
     for target in targets:
-        report[target.name] = {"shape": target.shape, "quant_type": target.quant_type, "blocksize": target.blocksize}
         if not target.quantized:
-            report[target.name]["joined_dense"] = target.joined_dense
             continue
         if options.mode == EXACT:
             parts = _moved(source, absmax, target)
         else:
-            error = AddedError()
-            parts = _requantized(source, absmax, target, device, error)
-        weight, scales = _fuse(target, parts, options.w13_order)
-        if options.mode != EXACT:
-            report[target.name]["added_error"] = error.as_dict()
-        tensors[f"{target.name}.weight"] = weight
-        tensors[f"{target.name}.weight.absmax"] = scales
-        tensors[f"{target.name}.weight.quant_map"] = CODEBOOKS[target.quant_type]
-    return tensors, {"targets": report}
+            parts = _requantized(source, absmax, target, device, errors.setdefault(target.name, AddedError()))
+        streams += _fused(target, parts, options.w13_order)
+    return streams, errors
 
 
-def _fuse(target: Target, parts: Iterator[tuple[np.ndarray, np.ndarray]], w13_order: str) -> tuple[np.ndarray, np.ndarray]:
-    """Put the parts' rows into one array each for codes and absmax, allocated once."""
-    *_, columns = target.shape
-    weight = np.empty((*target.shape[:-1], columns // 2), np.uint8)
-    scales = np.empty((*target.shape[:-1], columns // target.blocksize), np.float32)
-    row = 0
-    for number, (packed, absmax) in enumerate(parts):
-        if target.fusion.stacked:
-            order = w13_rows(w13_order, len(packed)) if target.is_w13 else slice(None)
-            weight[number], scales[number] = packed[order], absmax[order]
-        else:
-            weight[row : row + len(packed)], scales[row : row + len(packed)] = packed, absmax
-            row += len(packed)
-    return weight, scales
+def _fused(target: Target, parts: Iterator[tuple[np.ndarray, np.ndarray]], w13_order: str) -> list[Stream]:
+    """Codes part by part, then the absmax that came with them: an eighth of the codes' size, kept until then."""
+    scales: list[np.ndarray] = []
+
+    def codes() -> Iterator[np.ndarray]:
+        for packed, absmax in parts:
+            order = w13_rows(w13_order, len(packed)) if target.is_w13 and w13_order != INTERLEAVED else slice(None)
+            scales.append(absmax[order])
+            yield packed[order]
+
+    weight, (*rows, columns) = f"{target.name}.weight", target.shape
+    return [
+        Stream(weight, "U8", (*rows, columns // 2), codes()),
+        Stream(f"{weight}.absmax", "F32", (*rows, columns // target.blocksize), scales),
+        whole(f"{weight}.quant_map", "F32", CODEBOOKS[target.quant_type]),
+    ]
 
 
 def _moved(source: SplitSource, absmax: dict[str, np.ndarray], target: Target) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -8,37 +8,39 @@ Codes depend on the tensor's name alone, so writing twice gives the same bytes.
 import json
 import math
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from gptoss_nf4 import embedded, names
-from gptoss_nf4.checkpoint import INDEX_FILE
+from gptoss_nf4.checkpoint import INDEX_FILE, ITEM_BYTES
 from gptoss_nf4.codec import NF4_MAP
 from gptoss_nf4.dimensions import Dimensions
-from gptoss_nf4.files import write_file, write_json
+from gptoss_nf4.files import write_json
+from gptoss_nf4.stream import Stream, whole, write_tensors
 
 BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256  # of the published checkpoints
 ABSMAX_MEAN, ABSMAX_SPREAD = 0.02, 0.015  # so that every de-nested absmax is positive
+PIECE_VALUES = 1 << 22
 
 
 def write_checkpoint(directory: Path, d: Dimensions) -> None:
     """Write the model: a shard a layer and one for the rest, index, config and the embedded model's tokenizer."""
     from bitsandbytes.functional import create_dynamic_map
-    from safetensors.torch import save_file
 
     nested_map = create_dynamic_map().numpy()
     weight_map, total = {}, 0
 
     def write_shard(layer: int) -> tuple[str, dict[str, int]]:
-        tensors = layer_tensors(d, layer, nested_map) if layer < d.layers else outside_tensors(d)
+        streams = layer_tensors(d, layer, nested_map) if layer < d.layers else outside_tensors(d)
         file = f"model-{layer + 1:05d}-of-{d.layers + 1:05d}.safetensors"
-        write_file(directory / file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        return file, {name: tensor.nbytes for name, tensor in tensors.items()}
+        # Four-byte values first, texts last, so that all are aligned.
+        write_tensors(directory / file, sorted(streams, key=lambda each: -ITEM_BYTES[each.dtype]))
+        return file, {stream.name: stream.bytes for stream in streams}
 
-    # Two at once: random numbers and the disk each take part of a core, and a shard takes half a GB of memory.
+    # Two at once: random numbers and the disk each take part of a core.
     with ThreadPoolExecutor(2) as pool:
         for file, sizes in pool.map(write_shard, range(d.layers + 1)):
             weight_map |= dict.fromkeys(sizes, file)
@@ -49,25 +51,33 @@ def write_checkpoint(directory: Path, d: Dimensions) -> None:
     write_json(directory / "config.json", config)  # last: its presence says that the checkpoint is whole
 
 
-Tensors = dict[str, torch.Tensor]
-
-
 def _generator(name: str) -> np.random.Generator:
     return np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
 
 
-def random_bytes(name: str, count: int) -> np.ndarray:
-    """uint8 [count]; whole 64-bit numbers, the fastest that NumPy draws."""
-    words = _generator(name).integers(0, 1 << 64, -(-count // 8), dtype=np.uint64)
-    return words.view(np.uint8)[:count]
+def random_bytes(name: str, shape: tuple[int, ...]) -> Stream:
+    """A uint8 tensor; drawn as whole 64-bit numbers, the fastest that NumPy draws."""
+
+    def pieces() -> Iterator[np.ndarray]:
+        count = math.prod(shape)
+        yield _generator(name).integers(0, 1 << 64, -(-count // 8), dtype=np.uint64).view(np.uint8)[:count]
+
+    return Stream(name, "U8", shape, pieces())
 
 
-def bfloat16(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> torch.Tensor:
-    values = _generator(name).standard_normal(shape, dtype=np.float32) * np.float32(std) + np.float32(mean)
-    return torch.from_numpy((values.view(np.uint32) >> 16).astype(np.uint16)).view(torch.bfloat16)
+def bfloat16(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> Stream:
+    """Normal values, some megabytes at a time."""
+
+    def pieces() -> Iterator[np.ndarray]:
+        generator, count = _generator(name), math.prod(shape)
+        for start in range(0, count, PIECE_VALUES):
+            values = generator.standard_normal(min(PIECE_VALUES, count - start), dtype=np.float32)
+            yield ((values * np.float32(std) + np.float32(mean)).view(np.uint32) >> 16).astype(np.uint16)
+
+    return Stream(name, "BF16", shape, pieces())
 
 
-def quantized(name: str, shape: tuple[int, int], nested_map: np.ndarray) -> Tensors:
+def quantized(name: str, shape: tuple[int, int], nested_map: np.ndarray) -> list[Stream]:
     """A 4-bit weight and its sidecars, as bitsandbytes stores them with double quantization."""
     elements = math.prod(shape)
     blocks = -(-elements // BLOCKSIZE)
@@ -76,30 +86,29 @@ def quantized(name: str, shape: tuple[int, int], nested_map: np.ndarray) -> Tens
         "nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32", "nested_offset": ABSMAX_MEAN,
     }  # fmt: skip
     nested = np.full(-(-blocks // NESTED_BLOCKSIZE), ABSMAX_SPREAD, np.float32)
-    arrays = {
-        name: random_bytes(name, elements // 2).reshape(-1, 1),
-        f"{name}.absmax": random_bytes(f"{name}.absmax", blocks),
-        f"{name}.nested_absmax": nested,
-        f"{name}.quant_map": NF4_MAP.copy(),  # safetensors writes no memory twice
-        f"{name}.nested_quant_map": nested_map.copy(),
-        f"{name}.{names.STATE_PREFIX}nf4": np.frombuffer(bytearray(json.dumps(state).encode()), np.uint8),
-    }
-    return {key: torch.from_numpy(array) for key, array in arrays.items()}
+    return [
+        random_bytes(name, (elements // 2, 1)),
+        random_bytes(f"{name}.absmax", (blocks,)),
+        whole(f"{name}.nested_absmax", "F32", nested),
+        whole(f"{name}.quant_map", "F32", NF4_MAP),
+        whole(f"{name}.nested_quant_map", "F32", nested_map),
+        whole(f"{name}.{names.STATE_PREFIX}nf4", "U8", np.frombuffer(json.dumps(state).encode(), np.uint8)),
+    ]
 
 
-def layer_tensors(d: Dimensions, layer: int, nested_map: np.ndarray) -> Tensors:
-    tensors: Tensors = {}
+def layer_tensors(d: Dimensions, layer: int, nested_map: np.ndarray) -> list[Stream]:
+    streams: list[Stream] = []
     for _, module, shape in names.source_modules(d, layer):
-        tensors |= quantized(f"{module}.weight", shape, nested_map)
-        tensors[f"{module}.bias"] = bfloat16(f"{module}.bias", shape[:1], 0.02)
+        streams += quantized(f"{module}.weight", shape, nested_map)
+        streams.append(bfloat16(f"{module}.bias", shape[:1], 0.02))
     for key, shape in names.renamed_shapes(d).items():
-        name, norm = names.prefix(layer) + key, key.endswith("layernorm.weight")
-        tensors[name] = bfloat16(name, shape, 0.1 if norm else 0.02, mean=1.0 if norm else 0.0)
-    return tensors
+        norm = key.endswith("layernorm.weight")
+        streams.append(bfloat16(names.prefix(layer) + key, shape, 0.1 if norm else 0.02, mean=1.0 if norm else 0.0))
+    return streams
 
 
-def outside_tensors(d: Dimensions) -> Tensors:
-    return {
-        name: bfloat16(name, shape, 0.1 if "norm" in name else 0.02, mean=1.0 if "norm" in name else 0.0)
+def outside_tensors(d: Dimensions) -> list[Stream]:
+    return [
+        bfloat16(name, shape, 0.1 if "norm" in name else 0.02, mean=1.0 if "norm" in name else 0.0)
         for name, shape in names.outside_shapes(d).items()
-    }
+    ]

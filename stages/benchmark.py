@@ -11,7 +11,7 @@ from gptoss_nf4.vllm.measure import PeakMemory, measure_batch
 
 
 @stage
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
     engine_args = engine_of(cfg)
     artifacts.require(artifacts.checkpoint / "config.json", "assemble")
@@ -35,12 +35,12 @@ def main(cfg: DictConfig) -> None:
         "batches": batches,
     }
     write_json(METRICS / "benchmark.json", {"model": model.name, "dtype": cfg.dtype, "engine": cfg.engine.name, **result})
-    print(f"benchmark: ready in {load_seconds:.1f} s, peak {memory.host_bytes / 2**30:.2f} GiB of host memory")
     for row in batches:
         print(
             f"benchmark: batch {row['batch']}: {row['output_tokens_per_second']:.1f} tokens/s, "
             f"first token after {row['median_time_to_first_token_ms']:.0f} ms"
         )
+    return f"ready in {load_seconds:.1f} s, peak {memory.host_bytes / 2**30:.2f} GiB of host memory"
 
 
 if __name__ == "__main__":

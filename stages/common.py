@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,17 +21,26 @@ from gptoss_nf4.fetch import Model  # noqa: E402
 METRICS = Path("metrics")
 
 
-def stage(function: Callable[[DictConfig], None]) -> Callable[[], None]:
-    """Run `function` with params.yaml and the command line's overrides; a UserError ends it with one line, status 1."""
+def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
+    """Run `function` with params.yaml and the command line's overrides and print the line that it returns, with the time.
+
+    A UserError ends it with one line and status 1, Ctrl-C with one and status 130.
+    """
 
     @functools.wraps(function)
-    def report_user_errors(cfg: DictConfig) -> None:
+    def report(cfg: DictConfig) -> None:
+        started = time.monotonic()
+        name = Path(sys.argv[0]).stem
         try:
-            function(cfg)
+            line = function(cfg)
         except UserError as error:
             sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            print(f"{name}: interrupted, nothing half-written; run the command again to go on", file=sys.stderr)
+            os._exit(130)
+        print(f"{name}: {line}, {time.monotonic() - started:.1f} s")
 
-    return hydra.main(version_base="1.3", config_path="../conf", config_name="stage")(report_user_errors)
+    return hydra.main(version_base="1.3", config_path="../conf", config_name="stage")(report)
 
 
 def model_of(cfg: DictConfig) -> tuple[Model, Artifacts]:

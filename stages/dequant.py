@@ -8,11 +8,11 @@ from gptoss_nf4.steps import dequant_step
 
 
 @stage
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
     layer = layer_of(cfg)
-    weights = dequant_step(open_source(model, artifacts), artifacts, layer)
-    print(f"dequant: layer {layer}, {weights} weights")
+    size = dequant_step(open_source(model, artifacts), artifacts, layer)
+    return f"layer {layer}, {size / 1e9:.3f} GB"
 
 
 if __name__ == "__main__":

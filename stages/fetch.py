@@ -8,9 +8,9 @@ from gptoss_nf4.fetch import fetch
 
 
 @stage
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
-    manifest = fetch(model, artifacts)
+    manifest = fetch(model, artifacts, say=lambda line: print(f"fetch: {line}", flush=True))
     layers = manifest["dimensions"]["layers"]
     if layers != len(cfg.model.layers):
         raise UserError(
@@ -18,7 +18,7 @@ def main(cfg: DictConfig) -> None:
             expected=f"{layers}, as the source has", next_step="run `python stages/configure.py model=...` again",
         )  # fmt: skip
     size = sum(file["bytes"] for file in manifest["files"])
-    print(f"fetch: {model.name}, {layers} layers, {manifest['tensors']} tensors, {size / 1e9:.3f} GB")
+    return f"{model.name}, {layers} layers, {manifest['tensors']} tensors, {size / 1e9:.3f} GB"
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from gptoss_nf4.plan import RequantOptions
 
 
 @stage
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
     report = normalize(open_source(model, artifacts), artifacts, RequantOptions.of(cfg.requant), cfg.dtype)
     write_json(METRICS / "dtypes.json", {"model": model.name, **report})
-    print(f"normalize: {report['values']} values to {cfg.dtype}, {report['underflow']} became zero")
     for name in report["joined_dense"]:
         print(f"normalize: {name} has 4-bit and 16-bit parts and is served dense")
+    return f"{report['values']} values to {cfg.dtype}, {report['underflow']} became zero"
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ def device_of(setting: str, mode: str) -> str:
 
 
 @stage
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
     layer, options = layer_of(cfg), RequantOptions.of(cfg.requant)
     device = device_of(cfg.requant.device, options.mode)
     size = requant_step(open_source(model, artifacts), artifacts, layer, options, device)
-    print(f"requant: layer {layer}, mode {options.mode}, {size / 1e9:.3f} GB")
+    return f"layer {layer}, mode {options.mode}, {size / 1e9:.3f} GB"
 
 
 if __name__ == "__main__":

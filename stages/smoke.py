@@ -41,7 +41,7 @@ def check(result: dict, dtype: str, cfg: DictConfig) -> None:
 
 
 @stage
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
     engine_args = engine_of(cfg)
     artifacts.require(artifacts.checkpoint / "config.json", "assemble")
@@ -68,8 +68,8 @@ def main(cfg: DictConfig) -> None:
     )
     for generation in generations:
         print(f"smoke: {generation.prompt!r} -> {generation.text!r}")
-    print("smoke: " + ", ".join(f"{key} {value}" for key, value in result.items()))
     check(result, dtype, cfg)
+    return ", ".join(f"{key} {value}" for key, value in result.items())
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def test_the_proof_sees_a_single_changed_code(tiny, tmp_path):
     for each in artifacts.checkpoint.iterdir():
         (damaged / each.name).write_bytes(bytes(data) if each.name == file.name else each.read_bytes())
     report = compare(open_source(model, artifacts), Checkpoint(damaged), RequantOptions(), "float16")
-    assert report["different"] == 1
+    assert report.different == 1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

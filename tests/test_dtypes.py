@@ -4,10 +4,12 @@ import pytest
 import torch
 from conftest import edit_shard, local
 
+from gptoss_nf4.audit import audit
 from gptoss_nf4.checkpoint import Checkpoint
 from gptoss_nf4.convert import convert
-from gptoss_nf4.dtypes import audit, cast
+from gptoss_nf4.dtypes import cast, normalize
 from gptoss_nf4.errors import UserError
+from gptoss_nf4.fetch import fetch, open_source
 from gptoss_nf4.plan import RequantOptions
 
 
@@ -19,14 +21,15 @@ def test_losses_are_counted():
     assert result[0, 0] == 1
 
 
-def test_counts_are_the_same_in_pieces(monkeypatch):
-    values = torch.randn(1000) * 40000
-    whole = cast(values, torch.float16)
-    monkeypatch.setattr("gptoss_nf4.dtypes.CHUNK_ELEMENTS", 7)
-    pieces = cast(values, torch.float16)
-    assert torch.equal(whole[0], pieces[0])
-    assert whole[1] == pieces[1]
-    assert whole[1].overflow == int((values.abs() >= 65520).sum()) > 0
+def test_pieces_make_the_same_file_and_the_same_counts(tiny, tmp_path, monkeypatch):
+    made = []
+    for piece_bytes in (1 << 23, 56):
+        monkeypatch.setattr("gptoss_nf4.checkpoint.PIECE_BYTES", piece_bytes)
+        model, artifacts = local(tiny, tmp_path / str(piece_bytes))
+        fetch(model, artifacts)
+        report = normalize(open_source(model, artifacts), artifacts, RequantOptions(), "float16")
+        made.append((report, artifacts.dense_weights.read_bytes()))
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("name", ["mlp.router.linear.weight", "mlp.experts.down_projs.5.bias", "self_attn.v_proj.bias"])

@@ -9,7 +9,8 @@ import yaml
 from project_imports import ROOT, direct_imports, project_files
 
 PLUGIN = "gptoss_nf4/vllm"
-STAGES = ("fetch", "dequant", "requant", "normalize", "assemble", "smoke", "benchmark")
+STAGES = ("fetch", "code", "normalize", "assemble", "prove", "smoke", "benchmark")
+LAYER_STAGES = ("dequant", "requant")
 sys.path.insert(0, str(ROOT / "stages"))
 
 
@@ -48,10 +49,19 @@ def test_a_stage_depends_on_every_project_file_that_it_imports(stage):
     dependencies = definition.get("do", definition)["deps"]
     declared = {dep for dep in dependencies if dep.endswith(".py")}
     needed = project_files(ROOT / f"stages/{stage}.py")
+    if stage == "code":  # it stands for these
+        needed = needed.union(*(project_files(ROOT / f"stages/{each}.py") for each in LAYER_STAGES))
     if stage in ("smoke", "benchmark"):  # these run the whole plugin, which vLLM loads by its entry point
         assert PLUGIN in dependencies
         needed = {file for file in needed if not file.startswith(f"{PLUGIN}/")}
     assert declared == needed
+
+
+@pytest.mark.parametrize("stage", LAYER_STAGES)
+def test_the_layers_stages_depend_on_their_code(stage):
+    definition = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+    (out,) = definition["stages"]["code"]["outs"]
+    assert out in definition["stages"][stage]["do"]["deps"]
 
 
 def test_the_library_imports_neither_dvc_nor_hydra_nor_vllm():

@@ -63,12 +63,12 @@ def test_it_has_as_many_tensors_and_bytes_as_the_published_one(size, tensors, gi
     d = configured(f"synthetic_{size}")
     one = Dimensions(**(d.as_dict() | {"experts": 1, "vocabulary": 8}))
     nested_map = np.zeros(256, np.float32)
-    layer = synthetic.layer_tensors(one, 0, nested_map)
-    expert = {name: array for name, array in layer.items() if ".experts." in name}
-    rest = {name: array for name, array in layer.items() if name not in expert and "router" not in name}
+    layer = {stream.name: stream.bytes for stream in synthetic.layer_tensors(one, 0, nested_map)}
+    expert = {name: size for name, size in layer.items() if ".experts." in name}
+    rest = {name: size for name, size in layer.items() if name not in expert and "router" not in name}
     router = 2 * (d.hidden + 1) * d.experts
     total = d.layers * (len(expert) * d.experts + len(rest) + 2) + len(names.OUTSIDE_LAYERS)
     assert total == tensors
-    size_of = sum(array.nbytes for array in expert.values()) * d.experts + sum(array.nbytes for array in rest.values())
+    size_of = sum(expert.values()) * d.experts + sum(rest.values())
     outside = 2 * (2 * d.vocabulary * d.hidden + d.hidden)
     assert (d.layers * (size_of + router) + outside) / 1e9 == pytest.approx(gigabytes, abs=0.02)

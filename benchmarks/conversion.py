@@ -1,0 +1,212 @@
+"""The conversion of a full-size source, measured against copying it.
+
+    python -m benchmarks.conversion [--model synthetic_20b] [--layers 24] [--growth 1 6 12]
+
+Makes the source itself (random codes), works in a directory of its own, prints the tables and writes
+metrics/conversion.json. Takes about six minutes on two cores; needs 45 GB of disk while `cp` is measured.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from benchmarks.tables import markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
+DVC = [PYTHON, "-m", "dvc"]
+CHANGED_LAYER = 0
+
+
+@dataclass
+class Run:
+    """What one or several commands took: the peak is that of the largest process among all that they started."""
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    stages: list[str] = field(default_factory=list)
+
+    def __add__(self, other: "Run") -> "Run":
+        return Run(
+            self.seconds + other.seconds, max(self.peak_bytes, other.peak_bytes), [*self.stages, *other.stages]
+        )  # fmt: skip
+
+
+def run(directory: Path, *command: str) -> Run:
+    environment = os.environ | {"PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"}
+    started = time.monotonic()
+    process = subprocess.Popen(command, cwd=directory, env=environment, stdout=subprocess.PIPE, text=True)
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)  # the largest of the process and of those that it waited for
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.monotonic() - started
+    if process.returncode:
+        sys.exit(f"error: {' '.join(command)}: got status {process.returncode}, expected 0; its message stands above")
+    ran = re.findall(r"^(fetch|code|dequant|requant|normalize|assemble|prove):(?: layer (\d+))?", output, re.M)
+    stages = list(dict.fromkeys(f"{name}@{layer}" if layer else name for name, layer in ran))
+    return Run(seconds, usage.ru_maxrss * 1024, stages)
+
+
+def checkout(directory: Path) -> Path:
+    """A copy of the project's files, with a git repository of its own, as DVC wants one."""
+    project = directory / "project"
+    shutil.rmtree(project, ignore_errors=True)
+    for name in subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).split():
+        if (ROOT / name).is_file():
+            (project / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, project / name)
+    subprocess.run(["git", "init", "-q"], cwd=project, check=True)
+    return project
+
+
+def clean(project: Path) -> None:
+    """Forget every result but the source."""
+    for path in (project / "dvc.lock", project / "metrics", project / ".dvc/cache", project / ".dvc/tmp"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    for artifacts in (project / "artifacts").iterdir():
+        for path in artifacts.iterdir():
+            if path.name != "source":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def configure(project: Path, args: argparse.Namespace, layers: int, *overrides: str) -> None:
+    run(project, PYTHON, "stages/configure.py", f"model={args.model}", f"model.layers={list(range(layers))}", *overrides)
+
+
+def source_files(project: Path, args: argparse.Namespace) -> list[Path]:
+    return sorted((project / "artifacts" / args.model / "source").glob("*.safetensors"))
+
+
+def copy_and_digest(project: Path, args: argparse.Namespace) -> Run:
+    """`cp` of the source's weights, then `md5sum` of them."""
+    files, copy = [str(file) for file in source_files(project, args)], project.parent / "copy"
+    copy.mkdir(exist_ok=True)
+    try:
+        return run(project, "cp", *files, str(copy)) + run(project, "md5sum", *files)
+    finally:
+        shutil.rmtree(copy)
+
+
+def change_a_code(project: Path, args: argparse.Namespace) -> None:
+    """Flip one bit of the first expert of CHANGED_LAYER, in place: its shard stands for a new fine-tune's."""
+    from gptoss_nf4.checkpoint import Checkpoint
+
+    name = f"model.layers.{CHANGED_LAYER}.mlp.experts.down_projs.0.weight"
+    info = Checkpoint(project / "artifacts" / args.model / "source").tensors[name]
+    with info.file.open("r+b") as file:
+        file.seek(info.start + 1000)
+        byte = file.read(1)
+        file.seek(info.start + 1000)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def disk_bytes(directory: Path) -> int:
+    """Bytes on disk below `directory`, files with several links once."""
+    seen = {(s.st_dev, s.st_ino): s.st_blocks * 512 for s in (p.lstat() for p in directory.rglob("*"))}
+    return sum(seen.values())
+
+
+def measure(project: Path, args: argparse.Namespace) -> dict:
+    parallel, repro = (PYTHON, "stages/parallel.py"), (*DVC, "repro", "assemble")
+    refetch = (*DVC, "repro", "-s", "-f", "fetch")
+    configure(project, args, args.layers)
+    rows = {"fetch, which writes the source": run(project, *DVC, "repro", "-s", "fetch")}
+    rows["cp + md5sum of the source"] = copy_and_digest(project, args)
+    before = disk_bytes(project)
+    clean(project)
+    rows["clean, stages/parallel.py"] = run(project, *parallel)
+    artifacts = project / "artifacts" / args.model
+    output = disk_bytes(artifacts / "checkpoint")
+    disk = (disk_bytes(project) - before) / output
+    rows["nothing changed, dvc repro assemble"] = run(project, *repro)
+    rows["prove: every weight through bitsandbytes"] = run(project, *DVC, "repro", "prove")
+    exactness = json.loads((project / "metrics/exactness.json").read_text())
+    change_a_code(project, args)
+    rows["one layer changed, fetch and dvc repro assemble"] = run(project, *refetch) + run(project, *repro)
+    configure(project, args, args.layers, "dtype=bfloat16")
+    rows["dtype changed, dvc repro assemble"] = run(project, *repro)
+    configure(project, args, args.layers)
+    clean(project)
+    rows["clean, plain dvc repro assemble"] = run(project, *repro)
+    return {
+        "model": args.model,
+        "layers": args.layers,
+        "cores": len(os.sched_getaffinity(0)),
+        "source_bytes": sum(file.stat().st_size for file in source_files(project, args)),
+        "output_bytes": output,
+        "disk_by_output": disk,
+        "weights_compared": exactness["compared"],
+        "weights_different": exactness["different"],
+        "runs": {name: asdict(row) for name, row in rows.items()},
+    }
+
+
+def growth(project: Path, args: argparse.Namespace) -> list[dict]:
+    """Clean conversions of fewer layers, and copying as much."""
+    rows = []
+    for layers in args.growth:
+        shutil.rmtree(project / "artifacts", ignore_errors=True)
+        configure(project, args, layers)
+        run(project, *DVC, "repro", "-s", "fetch")
+        copied = copy_and_digest(project, args)
+        clean(project)
+        converted = run(project, PYTHON, "stages/parallel.py")
+        rows.append({
+            "layers": layers, "seconds": converted.seconds, "peak_gib": converted.peak_bytes / 2**30,
+            "copy_seconds": copied.seconds,
+        })  # fmt: skip
+    return rows
+
+
+def report(result: dict) -> None:
+    runs = result["runs"]
+    copied = runs["cp + md5sum of the source"]["seconds"]
+    print(f"\n{result['model']} (synthetic), {result['layers']} layers, {result['source_bytes'] / 1e9:.2f} GB, "
+          f"{result['cores']} cores\n")  # fmt: skip
+    columns = ["what", "seconds", "of cp + md5sum", "largest process GiB", "stages run"]
+    print(markdown(columns, [
+        [name, f"{r['seconds']:.1f}", f"{r['seconds'] / copied:.2f}", f"{r['peak_bytes'] / 2**30:.2f}", len(r["stages"])]
+        for name, r in runs.items()
+    ]))  # fmt: skip
+    print(f"disk beyond the source, cache included: {result['disk_by_output']:.2f} of the output")
+    print(f"weights compared: {result['weights_compared']}, different: {result['weights_different']}\n")
+    if result["growth"]:
+        print(markdown(["layers", "seconds", "cp + md5sum", "largest process GiB"], [
+            [r["layers"], f"{r['seconds']:.1f}", f"{r['copy_seconds']:.1f}", f"{r['peak_gib']:.2f}"]
+            for r in result["growth"]
+        ]))  # fmt: skip
+        print("plot: dvc plots show")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, default=Path("artifacts/benchmark-conversion"))
+    parser.add_argument("--model", default="synthetic_20b", choices=("synthetic_20b", "synthetic_120b"))
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--growth", type=int, nargs="*", default=[1, 6, 12], help="clean runs with fewer layers")
+    args = parser.parse_args()
+    project = checkout(args.directory.resolve())
+    result = measure(project, args)
+    result["growth"] = growth(project, args)
+    whole, copied = result["runs"]["clean, stages/parallel.py"], result["runs"]["cp + md5sum of the source"]
+    if result["growth"]:
+        result["growth"].append({
+            "layers": args.layers, "seconds": whole["seconds"], "peak_gib": whole["peak_bytes"] / 2**30,
+            "copy_seconds": copied["seconds"],
+        })  # fmt: skip
+    shutil.rmtree(project)
+    report(result)
+    out = Path("metrics/conversion.json")
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What a conversion will take, from headers alone: disk, memory and time, before the first byte is written."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptoss_nf4.artifacts import Artifacts
+from gptoss_nf4.checkpoint import ITEM_BYTES
+from gptoss_nf4.dimensions import Dimensions
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.source import SplitSource
+
+MARGIN = 1.02  # headers, JSON files, DVC's records
+# A converted byte is read, written and hashed once more (MD5, by DVC); seconds per GB of source and core as measured by
+# `python -m benchmarks.conversion`, beside a SHA-256 of the same bytes.
+WORK_BY_HASHING = 8.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes still to be written, and the largest process's memory."""
+
+    disk_bytes: int
+    memory_bytes: int
+
+    def line(self) -> str:
+        return f"{self.disk_bytes / 1e9:.1f} GB of disk, {self.memory_bytes / 2**30:.1f} GiB of memory"
+
+
+def budget(source: SplitSource, artifacts: Artifacts) -> Budget:
+    """Of converting `source`; what lies there from an earlier run counts as written."""
+    missing = largest = 0
+    for layer in range(source.dimensions.layers):
+        codes, blocks, dense = _layer_sizes(source, layer)
+        absmax = blocks * ITEM_BYTES["F32"]
+        missing += (not artifacts.absmax(layer).exists()) * absmax
+        missing += (not artifacts.layer_weights(layer).exists()) * (codes + absmax)
+        missing += (not artifacts.dense_weights.exists()) * dense
+        largest = max(largest, 2 * absmax)
+    outside = source.tensors_by_layer.get(None, [])
+    missing += (not artifacts.dense_weights.exists()) * sum(_bytes(source, name) for name in outside)
+    return Budget(int(missing * MARGIN), largest + (400 << 20))  # 400 MiB: Python with torch
+
+
+def _layer_sizes(source: SplitSource, layer: int) -> tuple[int, int, int]:
+    """(bytes of codes, blocks, bytes of everything that is not 4-bit)."""
+    codes = blocks = dense = 0
+    for name in source.tensors_by_layer[layer]:
+        info = source.checkpoint.tensors[name]
+        if name.endswith(".weight") and info.dtype == "U8":
+            codes += _bytes(source, name)
+        elif name.endswith(".weight.absmax"):
+            blocks += _bytes(source, name) // ITEM_BYTES[info.dtype]
+        elif info.floating and ".weight." not in name:
+            dense += _bytes(source, name)
+    return codes, blocks, dense
+
+
+def _bytes(source: SplitSource, name: str) -> int:
+    info = source.checkpoint.tensors[name]
+    return info.end - info.start
+
+
+def seconds(source_bytes: int, hashing_seconds: float, hashed_bytes: int) -> float:
+    """Roughly what converting `source_bytes` takes, by how fast this machine just read and hashed `hashed_bytes`."""
+    return WORK_BY_HASHING * hashing_seconds * source_bytes / max(1, hashed_bytes)
+
+
+def synthetic_bytes(d: Dimensions) -> int:
+    """Of a source in the split layout: half a byte a weight, an absmax byte for 64, 16-bit embeddings."""
+    weights = d.layers * d.hidden * (2 * d.q_rows + 2 * d.kv_rows + 3 * d.intermediate * d.experts)
+    return int(MARGIN * (weights * (1 / 2 + 1 / 64) + 2 * 2 * d.vocabulary * d.hidden))
+
+
+def require_disk(needed: int, directory: Path, purpose: str) -> None:
+    """Raise a UserError where the file system of `directory` has fewer than `needed` bytes for us."""
+    existing = next(path for path in (directory, *directory.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            "disk too small", where=existing, got=f"{free / 1e9:.1f} GB free",
+            expected=f"{needed / 1e9:.1f} GB for {purpose}", next_step="make room there, then run the command again",
+        )  # fmt: skip
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0))

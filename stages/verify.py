@@ -1,0 +1,17 @@
+"""Check a finished checkpoint against the digests that were recorded when it was proved: exact, on any machine."""
+
+from common import model_of, stage
+from omegaconf import DictConfig
+
+from gptoss_nf4.digests import verify
+
+
+@stage
+def main(cfg: DictConfig) -> str:
+    _, artifacts = model_of(cfg)
+    count = verify(artifacts.require(artifacts.checkpoint, "assemble"), artifacts.require(artifacts.digest_list, "prove"))
+    return f"{artifacts.checkpoint}, {count} files as they were proved"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Real dimensions through the pipeline: time and memory grow with layers, so two of the 20b and one of the 120b will do."""
+
+import json
+from argparse import Namespace
+
+import pytest
+
+from benchmarks import conversion
+
+pytestmark = pytest.mark.slow
+MEMORY_BOUND = 2 << 30
+
+
+@pytest.mark.parametrize(("model", "layers"), [("synthetic_20b", 2), ("synthetic_120b", 1)])
+def test_real_dimensions_stay_within_their_memory(tmp_path, model, layers):
+    """Every core used, no process above 2 GiB, a plain `dvc repro` finds nothing to do, every weight is equal."""
+    args = Namespace(model=model, layers=layers)
+    project = conversion.checkout(tmp_path)
+    conversion.configure(project, args, layers)
+    conversion.run(project, *conversion.DVC, "repro", "-s", "fetch")
+    conversion.clean(project)
+    made = conversion.run(project, conversion.PYTHON, "stages/parallel.py")
+    each = {f"{stage}@{layer}" for stage in ("dequant", "requant") for layer in range(layers)}
+    assert set(made.stages) == {"fetch", "code", "normalize", "assemble", *each}
+    assert made.peak_bytes < MEMORY_BOUND
+    assert conversion.run(project, *conversion.DVC, "repro", "assemble").stages == []
+    proof = conversion.run(project, *conversion.DVC, "repro", "prove")
+    assert proof.stages == ["prove"]
+    assert proof.peak_bytes < MEMORY_BOUND
+    exactness = json.loads((project / "metrics/exactness.json").read_text())
+    d = json.loads((project / "artifacts" / model / "manifest.json").read_text())["dimensions"]
+    weights = d["hidden"] * (2 * d["heads"] * d["head_dim"] + 2 * d["kv_heads"] * d["head_dim"])
+    weights += 3 * d["hidden"] * d["intermediate"] * d["experts"]
+    assert (exactness["compared"], exactness["different"]) == (layers * weights, 0)
