@@ -219,7 +219,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise damaged(f"a header of {length} bytes in a file of {size}", "a header inside the file")
         try:
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             raise damaged(f"a header that is not JSON ({error})", "a JSON header") from None
     if not isinstance(header, dict):
@@ -241,4 +241,19 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if end - start != expected_bytes:
             raise damaged(f"tensor {name} with {end - start} bytes", f"{expected_bytes} for {dtype} {list(shape)}")
         tensors[name] = TensorInfo(name, dtype, shape, file, data_start + start, data_start + end)
+    place = data_start
+    for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):  # the format allows no holes either
+        if info.start != place:
+            raise damaged(f"tensor {info.name} at byte {info.start}", f"it at {place}, where the one before ends")
+        place = info.end
+    if place != size:
+        raise damaged(f"{size - place} bytes after the last tensor", "none")
     return tensors
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object of `pairs`; ValueError where a key comes twice, of which Python would keep the last."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key that comes twice")
+    return result

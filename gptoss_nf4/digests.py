@@ -22,20 +22,25 @@ def _digests(checkpoint: Path) -> dict[str, str]:
         return dict(zip((path.name for path in files), pool.map(sha256_of, files), strict=True))
 
 
-def verify(checkpoint: Path, recorded: Path) -> int:
+def verify(checkpoint: Path, recorded: Path, next_step: str) -> int:
     """The number of files in `checkpoint`, all of which are as `recorded` says; UserError for the first that is not."""
 
     def differs(name: str, got: str, expected: str) -> UserError:
         return UserError(
             "checkpoint changed", where=checkpoint / name, got=got, expected=expected,
-            next_step="run `dvc checkout -f`, or `dvc repro -f assemble prove`",
+            next_step=next_step,
         )  # fmt: skip
 
+    if not recorded.is_file():
+        raise UserError(
+            "missing digest list", where=recorded, got="no such file", expected="a list as `sha256sum` writes it",
+            next_step="make one, or name another",
+        )  # fmt: skip
     lines = [LINE.fullmatch(line) for line in recorded.read_text(encoding="utf-8").splitlines()]
     if not lines or None in lines:
         raise UserError(
             "damaged digest list", where=recorded, got=f"line {lines.index(None) + 1 if lines else 0}",
-            expected="lines of sha256sum", next_step="run `dvc repro -f prove`",
+            expected="lines of sha256sum", next_step="make it again",
         )  # fmt: skip
     expected = {match[2]: match[1] for match in lines}
     found = _digests(checkpoint)

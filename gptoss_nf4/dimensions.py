@@ -11,6 +11,10 @@ RMS_NORM_EPS = 1e-5
 SWIGLU_LIMIT = 7.0
 LAYER_TYPES = ("sliding_attention", "full_attention")
 
+# Far beyond any gpt-oss, and small enough that a hostile config.json costs no memory: names are made from these two.
+LARGEST = {"num_hidden_layers": 1000, "num_local_experts": 4096}
+MAX_WIDTH = 1 << 24
+
 
 @dataclass(frozen=True)
 class Dimensions:
@@ -33,9 +37,10 @@ class Dimensions:
 
         def count(*keys: str) -> int:
             value = next((config[key] for key in keys if config.get(key) is not None), None)
-            if type(value) is not int or value < 1:
+            largest = LARGEST.get(keys[0], MAX_WIDTH)
+            if type(value) is not int or not 1 <= value <= largest:
                 raise UserError(
-                    "bad config", where=where, got=f"{keys[0]}={value!r}", expected="a positive whole number",
+                    "bad config", where=where, got=f"{keys[0]}={str(value)[:40]}", expected=f"a number from 1 to {largest}",
                     next_step="restore the model's own config.json",
                 )  # fmt: skip
             return value

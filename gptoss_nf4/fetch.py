@@ -13,6 +13,7 @@ from gptoss_nf4 import hub
 from gptoss_nf4.artifacts import Artifacts
 from gptoss_nf4.budget import budget, cores, require_disk, seconds, synthetic_bytes
 from gptoss_nf4.checkpoint import Checkpoint, read_json_object
+from gptoss_nf4.digests import verify
 from gptoss_nf4.dimensions import Dimensions
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.files import describe_file, write_json
@@ -36,6 +37,7 @@ class Model:
     repository: str | None = None
     revision: str | None = None
     dimensions: Dimensions | None = None
+    expected: str | None = None  # a `sha256sum` list of the source's files, made before
 
 
 def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambda line: None) -> dict:
@@ -46,6 +48,8 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
     Nothing is written before the source is valid, and the bytes stay where they are.
     """
     directory, origin = _make_available(model, artifacts)
+    if model.expected:
+        verify(directory, Path(model.expected), next_step="fetch the model again")
     source = SplitSource(directory)
     source.validate()
     plan = budget(source, artifacts)

@@ -4,30 +4,54 @@ A stage must never write into an existing file: DVC links outputs to its cache, 
 link changes the cached copy without a word. A rename replaces the link and leaves the cache alone.
 """
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
-import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
+
+from gptoss_nf4.errors import UserError
 
 CHUNK_BYTES = 1 << 22
 
 
 def write_file(target: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary path)`, flush it to disk and rename it to `target`; on any error leave `target` as it was."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    """Call `write(temporary path)`, flush it to disk and rename it to `target`; on any error leave `target` as it was.
+
+    A process that is killed leaves its temporary file; the next that writes the same target removes it.
+    """
     try:
-        write(temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)  # mkstemp makes files private to the user
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
+        # A name of its own for each process, so that two runs at once never write into one file.
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
+        with temporary.open("w+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # held until closed, or until the process is gone
+            try:
+                write(temporary)
+                os.fsync(file.fileno())
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            "cannot write", where=target, got=error.strerror or str(error), expected="a file of ours there",
+            next_step="make room or give permission there, then run the command again",
+        ) from None  # fmt: skip
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Delete temporary files of `target` whose writer is gone: nobody holds their lock."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        try:
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+        except (BlockingIOError, FileNotFoundError):
+            continue
 
 
 def write_bytes(target: Path, data: bytes) -> None:

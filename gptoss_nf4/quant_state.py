@@ -76,8 +76,8 @@ class QuantState:
         if "nested_blocksize" in fields:
             if fields.get("nested_dtype") != "float32":
                 raise bad(f"nested_dtype={fields.get('nested_dtype')!r}", "float32")
-            if number("nested_blocksize") < 1:
-                raise bad(f"nested_blocksize={fields['nested_blocksize']}", "a positive number")
+            if number("nested_blocksize") not in BLOCKSIZES:
+                raise bad(f"nested_blocksize={fields['nested_blocksize']}", f"one of {BLOCKSIZES}")
             nested = Nested(number("nested_blocksize"), float(number("nested_offset", (int, float))))
         return cls(fields["quant_type"], fields["blocksize"], fields["dtype"], tuple(shape), nested)
 

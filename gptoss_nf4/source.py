@@ -14,6 +14,10 @@ from gptoss_nf4.dimensions import Dimensions
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.quant_state import QUANT_TYPES, QuantState
 
+# Largest distance between neighbours of bitsandbytes' dynamic 8-bit map, of values up to 1.
+NESTED_ROUNDING = 0.02
+MAX_ABSMAX = 65504.0  # beyond it not even float16 holds the weight
+
 
 @dataclass(frozen=True)
 class Module:
@@ -141,7 +145,28 @@ class SplitSource:
                 expected=f"the {state.quant_type} codebook, which every kernel has built in",
                 next_step="fetch the model again",
             )  # fmt: skip
+        self._require_scales(Module(name, shape, state))
         return {bias, key, *expected}
+
+    def _require_scales(self, module: Module) -> None:
+        """Numbers that absmax can be made of, and absmax from 0 to MAX_ABSMAX (a little below 0 by rounding)."""
+
+        def require(kind: str, values: np.ndarray, smallest: float, largest: float, rising: bool = False) -> None:
+            got = float(values.min()), float(values.max())  # NaN if any is
+            if not (smallest <= got[0] and got[1] <= largest) or (rising and (np.diff(values) < 0).any()):
+                raise UserError(
+                    "bad absmax", where=f"{module.weight}.{kind}", got=f"values from {got[0]:g} to {got[1]:g}",
+                    expected=f"{'rising' if rising else 'finite'} ones from {smallest:g} to {largest:g}",
+                    next_step="fetch the model again",
+                )  # fmt: skip
+
+        rounding = 0.0
+        if module.state.nested:
+            require("nested_quant_map", self.checkpoint.numpy(f"{module.weight}.nested_quant_map"), -1, 1, rising=True)
+            nested = self.checkpoint.numpy(f"{module.weight}.nested_absmax")
+            require("nested_absmax", nested, 0, MAX_ABSMAX)
+            rounding = NESTED_ROUNDING * float(nested.max())
+        require("absmax", self.absmax(module), -rounding, MAX_ABSMAX)
 
     def _require(self, name: str) -> TensorInfo:
         info = self.checkpoint.tensors.get(name)

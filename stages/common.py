@@ -10,6 +10,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # stages run from a checkout, installed or not
 
+
+def _one_line_for_ctrl_c(kind, error, trace) -> None:
+    """What the interpreter calls for an exception that nothing caught: Ctrl-C, also while importing, is no bug of ours."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    name = Path(sys.argv[0]).stem
+    print(f"{name}: interrupted, nothing is half-written; run the command again to go on", file=sys.stderr, flush=True)
+    os._exit(130)  # without waiting for threads
+
+
+sys.excepthook = _one_line_for_ctrl_c
+
 import hydra  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
@@ -24,7 +37,7 @@ METRICS = Path("metrics")
 def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
     """Run `function` with params.yaml and the command line's overrides and print the line that it returns, with the time.
 
-    A UserError ends it with one line and status 1, Ctrl-C with one and status 130.
+    A UserError ends it with one line and status 1, Ctrl-C with one and status 130 (above).
     """
 
     @functools.wraps(function)
@@ -35,16 +48,13 @@ def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
             line = function(cfg)
         except UserError as error:
             sys.exit(f"error: {error}")
-        except KeyboardInterrupt:
-            print(f"{name}: interrupted, nothing half-written; run the command again to go on", file=sys.stderr)
-            os._exit(130)
         print(f"{name}: {line}, {time.monotonic() - started:.1f} s")
 
     return hydra.main(version_base="1.3", config_path="../conf", config_name="stage")(report)
 
 
 def model_of(cfg: DictConfig) -> tuple[Model, Artifacts]:
-    fields = {key: cfg.model[key] for key in ("name", "kind", "path", "repository", "revision")}
+    fields = {key: cfg.model[key] for key in ("name", "kind", "path", "repository", "revision", "expected")}
     if cfg.model.kind == "synthetic":
         fields["dimensions"] = Dimensions(layers=len(cfg.model.layers), **cfg.model.dimensions)
     return Model(**fields), Artifacts.of(cfg.model.name)

@@ -9,7 +9,9 @@ from gptoss_nf4.digests import verify
 @stage
 def main(cfg: DictConfig) -> str:
     _, artifacts = model_of(cfg)
-    count = verify(artifacts.require(artifacts.checkpoint, "assemble"), artifacts.require(artifacts.digest_list, "prove"))
+    checkpoint = artifacts.require(artifacts.checkpoint, "assemble")
+    recorded = artifacts.require(artifacts.digest_list, "prove")
+    count = verify(checkpoint, recorded, next_step="run `dvc repro prove`, which makes it again")
     return f"{artifacts.checkpoint}, {count} files as they were proved"
 
 

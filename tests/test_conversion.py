@@ -12,7 +12,7 @@ from gptoss_nf4.checkpoint import Checkpoint, read_json_object
 from gptoss_nf4.convert import convert
 from gptoss_nf4.dimensions import Dimensions
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch import Model, open_source
+from gptoss_nf4.fetch import open_source
 from gptoss_nf4.fuse import CONCATENATED, INTERLEAVED, interleaved_rows, w13_rows
 from gptoss_nf4.plan import NF4, RequantOptions
 from gptoss_nf4.proof import source_weight
@@ -173,31 +173,3 @@ def test_rows_that_are_not_whole_blocks_name_the_mode_that_works(tmp_path):
     drawn = embedded.random_tensor(name, (320, 96), std=2.0 / 96**0.5)
     converted = source_weight(result, "model.layers.0.mlp.experts.w13.weight")[1]
     assert (converted - drawn).norm() < 0.15 * drawn.norm()
-
-
-@pytest.mark.slow
-def test_real_dimensions(tmp_path):
-    """One layer of gpt-oss-20b's own widths and expert count, every weight compared by bitsandbytes."""
-    d = Dimensions(
-        1,
-        hidden=2880,
-        intermediate=2880,
-        experts=32,
-        experts_per_token=4,
-        heads=64,
-        kv_heads=8,
-        head_dim=64,
-        vocabulary=320,
-    )
-    embedded.write_checkpoint(tmp_path / "source", d)
-    stored = Checkpoint(tmp_path / "source").tensors
-    gate_up, down = ("model.layers.0.mlp.experts.gate_up_projs.0.weight", "model.layers.0.mlp.experts.down_projs.0.weight")
-    assert stored[gate_up].shape == (8294400, 1)
-    assert stored[f"{gate_up}.nested_absmax"].shape == (1013,)
-    assert stored[f"{down}.absmax"].shape == (129600,)
-    model = Model(name="real", kind="local", path=str(tmp_path / "source"))
-    from gptoss_nf4.artifacts import Artifacts
-
-    report = convert(model, Artifacts(tmp_path / "artifacts"), RequantOptions(), "bfloat16")
-    assert report["compared"] == 2880 * (2 * 4096 + 2 * 512 + 3 * 2880 * 32)
-    assert report["different"] == 0

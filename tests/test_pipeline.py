@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import edit_shard
-from project_imports import ROOT
+from conftest import edit_shard, make_checkout
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -20,13 +19,7 @@ ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
 def project(tmp_path_factory, tiny) -> Path:
     """A checkout with a local model of its own, its pipeline run up to the checkpoint."""
     root = tmp_path_factory.mktemp("project")
-    checkout = root / "checkout"
-    files = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
-    for name in files:
-        if (ROOT / name).is_file():
-            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, checkout / name)
-    subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)
+    checkout = make_checkout(root / "checkout")
     shutil.copytree(tiny, root / "my-finetune")
     run(checkout, "python", "stages/configure.py", "model=local", f"model.path={root / 'my-finetune'}")
     ran = repro(checkout, "assemble")

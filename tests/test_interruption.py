@@ -1,0 +1,179 @@
+"""Killed, interrupted, out of room, not permitted, damaged on disk, two at once: the right bytes or one clear line."""
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import make_checkout
+
+from gptoss_nf4.checkpoint import read_header
+
+pytestmark = pytest.mark.slow
+BIN = Path(sys.executable).parent
+ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+KILLS, SEED = 100, 20260102
+LAYER_STAGES = [[name, f"layer={layer}"] for name in ("dequant", "requant") for layer in (0, 1)]
+STAGES = [["fetch"], ["code"], *LAYER_STAGES, ["normalize"], ["assemble"], ["prove"]]
+
+
+def start(project: Path, name: str, *arguments: str, **options) -> subprocess.Popen:
+    command = [sys.executable, f"stages/{name}.py", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(command, cwd=project, env=ENVIRONMENT, text=True, **pipes)
+
+
+def repro(project: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "dvc", "repro", "prove"], cwd=project, env=ENVIRONMENT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def checkpoint(project: Path) -> dict[str, bytes]:
+    directory = project / "artifacts/tiny/checkpoint"
+    return {file.name: file.read_bytes() for file in directory.iterdir() if not file.name.startswith(".")}
+
+
+def cache_is_whole(project: Path) -> None:
+    """Every object of DVC's cache still has the MD5 that it is named by."""
+    objects = [p for p in (project / ".dvc/cache/files/md5").rglob("*") if p.is_file() and not p.name.endswith(".dir")]
+    assert objects
+    for path in objects:
+        assert hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == path.parent.name + path.name
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+    """A project whose pipeline ran undisturbed up to prove, and its checkpoint."""
+    project = make_checkout(tmp_path_factory.mktemp("interrupted") / "checkout")
+    repro(project)
+    return project, checkpoint(project)
+
+
+def test_sigkill_at_random_moments(finished, capsys):
+    """Stages are killed while they run, each several times; what `dvc repro` then makes is what it made undisturbed."""
+    project, undisturbed = finished
+    rng, killed = random.Random(SEED), dict.fromkeys((" ".join(stage) for stage in STAGES), 0)
+    durations = {}
+    for stage in STAGES:
+        started = time.monotonic()
+        assert start(project, *stage).wait() == 0
+        durations[" ".join(stage)] = time.monotonic() - started
+    attempts = 0
+    while sum(killed.values()) < KILLS or not all(killed.values()):
+        attempts += 1
+        assert attempts < 10 * KILLS
+        stage = STAGES[attempts % (len(STAGES) - 1)] if attempts % 12 else ["prove"]  # prove takes seconds: not as often
+        process = start(project, *stage)
+        time.sleep(rng.uniform(0.3, 1) * durations[" ".join(stage)])
+        process.send_signal(signal.SIGKILL)
+        killed[" ".join(stage)] += process.wait() == -signal.SIGKILL
+        process.communicate()
+    repro(project)
+    for stage in STAGES:  # what DVC found unchanged was never run again: run it, so that it clears up too
+        assert start(project, *stage).wait() == 0
+    repro(project)
+    assert checkpoint(project) == undisturbed
+    assert not list(project.rglob("*.part"))
+    cache_is_whole(project)
+    with capsys.disabled():
+        print(f"\n{sum(killed.values())} kills of {attempts} tries: {killed}")
+
+
+def test_ctrl_c_ends_within_a_second_with_one_line(finished):
+    project, _ = finished
+    for stage, delay in ((["requant", "layer=0"], 0.05), (["requant", "layer=1"], 0.25), (["prove"], 1.5)):
+        process = start(project, *stage)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        _, error = process.communicate(timeout=30)
+        assert time.monotonic() - started < 1
+        if process.returncode:  # else it was through already
+            assert process.returncode in (130, -signal.SIGINT)
+            assert "Traceback" not in error
+            assert len([line for line in error.splitlines() if "kernels" not in line]) <= 1, error
+
+
+def one_line(process: subprocess.Popen, *words: str) -> None:
+    _, error = process.communicate(timeout=120)
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 1, error
+    assert "Traceback" not in error
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_and_room_made(finished, tmp_path):
+    project, undisturbed = finished
+    target = project / "artifacts/tiny/checkpoint"
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "none", str(small)], capture_output=True).returncode:
+        pytest.skip("this machine does not let us mount a tmpfs")
+    try:
+        shutil.move(target, tmp_path / "aside")
+        target.symlink_to(small)
+        one_line(start(project, "requant", "layer=0"), "cannot write", "layer-0.safetensors", "No space left", "make room")
+        assert not list(small.iterdir())
+    finally:
+        target.unlink(missing_ok=True)
+        shutil.move(tmp_path / "aside", target)
+        subprocess.run(["umount", str(small)], check=True)
+    repro(project)
+    assert checkpoint(project) == undisturbed
+
+
+def test_a_file_in_the_way_and_a_shard_that_cannot_be_read(finished):
+    """Not permission bits: tests run as root in places, who may everything. A directory refuses anyone."""
+    project, undisturbed = finished
+    weights, shard = project / "artifacts/tiny/checkpoint/layer-0.safetensors", project / "artifacts/tiny/absmax"
+    weights.unlink()
+    weights.mkdir()
+    one_line(start(project, "requant", "layer=0"), "cannot write", "layer-0.safetensors")
+    weights.rmdir()
+    (source,) = (project / "artifacts/tiny/source").glob("model-00001-of-*.safetensors")
+    content = source.read_bytes()
+    source.unlink()
+    source.mkdir()
+    one_line(start(project, "requant", "layer=0"), source.name)
+    source.rmdir()
+    source.write_bytes(content)
+    assert shard.is_dir()
+    repro(project)
+    assert checkpoint(project) == undisturbed
+
+
+def test_two_runs_at_once_tear_no_file(finished):
+    project, undisturbed = finished
+    dtypes, orders = ("float16", "bfloat16", "float32", "float16"), ("interleaved", "concatenated")
+    for _ in range(3):
+        processes = [start(project, "normalize", f"dtype={dtype}") for dtype in dtypes]
+        processes += [start(project, "requant", "layer=1", f"requant.w13_order={order}") for order in orders]
+        assert [process.wait() for process in processes] == [0] * len(processes)
+        for file in (project / "artifacts/tiny/checkpoint").glob("*.safetensors"):
+            assert read_header(file)
+    cache_is_whole(project)
+    repro(project)
+    assert checkpoint(project) == undisturbed
+
+
+def test_an_edited_checkpoint_is_caught_by_its_digests(finished):
+    project, _ = finished
+    assert start(project, "verify").wait() == 0
+    file = project / "artifacts/tiny/checkpoint/dense.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.unlink()  # it is a link into DVC's cache
+    file.write_bytes(data)
+    one_line(start(project, "verify"), "checkpoint changed", "dense.safetensors", "dvc repro prove")
+    repro(project)
+    assert start(project, "verify").wait() == 0
