@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import edit_shard, make_checkout
 
 pytestmark = pytest.mark.slow
@@ -91,3 +92,25 @@ def test_a_stage_does_not_write_into_the_cache(project):
     run(project, "dvc", "checkout", "-f", "normalize")
     assert checkpoint.read_bytes() == before
     assert not list(project.rglob("*.part"))
+
+
+def test_every_core_gives_the_same_bytes_and_the_same_lock(project):
+    """stages/parallel.py against plain `dvc repro`, both from nothing."""
+
+    def results() -> tuple[dict[str, bytes], dict]:
+        files = (project / "artifacts/my-finetune/checkpoint").iterdir()
+        lock = yaml.safe_load((project / "dvc.lock").read_text())
+        return {f.name: f.read_bytes() for f in files if not f.name.startswith(".")}, lock
+
+    def forget() -> None:
+        shutil.rmtree(project / "artifacts")
+        shutil.rmtree(project / ".dvc/cache")
+        (project / "dvc.lock").unlink()
+
+    forget()
+    repro(project, "assemble")
+    plain = results()
+    forget()
+    run(project, "python", "stages/parallel.py")
+    assert results() == plain
+    assert repro(project, "assemble") == set()

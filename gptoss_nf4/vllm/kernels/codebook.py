@@ -7,6 +7,9 @@ chooses between the two by the codes' top bits, and two that zip low and high by
 is 18 integer instructions and three products for eight weights, and no memory access (a select tree takes about 150, a
 table in memory eight gathers).
 
+Where a multiprocessor has the shared memory for it (`launch.SHARED_LIMIT`), decode kernels use a table of pairs instead: a
+byte of codes is a row, and a lane reads its own column. That is three instructions for two weights.
+
 Rounding the codebook to 16 bit is the kernels' largest error, and a systematic one: the same 16 values are wrong
 everywhere. So the codebook is multiplied by the factor in [1, 2) at which its rounding error is smallest, and the
 kernels divide their sums by it: bfloat16's relative error falls from 1.06e-3 to 0.63e-3, float16's from 1.6e-4 to
@@ -29,8 +32,8 @@ SIGNIFICAND_BITS = {torch.bfloat16: 8, torch.float16: 11}
 
 @dataclass(frozen=True)
 class Codebook:
-    """`table`: int32 [10, 32] on the GPU, each row once for each lane: the low bytes of the 16 values times `factor` in
-    four rows, their high bytes in four, and the factors 2^31 and 2^16."""
+    """`table`: int32 [11, 32] on the GPU. Ten rows once for each lane: the low bytes of the 16 values times `factor` in
+    four, their high bytes in four, and the factors 2^31 and 2^16; then the 16 values themselves."""
 
     table: torch.Tensor
     factor: float
@@ -190,6 +193,10 @@ LOOKUP_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,r,r")
 
 @triton.jit
 def fill_shared(table, ASM: tl.constexpr):
+    """Write the table of `lookup` into shared memory; returns where each lane's column of it begins, int32 [1, 32, 1].
+
+    256 rows, one for each byte of codes, with its pair of 16-bit weights once for every lane: lanes never meet in a bank.
+    """
     column = tl.arange(0, 32)[None, :, None] * 4
     if ASM:
         code = tl.arange(0, 16)
