@@ -13,6 +13,8 @@ from gptoss_nf4.source import SplitSource
 
 QUANT_METHOD = "gptoss_nf4"
 FORMAT_VERSION = 1
+# The dtype is ours to say, and code that a source brings along has no place beside the result.
+DROPPED = ("torch_dtype", "dtype", "auto_map", "custom_pipelines")
 NO_TEMPLATE = "{{ raise_exception('this fine-tune was saved without a chat template') }}\n"
 
 
@@ -53,7 +55,7 @@ def build_config(source: SplitSource, options: RequantOptions, dtype: str) -> di
     """The source's config.json with the dtype and the quantization_config by which vLLM selects the plugin."""
     targets = [t for layer in range(source.dimensions.layers) for t in plan_layer(source, layer, options)]
     quantized = next(target for target in targets if target.quantized)
-    config = {key: value for key, value in source.checkpoint.config.items() if key not in ("torch_dtype", "dtype")}
+    config = {key: value for key, value in source.checkpoint.config.items() if key not in DROPPED}
     return config | {
         "architectures": ["GptOssForCausalLM"],
         "dtype": dtype,
@@ -73,7 +75,8 @@ def build_tokenizer_config(origin: Path) -> dict:
     """tokenizer_config.json; older saves keep special tokens in special_tokens_map.json, which is folded in."""
     config = read_json_object(_required(origin / "tokenizer_config.json"))
     older = origin / "special_tokens_map.json"
-    return (read_json_object(older) if older.exists() else {}) | config
+    whole = (read_json_object(older) if older.exists() else {}) | config
+    return {key: value for key, value in whole.items() if key not in DROPPED}
 
 
 def chat_template(origin: Path, tokenizer_config: dict) -> str:
