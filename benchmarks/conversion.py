@@ -54,9 +54,8 @@ def run(directory: Path, *command: str) -> Run:
     return Run(seconds, usage.ru_maxrss * 1024, stages)
 
 
-def checkout(directory: Path) -> Path:
+def checkout(project: Path) -> Path:
     """A copy of the project's files, with a git repository of its own, as DVC wants one."""
-    project = directory / "project"
     shutil.rmtree(project, ignore_errors=True)
     for name in subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).split():
         if (ROOT / name).is_file():
@@ -192,7 +191,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--growth", type=int, nargs="*", default=[1, 6, 12], help="clean runs with fewer layers")
     args = parser.parse_args()
-    project = checkout(args.directory.resolve())
+    project = checkout(args.directory.resolve() / "project")
     result = measure(project, args)
     result["growth"] = growth(project, args)
     whole, copied = result["runs"]["clean, stages/parallel.py"], result["runs"]["cp + md5sum of the source"]

@@ -47,7 +47,7 @@ def build_index(files: list[Path]) -> dict:
     for file in files:
         for name, info in read_header(file).items():
             weight_map[name] = file.name
-            total += info.end - info.start
+            total += info.bytes
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 

@@ -12,9 +12,9 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.source import SplitSource
 
 MARGIN = 1.02  # headers, JSON files, DVC's records
-# A converted byte is read, written and hashed once more (MD5, by DVC); seconds per GB of source and core as measured by
-# `python -m benchmarks.conversion`, beside a SHA-256 of the same bytes.
-WORK_BY_HASHING = 8.0
+# stages/parallel.py took 90 to 96 s where hashing the source had taken 4.7 to 5 (24 layers of the 20b, 2 cores): bytes are
+# read, written and hashed again by DVC, which also rewrites dvc.lock for every stage.
+WORK_BY_HASHING = 19.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def budget(source: SplitSource, artifacts: Artifacts) -> Budget:
         missing += (not artifacts.dense_weights.exists()) * dense
         largest = max(largest, 2 * absmax)
     outside = source.tensors_by_layer.get(None, [])
-    missing += (not artifacts.dense_weights.exists()) * sum(_bytes(source, name) for name in outside)
+    missing += (not artifacts.dense_weights.exists()) * sum(source.checkpoint.tensors[name].bytes for name in outside)
     return Budget(int(missing * MARGIN), largest + (400 << 20))  # 400 MiB: Python with torch
 
 
@@ -49,22 +49,17 @@ def _layer_sizes(source: SplitSource, layer: int) -> tuple[int, int, int]:
     for name in source.tensors_by_layer[layer]:
         info = source.checkpoint.tensors[name]
         if name.endswith(".weight") and info.dtype == "U8":
-            codes += _bytes(source, name)
+            codes += info.bytes
         elif name.endswith(".weight.absmax"):
-            blocks += _bytes(source, name) // ITEM_BYTES[info.dtype]
+            blocks += info.bytes // ITEM_BYTES[info.dtype]
         elif info.floating and ".weight." not in name:
-            dense += _bytes(source, name)
+            dense += info.bytes
     return codes, blocks, dense
 
 
-def _bytes(source: SplitSource, name: str) -> int:
-    info = source.checkpoint.tensors[name]
-    return info.end - info.start
-
-
-def seconds(source_bytes: int, hashing_seconds: float, hashed_bytes: int) -> float:
-    """Roughly what converting `source_bytes` takes, by how fast this machine just read and hashed `hashed_bytes`."""
-    return WORK_BY_HASHING * hashing_seconds * source_bytes / max(1, hashed_bytes)
+def seconds(hashing_seconds: float) -> float:
+    """Roughly what converting a source takes, by how long reading and hashing all of it just took."""
+    return WORK_BY_HASHING * hashing_seconds
 
 
 def synthetic_bytes(d: Dimensions) -> int:

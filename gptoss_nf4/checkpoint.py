@@ -42,6 +42,10 @@ class TensorInfo:
     end: int
 
     @property
+    def bytes(self) -> int:
+        return self.end - self.start
+
+    @property
     def floating(self) -> bool:
         return self.dtype in FLOATING
 
@@ -146,7 +150,7 @@ class Checkpoint:
     def torch_row(self, name: str, number: int) -> "torch.Tensor":
         """Element `number` of the tensor's first dimension: of a stack of experts, one."""
         info = self.tensors[name]
-        size = (info.end - info.start) // info.shape[0]
+        size = info.bytes // info.shape[0]
         start = info.start + number * size
         return _as_torch(_read(info.file, start, start + size), info.dtype).reshape(info.shape[1:])
 

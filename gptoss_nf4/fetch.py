@@ -17,7 +17,7 @@ from gptoss_nf4.digests import verify
 from gptoss_nf4.dimensions import Dimensions
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.files import describe_file, write_json
-from gptoss_nf4.names import FUSIONS
+from gptoss_nf4.names import FUSIONS, NESTED_SIDECARS, SIDECARS
 from gptoss_nf4.source import SplitSource
 
 KINDS = ("embedded", "synthetic", "hub", "local")
@@ -58,7 +58,7 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
     with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter lock
         digests = list(pool.map(lambda names: describe_tensors(source.checkpoint, names), source.tensors_by_layer.values()))
     size = sum(file.stat().st_size for file in source.checkpoint.weight_files)
-    rough = seconds(size, time.monotonic() - started, size)
+    rough = seconds(time.monotonic() - started)
     say(f"to convert {size / 1e9:.1f} GB: about {rough:.0f} s on {cores()} cores, {plan.line()}")
     for layer, digest in zip(source.tensors_by_layer, digests, strict=True):
         write_json(artifacts.digest(layer), digest)
@@ -143,8 +143,8 @@ def _moved_as_codes(source: SplitSource) -> set[str]:
             parts = source.modules(layer, fusion)
             if fusion.stacked or all(part.state for part in parts):
                 for part in parts:
-                    kinds = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-                    moved |= {part.weight + kind for kind in kinds} if part.state else set()
+                    if part.state:
+                        moved |= {part.weight, *(f"{part.weight}.{kind}" for kind in (*SIDECARS, *NESTED_SIDECARS))}
     return moved
 
 

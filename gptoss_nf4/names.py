@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from gptoss_nf4.dimensions import Dimensions
 
 SIDECARS = ("absmax", "quant_map")
+NESTED_SIDECARS = ("nested_absmax", "nested_quant_map")
 STATE_PREFIX = "quant_state.bitsandbytes__"
 
 

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from bitsandbytes.functional import QuantState
 
+from gptoss_nf4 import names
 from gptoss_nf4.artifacts import Artifacts
 from gptoss_nf4.bnb import dequantize_float32
 from gptoss_nf4.checkpoint import Checkpoint
@@ -17,6 +18,7 @@ from gptoss_nf4.dtypes import cast
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fuse import INTERLEAVED, interleaved_rows
 from gptoss_nf4.plan import EXACT, RequantOptions, Target, plan_layer
+from gptoss_nf4.quant_state import QUANT_TYPES
 from gptoss_nf4.source import Module, SplitSource
 
 
@@ -37,9 +39,9 @@ class Comparison:
 
 def read_state(checkpoint: Checkpoint, weight: str) -> QuantState:
     """bitsandbytes' own QuantState of `weight`, read by its `from_dict`."""
-    kinds = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-    states = (f"quant_state.bitsandbytes__{quant_type}" for quant_type in ("nf4", "fp4"))
-    stored = [name for kind in (*kinds, *states) if (name := f"{weight}.{kind}") in checkpoint.tensors]
+    states = (names.STATE_PREFIX + quant_type for quant_type in QUANT_TYPES)
+    kinds = (*names.SIDECARS, *names.NESTED_SIDECARS, *states)
+    stored = [name for kind in kinds if (name := f"{weight}.{kind}") in checkpoint.tensors]
     return QuantState.from_dict({name: checkpoint.torch(name) for name in stored}, device=torch.device("cpu"))
 
 

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 from gptoss_nf4.artifacts import Artifacts
 from gptoss_nf4.files import write_json
 from gptoss_nf4.names import FUSIONS
-from gptoss_nf4.plan import RequantOptions, plan_layer
+from gptoss_nf4.plan import RequantOptions, Target, plan_layer
 from gptoss_nf4.requant import AddedError, requant_layer
 from gptoss_nf4.source import Module, SplitSource
 from gptoss_nf4.stream import Stream, write_tensors
@@ -36,7 +36,7 @@ def requant_step(source: SplitSource, artifacts: Artifacts, layer: int, options:
     return size
 
 
-def _describe(target, error: AddedError | None) -> dict:
+def _describe(target: Target, error: AddedError | None) -> dict:
     described = {"shape": target.shape, "quant_type": target.quant_type, "blocksize": target.blocksize}
     if not target.quantized:
         described["joined_dense"] = target.joined_dense

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from project_imports import ROOT
 from safetensors.torch import load_file, save_file
 
 from gptoss_nf4 import embedded
@@ -31,20 +30,6 @@ def source_copy(tiny: Path, tmp_path: Path) -> Path:
     import shutil
 
     return Path(shutil.copytree(tiny, tmp_path / "source"))
-
-
-def make_checkout(checkout: Path) -> Path:
-    """A copy of the project's files with a git repository of its own, as DVC wants one."""
-    import shutil
-    import subprocess
-
-    files = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).split()
-    for name in files:
-        if (ROOT / name).is_file():
-            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, checkout / name)
-    subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)
-    return checkout
 
 
 def local(directory: Path, root: Path) -> tuple[Model, Artifacts]:

@@ -15,7 +15,7 @@ def test_real_dimensions_stay_within_their_memory(tmp_path):
     """Every core used, no process above 2 GiB, a plain `dvc repro` finds nothing to do, every weight is equal."""
     model, layers = "synthetic_20b", 2
     args = Namespace(model=model, layers=layers)
-    project = conversion.checkout(tmp_path)
+    project = conversion.checkout(tmp_path / "project")
     conversion.configure(project, args, layers)
     conversion.run(project, *conversion.DVC, "repro", "-s", "fetch")
     conversion.clean(project)

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_checkout
 
+from benchmarks.conversion import checkout
 from gptoss_nf4.checkpoint import read_header
 
 pytestmark = pytest.mark.slow
@@ -51,7 +51,7 @@ def cache_is_whole(project: Path) -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
     """A project whose pipeline ran undisturbed up to prove, and its checkpoint."""
-    project = make_checkout(tmp_path_factory.mktemp("interrupted") / "checkout")
+    project = checkout(tmp_path_factory.mktemp("interrupted") / "checkout")
     repro(project)
     return project, checkpoint(project)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import edit_shard, make_checkout
+from conftest import edit_shard
+
+from benchmarks.conversion import checkout as copy_project
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -20,7 +22,7 @@ ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
 def project(tmp_path_factory, tiny) -> Path:
     """A checkout with a local model of its own, its pipeline run up to the checkpoint."""
     root = tmp_path_factory.mktemp("project")
-    checkout = make_checkout(root / "checkout")
+    checkout = copy_project(root / "checkout")
     shutil.copytree(tiny, root / "my-finetune")
     run(checkout, "python", "stages/configure.py", "model=local", f"model.path={root / 'my-finetune'}")
     ran = repro(checkout, "assemble")
