@@ -48,7 +48,7 @@ def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
             line = function(cfg)
         except UserError as error:
             sys.exit(f"error: {error}")
-        print(f"{name}: {line}, {time.monotonic() - started:.1f} s")
+        print(f"{name}: {line}, {time.monotonic() - started:.1f} s\n", end="", flush=True)  # one write: others print too
 
     return hydra.main(version_base="1.3", config_path="../conf", config_name="stage")(report)
 

@@ -1,25 +1,25 @@
 """`dvc repro` on every core: python stages/parallel.py [targets of dvc repro, assemble by default]
 
-DVC runs one stage after another, and rewrites dvc.lock after each. Layers do not depend on each other, so this runs the
-commands of the stages that `dvc status` calls changed, as many at a time as there are cores, and has `dvc commit` record
-those that are done while others still run. It ends in a plain `dvc repro`, which runs what is left and finds the rest done:
-same commands, same bytes, same dvc.lock.
+DVC runs one stage after another, and reads and writes the whole of dvc.lock after each. Layers do not depend on each
+other, so this runs the commands of the stages that `dvc status` calls changed, as many at a time as there are cores, and
+has `dvc commit` record each kind of stage at once while the next kind runs. It ends in a plain `dvc repro`, which runs
+what is left and finds the rest done: same commands, same bytes, same dvc.lock.
 """
 
 import json
 import multiprocessing
 import os
-import queue
 import runpy
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import connection
 from pathlib import Path
 
 import yaml
 
-BATCH = 12  # stages that one `dvc commit` records: it takes a second to start
+KINDS = ("dequant", "requant", "normalize")  # what dvc.yaml calls the stages that run side by side, of whatever layer
 DVC = [sys.executable, "-m", "dvc"]
 
 
@@ -31,70 +31,90 @@ def dvc(*arguments: str) -> str:
     return done.stdout
 
 
-def jobs(layers: list[int], changed: set[str]) -> list[list[tuple[str, list[str]]]]:
-    """What may run side by side, the longest first: lists of (stage, script and arguments), to be run in turn."""
-    found = [[("normalize", ["stages/normalize.py"])]] if "normalize" in changed else []
-    for layer in layers:
-        names = [f"dequant@{layer}", f"requant@{layer}"]
-        # A layer that is de-nested again is fused again: its absmax may have changed.
-        needed = names if names[0] in changed else [name for name in names if name in changed]
-        if needed:
-            found.append([(name, [f"stages/{name.split('@')[0]}.py", f"layer={layer}"]) for name in needed])
-    return found
+def kinds_of_stages(layers: list[int], changed: set[str]) -> dict[str, list[str]]:
+    """Kind -> the stages of it to run, in the order of KINDS; each needs only kinds before it."""
+    # A layer that is de-nested again is fused again: its absmax may have changed.
+    needed = changed | {f"requant@{layer}" for layer in layers if f"dequant@{layer}" in changed}
+    found = {kind: [f"{kind}@{layer}" for layer in layers] for kind in KINDS} | {"normalize": ["normalize"]}
+    return {kind: run for kind, stages in found.items() if (run := [stage for stage in stages if stage in needed])}
 
 
 def run_script(arguments: list[str]) -> None:
     """What `python script arguments` does, in a process that has imported most of it already."""
     sys.argv = arguments
-    runpy.run_path(arguments[0], run_name="__main__")
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())  # the script's own: one line
 
 
-def run_jobs(found: list[list[tuple[str, list[str]]]], workers: int) -> None:
-    """Run all jobs; `dvc commit` records what has finished meanwhile."""
-    finished: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    failed = threading.Event()
-    # Imports take as long as a layer: a server does them once, and forks for each command.
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["common", "gptoss_nf4.steps"])
+class Scripts:
+    """Runs the stages' scripts, `workers` at a time; none starts once one has failed."""
 
-    def run(job: list[tuple[str, list[str]]]) -> None:
-        for name, command in job:
-            if failed.is_set():
-                return
-            process = server.Process(target=run_script, args=(command,))
+    def __init__(self, workers: int) -> None:
+        self._pool = ThreadPoolExecutor(workers)
+        self._failed, self._lock = threading.Event(), threading.Lock()
+        # Imports take as long as a layer: a server does them once, and forks for each command.
+        self._server = multiprocessing.get_context("forkserver")
+        self._server.set_forkserver_preload(["common", "gptoss_nf4.steps"])
+
+    def start(self, stage: str) -> Future:
+        """A future of whether the stage ran and succeeded."""
+        return self._pool.submit(self._run, stage)
+
+    def _run(self, stage: str) -> bool:
+        if self._failed.is_set():
+            return False
+        kind, _, layer = stage.partition("@")
+        command = [f"stages/{kind}.py", *([f"layer={layer}"] if layer else [])]
+        process = self._server.Process(target=run_script, args=(command,))
+        # Starting a process looks whether others have ended, which must not happen while their thread does (it reads 255).
+        with self._lock:
             process.start()
+        connection.wait([process.sentinel])
+        with self._lock:
             process.join()
-            if process.exitcode:
-                failed.set()
-                return
-            finished.put(name)
+        if process.exitcode:
+            self._failed.set()
+        return process.exitcode == 0
 
-    with ThreadPoolExecutor(workers) as pool:
-        running = [pool.submit(run, job) for job in found]
-        threading.Thread(target=lambda: ([each.exception() for each in running], finished.put(None)), daemon=True).start()
-        open_end = True
-        while open_end:
-            names = []
-            while len(names) < BATCH and (name := finished.get()):
-                names.append(name)
-            open_end = len(names) == BATCH
-            if names:
-                dvc("commit", "--quiet", "--force", *names)
-    if failed.is_set():
-        sys.exit("error: parallel: a stage failed, see above; what others made is kept, run the command again")
+
+def run_stages(kinds: dict[str, list[str]], workers: int) -> None:
+    scripts = Scripts(workers)
+    started: dict[str, dict[str, Future]] = {}
+
+    def start(kind: str) -> None:
+        started[kind] = {stage: scripts.start(stage) for stage in kinds[kind]}
+
+    waiting = list(kinds)
+    start(waiting.pop(0))
+    for kind, stages in kinds.items():
+        done = [stage for stage, future in started[kind].items() if future.result()]
+        if waiting:
+            start(waiting.pop(0))
+        # The kind's name stands for all of its stages, and writes dvc.lock once; the others of them are unchanged.
+        if done:
+            dvc("commit", "--quiet", "--force", *([kind] if done == stages else done))
+        if done != stages:
+            sys.exit("error: parallel: a stage failed, see above; what others made is kept, run the command again")
+
+
+def repro(targets: list[str]) -> int:
+    """Run what is out of date, and the status of the `dvc repro` that it ends in."""
+    layers = yaml.safe_load(Path("params.yaml").read_text())["model"]["layers"]
+    print(dvc("repro", "--single-item", "fetch", "code"), end="", flush=True)
+    changed = set(json.loads(dvc("status", "--json", *KINDS) or "{}"))  # by kind: DVC looks at all for each target
+    if kinds := kinds_of_stages(layers, changed):
+        run_stages(kinds, len(os.sched_getaffinity(0)))
+    return subprocess.run([*DVC, "repro", *targets]).returncode
 
 
 def main() -> None:
-    targets = sys.argv[1:] or ["assemble"]
-    layers = yaml.safe_load(Path("params.yaml").read_text())["model"]["layers"]
-    print(dvc("repro", "--single-item", "fetch", "code"), end="", flush=True)
-    stages = ["normalize", *(f"{name}@{layer}" for layer in layers for name in ("dequant", "requant"))]
-    changed = set(json.loads(dvc("status", "--json", *stages) or "{}"))
     try:
-        run_jobs(jobs(layers, changed), len(os.sched_getaffinity(0)))
-    except KeyboardInterrupt:  # the stages had the signal too, and say so
-        sys.exit(130)
-    sys.exit(subprocess.run([*DVC, "repro", *targets]).returncode)
+        sys.exit(repro(sys.argv[1:] or ["assemble"]))
+    except KeyboardInterrupt:
+        print("parallel: interrupted; run the command again to go on", file=sys.stderr, flush=True)
+        os._exit(130)  # without waiting for threads
 
 
 if __name__ == "__main__":
