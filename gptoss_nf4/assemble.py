@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
-from gptoss_nf4 import names
+from gptoss_nf4 import residual
 from gptoss_nf4.artifacts import Artifacts
 from gptoss_nf4.audit import audit, check_dtype
-from gptoss_nf4.checkpoint import INDEX_FILE, Checkpoint, read_header, read_json_object
+from gptoss_nf4.checkpoint import INDEX_FILE, Checkpoint
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.files import write_bytes, write_json, write_text
 from gptoss_nf4.plan import RequantOptions, plan_layer
+from gptoss_nf4.reading import read_bytes, read_json_object, read_text
+from gptoss_nf4.result import require_fitting
 from gptoss_nf4.source import SplitSource
+from gptoss_nf4.tensor_file import read_header
 
 QUANT_METHOD = "gptoss_nf4"
 FORMAT_VERSION = 1
@@ -18,7 +21,9 @@ DROPPED = ("torch_dtype", "dtype", "auto_map", "custom_pipelines")
 NO_TEMPLATE = "{{ raise_exception('this fine-tune was saved without a chat template') }}\n"
 
 
-def assemble(source: SplitSource, artifacts: Artifacts, options: RequantOptions, dtype: str) -> dict[str, int]:
+def assemble(
+    source: SplitSource, artifacts: Artifacts, options: RequantOptions, dtype: str, residual_scale: object = residual.AUTO
+) -> dict[str, int]:
     """Write the checkpoint's own files (which ones is fixed, since dvc.yaml has to name them) and audit its dtypes.
 
     Returns the number of floating tensors by dtype, which is one.
@@ -26,12 +31,13 @@ def assemble(source: SplitSource, artifacts: Artifacts, options: RequantOptions,
     check_dtype(dtype)
     directory, origin = artifacts.checkpoint, source.checkpoint.directory
     write_json(directory / INDEX_FILE, build_index(weight_files(source, artifacts)))
-    write_json(directory / "config.json", build_config(source, options, dtype))
-    write_bytes(directory / "tokenizer.json", _required(origin / "tokenizer.json").read_bytes())
+    write_json(directory / "config.json", build_config(source, options, dtype, residual.resolve(residual_scale, dtype)))
+    write_bytes(directory / "tokenizer.json", read_bytes(_required(origin / "tokenizer.json")))
     tokenizer_config = build_tokenizer_config(origin)
     write_text(directory / "chat_template.jinja", chat_template(origin, tokenizer_config))
     write_json(directory / "tokenizer_config.json", tokenizer_config)
     write_json(directory / "generation_config.json", build_generation_config(source))
+    require_fitting(directory)
     return audit(Checkpoint(directory), dtype)
 
 
@@ -51,7 +57,7 @@ def build_index(files: list[Path]) -> dict:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def build_config(source: SplitSource, options: RequantOptions, dtype: str) -> dict:
+def build_config(source: SplitSource, options: RequantOptions, dtype: str, residual_scale: float) -> dict:
     """The source's config.json with the dtype and the quantization_config by which vLLM selects the plugin."""
     targets = [t for layer in range(source.dimensions.layers) for t in plan_layer(source, layer, options)]
     quantized = next(target for target in targets if target.quantized)
@@ -66,6 +72,7 @@ def build_config(source: SplitSource, options: RequantOptions, dtype: str) -> di
             "blocksize": quantized.blocksize,
             "w13_order": options.w13_order,
             "requant_mode": options.mode,
+            residual.KEY: residual_scale,
             "modules_to_not_convert": [target.name for target in targets if not target.quantized],
         },
     }
@@ -84,7 +91,7 @@ def chat_template(origin: Path, tokenizer_config: dict) -> str:
     inside = tokenizer_config.pop("chat_template", None)
     file = origin / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     return inside if isinstance(inside, str) else NO_TEMPLATE
 
 
@@ -95,22 +102,6 @@ def build_generation_config(source: SplitSource) -> dict:
         return read_json_object(path)
     config = source.checkpoint.config
     return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
-
-
-def expected_names(config: dict, layers: int) -> set[str]:
-    """Every tensor name that a converted checkpoint with this config.json has."""
-    quantization = config["quantization_config"]
-    dense, kind = set(quantization["modules_to_not_convert"]), quantization["quant_type"]
-    expected = set(names.OUTSIDE_LAYERS)
-    for layer in range(layers):
-        expected |= {names.prefix(layer) + name for name in names.RENAMED.values()}
-        for fusion in names.FUSIONS:
-            target = names.target_of(fusion, layer)
-            expected |= {f"{target}.weight", f"{target}.bias"}
-            if target not in dense:
-                expected |= {f"{target}.weight.{sidecar}" for sidecar in names.SIDECARS}
-                expected.add(f"{target}.weight.{names.STATE_PREFIX}{kind}")
-    return expected
 
 
 def _required(path: Path) -> Path:

@@ -1,9 +1,10 @@
 """The finished checkpoint's dtypes: one for every floating tensor, quantization data apart."""
 
 from gptoss_nf4 import names
-from gptoss_nf4.checkpoint import FLOATING, Checkpoint
+from gptoss_nf4.checkpoint import Checkpoint
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.quant_state import DTYPES, QuantState
+from gptoss_nf4.tensor_file import FLOATING
 
 SAFETENSORS_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 # Quantization data, not weights: float32 whatever the model's dtype.

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptoss_nf4.artifacts import Artifacts
-from gptoss_nf4.checkpoint import ITEM_BYTES
 from gptoss_nf4.dimensions import Dimensions
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.source import SplitSource
+from gptoss_nf4.tensor_file import ITEM_BYTES
 
 MARGIN = 1.02  # headers, JSON files, DVC's records
 # stages/parallel.py took 90 to 96 s where hashing the source had taken 4.7 to 5 (24 layers of the 20b, 2 cores): bytes are

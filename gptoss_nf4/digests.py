@@ -4,8 +4,10 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from gptoss_nf4.budget import cores
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.files import sha256_of, write_text
+from gptoss_nf4.reading import read_text
 
 LINE = re.compile(r"([0-9a-f]{64})  ([^/\0]+)")
 
@@ -18,7 +20,7 @@ def write_digests(checkpoint: Path, target: Path) -> None:
 def _digests(checkpoint: Path) -> dict[str, str]:
     # A name that starts with a dot is none of ours: DVC puts .gitignore files beside its outputs.
     files = sorted(path for path in checkpoint.iterdir() if path.is_file() and not path.name.startswith("."))
-    with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter lock
+    with ThreadPoolExecutor(cores()) as pool:  # hashlib lets go of the interpreter lock
         return dict(zip((path.name for path in files), pool.map(sha256_of, files), strict=True))
 
 
@@ -36,7 +38,7 @@ def verify(checkpoint: Path, recorded: Path, next_step: str) -> int:
             "missing digest list", where=recorded, got="no such file", expected="a list as `sha256sum` writes it",
             next_step="make one, or name another",
         )  # fmt: skip
-    lines = [LINE.fullmatch(line) for line in recorded.read_text(encoding="utf-8").splitlines()]
+    lines = [LINE.fullmatch(line) for line in read_text(recorded).splitlines()]
     if not lines or None in lines:
         raise UserError(
             "damaged digest list", where=recorded, got=f"line {lines.index(None) + 1 if lines else 0}",

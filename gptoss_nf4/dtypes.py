@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from gptoss_nf4 import names
+from gptoss_nf4 import names, residual
 from gptoss_nf4.artifacts import Artifacts
 from gptoss_nf4.audit import SAFETENSORS_NAMES, check_dtype
 from gptoss_nf4.errors import UserError
@@ -53,15 +53,20 @@ class DenseTensor:
     pieces: Callable[[], Iterator[torch.Tensor]]
 
 
-def normalize(source: SplitSource, artifacts: Artifacts, options: RequantOptions, dtype: str) -> dict:
+def normalize(
+    source: SplitSource, artifacts: Artifacts, options: RequantOptions, dtype: str, residual_scale: object = residual.AUTO
+) -> dict:
     """Write every tensor that is not 4-bit in `dtype`, and the quantization states with it; returns the report.
 
-    Raises a UserError that names the tensor where a value overflows or is not finite; nothing is left written then.
+    Raises a UserError that names the tensor where a value overflows or is not finite, or where `residual_scale`, which
+    the plugin will apply, would lose too much; nothing is left written then.
     """
+    scale = residual.resolve(residual_scale, dtype)
     stored = SAFETENSORS_NAMES[check_dtype(dtype)]
     counts: dict[str, CastCounts] = {}
+    losses: dict[str, residual.ScalingLoss] = {}
     dense = list(dense_tensors(source, options))
-    streams = [Stream(each.name, stored, each.shape, _cast(source, each, dtype, counts)) for each in dense]
+    streams = [Stream(each.name, stored, each.shape, _cast(source, each, dtype, scale, counts, losses)) for each in dense]
     joined_dense = []
     for layer in range(source.dimensions.layers):
         for target in plan_layer(source, layer, options):
@@ -80,12 +85,17 @@ def normalize(source: SplitSource, artifacts: Artifacts, options: RequantOptions
             name: {"values": c.values, "underflow": c.underflow} for name, c in counts.items() if c.underflow
         },
         "joined_dense": joined_dense,
+        "scaling": residual.report(losses, scale),
     }
 
 
-def _cast(source: SplitSource, tensor: DenseTensor, dtype: str, counts: dict[str, CastCounts]) -> Iterator[np.ndarray]:
-    """The bytes of `tensor` in `dtype`, piece by piece; fills `counts[tensor.name]`."""
-    total = CastCounts()
+def _cast(
+    source: SplitSource, tensor: DenseTensor, dtype: str, scale: float, counts: dict[str, CastCounts],
+    losses: dict[str, residual.ScalingLoss],
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """The bytes of `tensor` in `dtype`, piece by piece; fills `counts[tensor.name]`, and `losses` where it is scaled."""
+    total, lost_by_scaling = CastCounts(), residual.ScalingLoss()
+    scaled = scale != 1 and residual.writes_to_stream(tensor.name)
     for piece in tensor.pieces():
         values, lost = cast(piece, getattr(torch, dtype))
         if lost.overflow or lost.non_finite:
@@ -96,8 +106,12 @@ def _cast(source: SplitSource, tensor: DenseTensor, dtype: str, counts: dict[str
                 next_step="use dtype=bfloat16 or dtype=float32" if lost.overflow else "repair the source",
             )  # fmt: skip
         total += lost
+        if scaled:
+            lost_by_scaling += residual.scaling_loss(values, scale)
         yield values.contiguous().view(-1).view(torch.uint8).numpy()
     counts[tensor.name] = total
+    if scaled:
+        losses[tensor.name] = residual.require_small(lost_by_scaling, tensor.name, scale)
 
 
 def _culprit(source: SplitSource, origins: list[str], dtype: torch.dtype) -> str | None:

@@ -9,6 +9,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,11 @@ from gptoss_nf4.files import write_file, write_json, write_text
 TINY = Dimensions(
     layers=2, hidden=192, intermediate=320, experts=8, experts_per_token=4, heads=4, kv_heads=2, head_dim=64, vocabulary=320
 )  # fmt: skip
+# Three layers add to 98,304, beyond float16's 65,504. Every token uses all experts: a close choice between two, which any
+# 16-bit dtype flips now and then, would hide what rounding does.
+MASSIVE_DIMENSIONS = replace(TINY, layers=3, experts=4)
+MASSIVE, MASSIVE_CHANNEL = 32768.0, 7
+OTHERS = 7.0  # root mean square of the other channels: 5 to 9 from the second layer on
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|start|>", "<|message|>", "<|end|>")
 SLIDING_WINDOW = 16
 ROUTER_DTYPE = torch.float32
@@ -97,8 +103,12 @@ def quantized(name: str, weight: torch.Tensor, blocksize: int = 64) -> dict[str,
     return {name: packed, **sidecars}
 
 
-def split_tensors(d: Dimensions, blocksize: int = 64) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of the checkpoint, a dictionary per layer and one for what lies outside the layers."""
+def split_tensors(d: Dimensions, blocksize: int = 64, massive: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of the checkpoint, a dictionary per layer and one for what lies outside the layers.
+
+    massive: every layer adds MASSIVE to one channel of the residual stream, as trained models do, and the norms after it
+    are such as to make the other channels count.
+    """
     for layer in range(d.layers):
         tensors: dict[str, torch.Tensor] = {}
         for _, module, (rows, columns) in names.source_modules(d, layer):
@@ -111,20 +121,40 @@ def split_tensors(d: Dimensions, blocksize: int = 64) -> Iterator[dict[str, torc
             # Spread routing: logits of about unit size, from normalized activations.
             std = 0.1 if norm else 1.0 / math.sqrt(d.hidden) if key == "mlp.router.linear.weight" else 0.5
             tensors[name] = random_tensor(name, shape, std=std, mean=1.0 if norm else 0.0).to(dtype)
+        if massive:
+            _make_massive(tensors, layer, d)
         yield tensors
-    yield {
+    outside = {
         name: random_tensor(name, shape, std=0.1 if "norm" in name else 1.0 / math.sqrt(shape[1]) * 3,
                             mean=1.0 if "norm" in name else 0.0).to(OTHER_DTYPE)
         for name, shape in names.outside_shapes(d).items()
     }  # fmt: skip
+    if massive:
+        _undo_massive(outside["model.norm.weight"], d.layers, d)
+    yield outside
 
 
-def write_checkpoint(directory: Path, d: Dimensions = TINY, blocksize: int = 64) -> None:
+def _make_massive(tensors: dict[str, torch.Tensor], layer: int, d: Dimensions) -> None:
+    """The experts' bias, whose weights sum to 1, adds MASSIVE to MASSIVE_CHANNEL."""
+    for expert in range(d.experts):
+        tensors[f"{names.prefix(layer)}mlp.experts.down_projs.{expert}.bias"][MASSIVE_CHANNEL] = MASSIVE
+    if layer:
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            _undo_massive(tensors[f"{names.prefix(layer)}{norm}.weight"], layer, d)
+
+
+def _undo_massive(norm: torch.Tensor, layers_before: int, d: Dimensions) -> None:
+    """A norm's weight such that all channels but the massive one leave it with a root mean square of about 1."""
+    norm *= layers_before * MASSIVE / math.sqrt(d.hidden) / OTHERS
+    norm[MASSIVE_CHANNEL] = 0
+
+
+def write_checkpoint(directory: Path, d: Dimensions = TINY, blocksize: int = 64, massive: bool = False) -> None:
     """Write the whole model: config, shards with an index (one a layer and one for the rest), tokenizer."""
     from safetensors.torch import save_file
 
     weight_map, total = {}, 0
-    for number, tensors in enumerate(split_tensors(d, blocksize)):
+    for number, tensors in enumerate(split_tensors(d, blocksize, massive)):
         file = f"model-{number + 1:05d}-of-{d.layers + 1:05d}.safetensors"
         write_file(directory / file, lambda path, t=tensors: save_file(t, path, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(tensors, file)

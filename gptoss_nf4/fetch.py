@@ -12,16 +12,17 @@ import numpy as np
 from gptoss_nf4 import hub
 from gptoss_nf4.artifacts import Artifacts
 from gptoss_nf4.budget import budget, cores, require_disk, seconds, synthetic_bytes
-from gptoss_nf4.checkpoint import Checkpoint, read_json_object
+from gptoss_nf4.checkpoint import Checkpoint
 from gptoss_nf4.digests import verify
 from gptoss_nf4.dimensions import Dimensions
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.files import describe_file, write_json
 from gptoss_nf4.names import FUSIONS, NESTED_SIDECARS, SIDECARS
+from gptoss_nf4.reading import read_json_object
 from gptoss_nf4.source import SplitSource
 
-KINDS = ("embedded", "synthetic", "hub", "local")
-OWN_KINDS = ("embedded", "synthetic")  # written by fetch itself, below the artifacts
+KINDS = ("embedded", "embedded_massive", "synthetic", "hub", "local")
+OWN_KINDS = ("embedded", "embedded_massive", "synthetic")  # written by fetch itself, below the artifacts
 # Beside the weights, these decide what the finished checkpoint says.
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
               "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
@@ -55,7 +56,7 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
     plan = budget(source, artifacts)
     require_disk(plan.disk_bytes, artifacts.root, "the converted checkpoint")
     started = time.monotonic()
-    with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter lock
+    with ThreadPoolExecutor(cores()) as pool:  # hashlib lets go of the interpreter lock
         digests = list(pool.map(lambda names: describe_tensors(source.checkpoint, names), source.tensors_by_layer.values()))
     size = sum(file.stat().st_size for file in source.checkpoint.weight_files)
     rough = seconds(time.monotonic() - started)
@@ -94,10 +95,12 @@ def open_source(model: Model, artifacts: Artifacts) -> SplitSource:
 
 def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
     """(directory, how the manifest records its origin)."""
-    if model.kind == "embedded":
+    if model.kind in ("embedded", "embedded_massive"):
         from gptoss_nf4 import embedded
 
-        embedded.write_checkpoint(artifacts.source)
+        massive = model.kind == "embedded_massive"
+        dimensions = embedded.MASSIVE_DIMENSIONS if massive else embedded.TINY
+        embedded.write_checkpoint(artifacts.source, dimensions, massive=massive)
         return artifacts.source, {"kind": model.kind}
     if model.kind == "synthetic":
         from gptoss_nf4 import synthetic

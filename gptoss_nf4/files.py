@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gptoss_nf4.errors import UserError
+from gptoss_nf4.reading import reading
 
 CHUNK_BYTES = 1 << 22
 
@@ -69,7 +70,7 @@ def write_json(target: Path, value: object) -> None:
 
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

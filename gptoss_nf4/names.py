@@ -75,6 +75,13 @@ def weight_shapes(d: Dimensions) -> dict[str, tuple[int, int]]:
     }
 
 
+def target_shape(fusion: Fusion, d: Dimensions) -> tuple[int, ...]:
+    """Logical [experts, rows, in_features] or [rows, in_features] of the module that `fusion` makes."""
+    shapes = [weight_shapes(d)[source] for source in fusion.sources]
+    columns = shapes[0][1]
+    return (d.experts, *shapes[0]) if fusion.stacked else (sum(rows for rows, _ in shapes), columns)
+
+
 def renamed_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor in RENAMED, by source name."""
     return {

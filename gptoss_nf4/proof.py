@@ -19,6 +19,7 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.fuse import INTERLEAVED, interleaved_rows
 from gptoss_nf4.plan import EXACT, RequantOptions, Target, plan_layer
 from gptoss_nf4.quant_state import QUANT_TYPES
+from gptoss_nf4.residual import scale_of, writes_to_stream
 from gptoss_nf4.source import Module, SplitSource
 
 
@@ -45,19 +46,25 @@ def read_state(checkpoint: Checkpoint, weight: str) -> QuantState:
     return QuantState.from_dict({name: checkpoint.torch(name) for name in stored}, device=torch.device("cpu"))
 
 
-def source_weight(checkpoint: Checkpoint, weight: str) -> torch.Tensor:
-    """A source weight in float32 [rows, in_features], dequantized by bitsandbytes where it is 4-bit."""
+def source_weight(checkpoint: Checkpoint, weight: str, scale: float = 1.0) -> torch.Tensor:
+    """A weight in float32 [rows, in_features]; a 4-bit one dequantized by bitsandbytes, with absmax times `scale`."""
     if f"{weight}.absmax" not in checkpoint.tensors:
         return checkpoint.torch(weight).float()
-    return dequantize_float32(checkpoint.torch(weight), read_state(checkpoint, weight))
+    state = read_state(checkpoint, weight)
+    if scale != 1:
+        state.absmax = state.absmax * scale
+    return dequantize_float32(checkpoint.torch(weight), state)
 
 
 def compare(source: SplitSource, result: Checkpoint, options: RequantOptions, dtype: str) -> Comparison:
     """Compare every weight of attention and experts, 4-bit or carried dense, on all cores.
 
-    What is served dense (a module left in 16 bit, or q, k and v that differ) is compared after rounding to `dtype`.
+    What is served dense (a module left in 16 bit, or q, k and v that differ) is compared after rounding to `dtype`. What
+    writes to the residual stream is compared as it is served: both sides times the recorded residual_scale, of which the
+    result's goes into absmax, as in the plugin.
     """
-    work = partial(_compare_layer, source, result, options, dtype)
+    scale = scale_of(result.config["quantization_config"], result.directory / "config.json")
+    work = partial(_compare_layer, source, result, options, dtype, scale)
     # spawn: a fork of a process with torch's threads can hang.
     workers = min(os.cpu_count() or 1, source.dimensions.layers)
     if workers == 1 or source.dimensions.layers * source.dimensions.experts < 256:  # starting workers would take longer
@@ -67,13 +74,18 @@ def compare(source: SplitSource, result: Checkpoint, options: RequantOptions, dt
         return sum(pool.map(work, range(source.dimensions.layers)), Comparison())
 
 
-def _compare_layer(source: SplitSource, result: Checkpoint, options: RequantOptions, dtype: str, layer: int) -> Comparison:
+def _compare_layer(
+    source: SplitSource, result: Checkpoint, options: RequantOptions, dtype: str, residual_scale: float, layer: int
+) -> Comparison:
     total = Comparison()
     for target in plan_layer(source, layer, options):
-        for part, after in _result_parts(result, target, options.w13_order):
+        scale = residual_scale if target.quantized and writes_to_stream(f"{target.name}.weight") else 1.0
+        for part, after in _result_parts(result, target, options.w13_order, scale):
             before = source_weight(source.checkpoint, part.weight)
             if not target.quantized:
                 before = cast(before, getattr(torch, dtype))[0].float()
+            if scale != 1:
+                before *= scale
             if torch.equal(before, after):
                 total += Comparison(before.numel())
             else:
@@ -82,7 +94,9 @@ def _compare_layer(source: SplitSource, result: Checkpoint, options: RequantOpti
     return total
 
 
-def _result_parts(result: Checkpoint, target: Target, w13_order: str) -> Iterator[tuple[Module, torch.Tensor]]:
+def _result_parts(
+    result: Checkpoint, target: Target, w13_order: str, scale: float
+) -> Iterator[tuple[Module, torch.Tensor]]:
     """(source module, its weight read from the result in float32, rows in the source's order).
 
     Experts are read one at a time, so that the memory needed is one expert's.
@@ -90,11 +104,11 @@ def _result_parts(result: Checkpoint, target: Target, w13_order: str) -> Iterato
     weight = f"{target.name}.weight"
     if not target.fusion.stacked:
         rows = [part.shape[0] for part in target.parts]
-        whole = source_weight(result, weight)
+        whole = source_weight(result, weight, scale)
         yield from zip(target.parts, whole.split(rows), strict=True)
         return
     state = read_state(result, weight)
-    absmax = state.absmax
+    absmax = state.absmax * scale
     for number, part in enumerate(target.parts):
         state.absmax, state.shape = absmax[number].contiguous(), torch.Size(part.shape)
         values = dequantize_float32(result.torch_row(weight, number), state)

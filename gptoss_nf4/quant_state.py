@@ -14,6 +14,7 @@ from gptoss_nf4.errors import UserError
 
 QUANT_TYPES = ("nf4", "fp4")
 DTYPES = ("float16", "bfloat16", "float32")
+MAX_STATE_BYTES = 1 << 16  # bitsandbytes writes some 200
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 `dequantize_4bit`
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from gptoss_nf4 import layout, names
-from gptoss_nf4.checkpoint import Checkpoint, TensorInfo, read_json_object
+from gptoss_nf4.checkpoint import Checkpoint
 from gptoss_nf4.codec import CODEBOOKS, denest_absmax, dequantize
 from gptoss_nf4.dimensions import Dimensions
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.quant_state import QUANT_TYPES, QuantState
+from gptoss_nf4.quant_state import MAX_STATE_BYTES, QUANT_TYPES, QuantState
+from gptoss_nf4.reading import read_json_object, require_plain_files
+from gptoss_nf4.tensor_file import TensorInfo
 
 # Largest distance between neighbours of bitsandbytes' dynamic 8-bit map, of values up to 1.
 NESTED_ROUNDING = 0.02
@@ -36,6 +38,8 @@ class SplitSource:
     """The source by modules instead of tensors."""
 
     def __init__(self, directory: Path):
+        if directory.is_dir():
+            require_plain_files(directory)
         self.checkpoint = Checkpoint(directory)
         self.layout = layout.require_split(self.checkpoint)
         self.dimensions = Dimensions.from_config(self.checkpoint.config, directory / "config.json")
@@ -86,7 +90,15 @@ class SplitSource:
 
     def _state(self, module: str) -> QuantState | None:
         key = self._state_key(module)
-        return None if key is None else QuantState.from_json(self.checkpoint.raw(key).tobytes(), key)
+        if key is None:
+            return None
+        info = self.checkpoint.tensors[key]
+        if info.bytes > MAX_STATE_BYTES:  # before it is read
+            raise UserError(
+                "bad quantization state", where=key, got=f"{info.bytes} bytes", expected="a few hundred bytes of JSON",
+                next_step="fetch the model again",
+            )  # fmt: skip
+        return QuantState.from_json(self.checkpoint.raw(key).tobytes(), key)
 
     def validate(self) -> None:
         """Check every tensor's presence, dtype and shape against config.json; raise a UserError for the first fault."""

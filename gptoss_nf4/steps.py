@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from gptoss_nf4.artifacts import Artifacts
 from gptoss_nf4.files import write_json
@@ -12,6 +11,7 @@ from gptoss_nf4.plan import RequantOptions, Target, plan_layer
 from gptoss_nf4.requant import AddedError, requant_layer
 from gptoss_nf4.source import Module, SplitSource
 from gptoss_nf4.stream import Stream, write_tensors
+from gptoss_nf4.tensor_file import read_array, read_header
 
 
 def dequant_step(source: SplitSource, artifacts: Artifacts, layer: int) -> int:
@@ -28,9 +28,11 @@ def dequant_step(source: SplitSource, artifacts: Artifacts, layer: int) -> int:
 def requant_step(source: SplitSource, artifacts: Artifacts, layer: int, options: RequantOptions, device: str) -> int:
     """Write the layer's fused 4-bit tensors and its report; returns the bytes written."""
     targets = plan_layer(source, layer, options)
-    absmax = load_file(artifacts.require(artifacts.absmax(layer), f"dequant@{layer}"))
+    stored = read_header(artifacts.require(artifacts.absmax(layer), f"dequant@{layer}"))
+    absmax = {name: read_array(info) for name, info in stored.items()}
     streams, errors = requant_layer(source, absmax, targets, options, device)
     size = write_tensors(artifacts.layer_weights(layer), streams)
+    source.checkpoint.forget(source.tensors_by_layer[layer])
     report = {target.name: _describe(target, errors.get(target.name)) for target in targets}
     write_json(artifacts.report(layer), {"layer": layer, "mode": options.mode, "targets": report})
     return size

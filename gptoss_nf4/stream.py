@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gptoss_nf4.checkpoint import ITEM_BYTES
 from gptoss_nf4.files import write_file
+from gptoss_nf4.tensor_file import ITEM_BYTES
 
 ALIGNMENT = 8  # of the data, as the safetensors library has it
 

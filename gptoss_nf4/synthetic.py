@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from gptoss_nf4 import embedded, names
-from gptoss_nf4.checkpoint import INDEX_FILE, ITEM_BYTES
+from gptoss_nf4.checkpoint import INDEX_FILE
 from gptoss_nf4.codec import NF4_MAP
 from gptoss_nf4.dimensions import Dimensions
 from gptoss_nf4.files import write_json
 from gptoss_nf4.stream import Stream, whole, write_tensors
+from gptoss_nf4.tensor_file import ITEM_BYTES
 
 BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256  # of the published checkpoints
 ABSMAX_MEAN, ABSMAX_SPREAD = 0.02, 0.015  # so that every de-nested absmax is positive

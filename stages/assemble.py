@@ -11,7 +11,8 @@ from gptoss_nf4.plan import RequantOptions
 @stage
 def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
-    floating = assemble(open_source(model, artifacts), artifacts, RequantOptions.of(cfg.requant), cfg.dtype)
+    options = RequantOptions.of(cfg.requant)
+    floating = assemble(open_source(model, artifacts), artifacts, options, cfg.dtype, cfg.residual_scale)
     return f"{artifacts.checkpoint}, {sum(floating.values())} tensors in {cfg.dtype}"
 
 

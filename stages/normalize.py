@@ -12,11 +12,13 @@ from gptoss_nf4.plan import RequantOptions
 @stage
 def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
-    report = normalize(open_source(model, artifacts), artifacts, RequantOptions.of(cfg.requant), cfg.dtype)
+    options = RequantOptions.of(cfg.requant)
+    report = normalize(open_source(model, artifacts), artifacts, options, cfg.dtype, cfg.residual_scale)
     write_json(METRICS / "dtypes.json", {"model": model.name, **report})
     for name in report["joined_dense"]:
         print(f"normalize: {name} has 4-bit and 16-bit parts and is served dense")
-    return f"{report['values']} values to {cfg.dtype}, {report['underflow']} became zero"
+    scale = report["scaling"]["residual_scale"]
+    return f"{report['values']} values to {cfg.dtype}, {report['underflow']} became zero, residual_scale {scale:g}"
 
 
 if __name__ == "__main__":

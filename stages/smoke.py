@@ -1,5 +1,8 @@
 """smoke: generate with vLLM and compare with transformers in float32."""
 
+import sys
+from pathlib import Path
+
 from common import METRICS, engine_of, model_of, stage
 from omegaconf import DictConfig
 
@@ -8,10 +11,30 @@ from gptoss_nf4.agreement import Agreement, Generation
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch import open_source
 from gptoss_nf4.files import write_json
+from gptoss_nf4.reading import read_json_object
+from gptoss_nf4.residual import AUTO_FLOAT16, SMALLEST, scale_of
 from gptoss_nf4.source import SplitSource
 from gptoss_nf4.vllm.generate import generate
 
 GIB = 1 << 30
+
+
+def require_finite(generations: list[Generation], checkpoint: Path) -> None:
+    """Fail where the engine computed NaN or infinity, and say what helps against a residual stream beyond float16."""
+    bad = [generation for generation in generations if not generation.finite]
+    if bad:
+        raise UserError(
+            "log-probabilities are not finite", where=checkpoint, expected="finite ones",
+            got=f"NaN or infinity for {len(bad)} of {len(generations)} prompts", next_step=advice(checkpoint),
+        )  # fmt: skip
+
+
+def advice(checkpoint: Path) -> str:
+    """What helps where the residual stream leaves the dtype's range: more room than residual_scale gives now."""
+    config_file = checkpoint / "config.json"
+    scale = scale_of(read_json_object(config_file)["quantization_config"], config_file)
+    more_room = "residual_scale=auto" if scale > AUTO_FLOAT16 else f"residual_scale={max(scale / 16, SMALLEST)!r}"
+    return f"residual_scale is {scale!r}: run `python stages/configure.py {more_room}`, or dtype=bfloat16, then `dvc repro`"
 
 
 def compare(source: SplitSource, generations: list[Generation], limit_gib: float) -> dict:
@@ -45,12 +68,13 @@ def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
     engine_args = engine_of(cfg)
     artifacts.require(artifacts.checkpoint / "config.json", "assemble")
-    generations = generate(artifacts.checkpoint, list(cfg.smoke.prompts), cfg.smoke.max_tokens, engine_args)
-    if not all(generation.finite for generation in generations):
-        raise UserError(
-            "logits are not finite", where=artifacts.checkpoint, got="NaN or infinite log-probabilities",
-            expected="finite ones", next_step="use dtype=bfloat16",
-        )  # fmt: skip
+    try:
+        generations = generate(artifacts.checkpoint, list(cfg.smoke.prompts), cfg.smoke.max_tokens, engine_args)
+    except RuntimeError:
+        if engine_args["dtype"] == "float16":  # a GPU ends with an assertion on token numbers that were sampled from NaN
+            print(f"smoke: if vLLM ended on values that are not finite: {advice(artifacts.checkpoint)}", file=sys.stderr)
+        raise
+    require_finite(generations, artifacts.checkpoint)
     dtype = engine_args["dtype"]
     result = compare(open_source(model, artifacts), generations, cfg.smoke.reference_gib)
     write_json(

@@ -8,7 +8,7 @@ from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from gptoss_nf4 import embedded
-from gptoss_nf4.checkpoint import Checkpoint, read_json_object
+from gptoss_nf4.checkpoint import Checkpoint
 from gptoss_nf4.convert import convert
 from gptoss_nf4.dimensions import Dimensions
 from gptoss_nf4.errors import UserError
@@ -16,6 +16,7 @@ from gptoss_nf4.fetch import open_source
 from gptoss_nf4.fuse import CONCATENATED, INTERLEAVED, interleaved_rows, w13_rows
 from gptoss_nf4.plan import NF4, RequantOptions
 from gptoss_nf4.proof import source_weight
+from gptoss_nf4.reading import read_json_object
 from gptoss_nf4.reference import state_dict
 from gptoss_nf4.source import SplitSource
 from gptoss_nf4.vllm.experts import run_used_experts

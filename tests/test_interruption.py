@@ -1,5 +1,6 @@
 """Killed, interrupted, out of room, not permitted, damaged on disk, two at once: the right bytes or one clear line."""
 
+import ctypes
 import hashlib
 import os
 import random
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.conversion import checkout
-from gptoss_nf4.checkpoint import read_header
+from gptoss_nf4.tensor_file import read_header
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -89,16 +90,38 @@ def test_sigkill_at_random_moments(finished, capsys):
 def test_ctrl_c_ends_within_a_second_with_one_line(finished):
     project, _ = finished
     for stage, delay in ((["requant", "layer=0"], 0.05), (["requant", "layer=1"], 0.25), (["prove"], 1.5)):
-        process = start(project, *stage)
+        seconds = []
+        while not seconds or (min(seconds) >= 1 and len(seconds) < 3):  # a busy machine may delay one
+            process = start(project, *stage)
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            started = time.monotonic()
+            _, error = process.communicate(timeout=30)
+            seconds.append(time.monotonic() - started)
+            if process.returncode:  # else it was through already
+                assert process.returncode in (130, -signal.SIGINT)
+                assert "Traceback" not in error
+                assert len([line for line in error.splitlines() if "kernels" not in line]) <= 1, error
+        assert min(seconds) < 1
+
+
+def test_ctrl_c_while_every_core_works(finished):
+    """stages/parallel.py, interrupted as a terminal does it: the whole process group."""
+    project, undisturbed = finished
+    shutil.rmtree(project / "artifacts/tiny/checkpoint")
+    shutil.rmtree(project / "artifacts/tiny/absmax")
+    for delay in (1.0, 2.5, 3.5):
+        process = start(project, "parallel", start_new_session=True)
         time.sleep(delay)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
         started = time.monotonic()
         _, error = process.communicate(timeout=30)
-        assert time.monotonic() - started < 1
-        if process.returncode:  # else it was through already
-            assert process.returncode in (130, -signal.SIGINT)
-            assert "Traceback" not in error
-            assert len([line for line in error.splitlines() if "kernels" not in line]) <= 1, error
+        assert time.monotonic() - started < 2
+        assert process.returncode in (130, 0)
+        assert "Traceback" not in error, error
+    repro(project)
+    assert checkpoint(project) == undisturbed
+    assert not list(project.rglob("*.part"))
 
 
 def one_line(process: subprocess.Popen, *words: str) -> None:
@@ -132,22 +155,57 @@ def test_a_full_disk_and_room_made(finished, tmp_path):
     assert checkpoint(project) == undisturbed
 
 
-def test_a_file_in_the_way_and_a_shard_that_cannot_be_read(finished):
-    """Not permission bits: tests run as root in places, who may everything. A directory refuses anyone."""
+def test_a_directory_in_the_way(finished):
     project, undisturbed = finished
-    weights, shard = project / "artifacts/tiny/checkpoint/layer-0.safetensors", project / "artifacts/tiny/absmax"
+    weights = project / "artifacts/tiny/checkpoint/layer-0.safetensors"
     weights.unlink()
     weights.mkdir()
     one_line(start(project, "requant", "layer=0"), "cannot write", "layer-0.safetensors")
     weights.rmdir()
-    (source,) = (project / "artifacts/tiny/source").glob("model-00001-of-*.safetensors")
-    content = source.read_bytes()
-    source.unlink()
-    source.mkdir()
-    one_line(start(project, "requant", "layer=0"), source.name)
-    source.rmdir()
-    source.write_bytes(content)
-    assert shard.is_dir()
+    repro(project)
+    assert checkpoint(project) == undisturbed
+
+
+def without_rights_of_root() -> None:
+    """Root may read and write whatever the permission bits say: in a child, give up that alone (capabilities(7))."""
+    drop_from_bounding_set, dac_override, dac_read_search = 24, 1, 2
+    for capability in (dac_override, dac_read_search):
+        ctypes.CDLL(None).prctl(drop_from_bounding_set, capability, 0, 0, 0)  # fails for others than root, who lack it
+
+
+def test_permission_denied(finished):
+    project, undisturbed = finished
+    source, target = project / "artifacts/tiny/source", project / "artifacts/tiny/checkpoint"
+    shard = next(source.glob("model-00001-of-*.safetensors"))
+    for path, bits, stage, words in (
+        (target, 0o555, ["requant", "layer=0"], ["cannot write", "layer-0.safetensors", "make room or give permission"]),
+        (shard, 0o000, ["requant", "layer=0"], ["cannot read", shard.name, "make it readable"]),
+        (source, 0o000, ["normalize"], ["cannot read", "source"]),
+        (source / "tokenizer.json", 0o000, ["assemble"], ["cannot read", "tokenizer.json"]),
+        (project / "artifacts/tiny/absmax/layer-1.safetensors", 0o000, ["requant", "layer=1"], ["cannot read", "absmax"]),
+    ):
+        before = path.stat().st_mode
+        path.chmod(bits)
+        try:
+            one_line(start(project, *stage, preexec_fn=without_rights_of_root), *words, "Permission denied")
+        finally:
+            path.chmod(before)
+    repro(project)
+    assert checkpoint(project) == undisturbed
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file that gives read errors needs root")
+def test_a_read_error(finished):
+    """The first page of this process's memory, mounted in the shard's place: reading it is EIO, as from a broken disk."""
+    project, undisturbed = finished
+    shard = next((project / "artifacts/tiny/source").glob("model-00001-of-*.safetensors"))
+    if subprocess.run(["mount", "--bind", f"/proc/{os.getpid()}/mem", str(shard)], capture_output=True).returncode:
+        pytest.skip("this machine does not let us mount")
+    try:
+        for stage in (["dequant", "layer=0"], ["requant", "layer=0"], ["normalize"]):
+            one_line(start(project, *stage), "cannot read", shard.name, "Input/output error", "check the disk")
+    finally:
+        subprocess.run(["umount", str(shard)], check=True)
     repro(project)
     assert checkpoint(project) == undisturbed
 
@@ -164,6 +222,26 @@ def test_two_runs_at_once_tear_no_file(finished):
     cache_is_whole(project)
     repro(project)
     assert checkpoint(project) == undisturbed
+
+
+def test_two_repros_at_once_wait_or_refuse(finished, capsys):
+    """DVC locks what a stage reads and writes: the second run waits, or ends with a line that names the first."""
+    project, undisturbed = finished
+    command = [sys.executable, "-m", "dvc", "repro", "-s", "-f", "dequant@0", "requant@0", "normalize", "assemble"]
+    outcomes, pipes = {"done": 0, "refused": 0}, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, cwd=project, env=ENVIRONMENT, **pipes) for _ in range(2)]
+    for process in processes:
+        _, error = process.communicate(timeout=120)
+        assert "Traceback" not in error
+        if process.returncode:
+            assert "busy" in error or "lock" in error, error
+        outcomes["refused" if process.returncode else "done"] += 1
+    assert outcomes["done"] >= 1
+    cache_is_whole(project)
+    repro(project)
+    assert checkpoint(project) == undisturbed
+    with capsys.disabled():
+        print(f"\ntwo dvc repro at once: {outcomes}")
 
 
 def test_an_edited_checkpoint_is_caught_by_its_digests(finished):

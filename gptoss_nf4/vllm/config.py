@@ -11,12 +11,13 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.models.utils import WeightsMapper
 
-from gptoss_nf4.assemble import FORMAT_VERSION, QUANT_METHOD, expected_names
-from gptoss_nf4.checkpoint import INDEX_FILE, read_json_object
-from gptoss_nf4.dimensions import Dimensions
+from gptoss_nf4.assemble import FORMAT_VERSION, QUANT_METHOD
+from gptoss_nf4.checkpoint import INDEX_FILE
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fuse import W13_ORDERS
 from gptoss_nf4.quant_state import BLOCKSIZES, QUANT_TYPES
+from gptoss_nf4.residual import scale_of
+from gptoss_nf4.result import require_fitting
 from gptoss_nf4.vllm.linear import Nf4LinearMethod
 from gptoss_nf4.vllm.moe import Nf4MoEMethod
 from gptoss_nf4.vllm.register import warn_if_untested
@@ -37,11 +38,19 @@ PARAMETER_NAMES = {
 class GptOssNf4Config(QuantizationConfig):
     """`quantization_config` of a converted checkpoint; its fields are written by `gptoss_nf4.assemble`."""
 
-    def __init__(self, quant_type: str, blocksize: int, w13_order: str, modules_to_not_convert: list[str]):
+    def __init__(
+        self,
+        quant_type: str,
+        blocksize: int,
+        w13_order: str,
+        modules_to_not_convert: list[str],
+        residual_scale: float = 1.0,
+    ):
         super().__init__()
         self.quant_type = quant_type
         self.blocksize = blocksize
         self.w13_order = w13_order
+        self.residual_scale = residual_scale
         self.modules_to_not_convert = frozenset(modules_to_not_convert)
 
     def get_name(self) -> str:
@@ -73,25 +82,18 @@ class GptOssNf4Config(QuantizationConfig):
                     "bad quantization_config", where="config.json", got=f"{key}={config.get(key)!r}",
                     expected=f"one of {values}", next_step="convert the checkpoint with this version of gptoss-nf4",
                 )  # fmt: skip
-        return cls(config["quant_type"], config["blocksize"], config["w13_order"], config.get("modules_to_not_convert", []))
+        return cls(
+            config["quant_type"], config["blocksize"], config["w13_order"], config.get("modules_to_not_convert", []),
+            scale_of(config, "config.json"),
+        )  # fmt: skip
 
     def maybe_update_config(self, model_name: str, hf_config=None, revision: str | None = None) -> None:
-        """Refuse a local checkpoint whose index lacks a tensor, before anything is allocated.
+        """Refuse a local checkpoint that lacks a tensor, or has one that does not fit, before anything is allocated.
 
         vLLM's own check skips quantized models: a missing bias or router would stay uninitialised memory.
         """
-        directory = Path(model_name)
-        if not (directory / INDEX_FILE).is_file():
-            return
-        config = read_json_object(directory / "config.json")
-        layers = Dimensions.from_config(config, directory / "config.json").layers
-        present = set(read_json_object(directory / INDEX_FILE).get("weight_map", {}))
-        missing = sorted(expected_names(config, layers) - present)
-        if missing:
-            raise UserError(
-                "missing tensor", where=directory / INDEX_FILE, got=f"no {missing[0]} ({len(missing)} in all)",
-                expected="every tensor of the model", next_step="run `dvc repro assemble` again",
-            )  # fmt: skip
+        if (Path(model_name) / INDEX_FILE).is_file():
+            require_fitting(Path(model_name))
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         return WeightsMapper(orig_to_new_regex=PARAMETER_NAMES)

@@ -17,8 +17,10 @@ def register() -> None:
     """
     try:
         from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+        from vllm.model_executor.models.registry import ModelRegistry
 
         from gptoss_nf4.vllm.config import GptOssNf4Config
+        from gptoss_nf4.vllm.model import GptOssForCausalLM
     except ImportError as error:
         logger.error(
             "gptoss_nf4: this vLLM has no place for the plugin (%s); converted checkpoints will not load; "
@@ -29,6 +31,7 @@ def register() -> None:
         return
     if QUANT_METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(QUANT_METHOD)(GptOssNf4Config)
+        ModelRegistry.register_model("GptOssForCausalLM", GptOssForCausalLM)  # vLLM's own, but for checkpoints of ours
 
 
 @cache

@@ -1,0 +1,128 @@
+"""How close each dtype comes to float32: vLLM against transformers, on embedded models.
+
+    python -m benchmarks.dtypes [--models tiny_massive] [--engine '{"attention_config": {"backend": "TRITON_ATTN"}}']
+
+`tiny_massive` has a channel of its residual stream beyond float16's largest number, as gpt-oss-120b has; `tiny` has none.
+Runs on the GPU where there is one.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.tables import markdown
+from gptoss_nf4 import embedded, reference
+from gptoss_nf4.agreement import Agreement, Generation
+from gptoss_nf4.artifacts import Artifacts
+from gptoss_nf4.convert import convert
+from gptoss_nf4.fetch import Model
+from gptoss_nf4.plan import RequantOptions
+from gptoss_nf4.residual import AUTO, AUTO_FLOAT16
+from gptoss_nf4.source import SplitSource
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = [
+    "The capital of France is",
+    "2 + 2 =",
+    "Once upon a time, in a house by the sea, there lived an old clockmaker who",
+]
+RESULT = "generations: "
+ENGINE = {"max_model_len": 256, "max_num_seqs": 4, "enforce_eager": not torch.cuda.is_available()}
+# (dtype, residual_scale): the last shows that scaling itself, with its eps, costs nothing.
+CASES = (("float16", 1), ("float16", AUTO), ("bfloat16", AUTO), ("float32", 1), ("float32", AUTO_FLOAT16))
+Case = tuple[str, object]
+Agreements = dict[Case, Agreement | None]
+
+
+def write_models(directory: Path) -> dict[str, Path]:
+    embedded.write_checkpoint(directory / "tiny")
+    embedded.write_checkpoint(directory / "tiny_massive", embedded.MASSIVE_DIMENSIONS, massive=True)
+    return {name: directory / name for name in ("tiny", "tiny_massive")}
+
+
+def converted(source: Path, directory: Path, case: Case) -> Path:
+    dtype, scale = case
+    artifacts = Artifacts(directory / f"{source.name}-{dtype}-{scale}")
+    convert(Model(name=source.name, kind="local", path=str(source)), artifacts, RequantOptions(), dtype, scale)
+    return artifacts.checkpoint
+
+
+def served(jobs: list[tuple[Path, dict]]) -> Iterator[list[Generation] | None]:
+    """Generations by vLLM of each checkpoint with its engine arguments, in a process of its own: this module's.
+
+    None where vLLM ends: on a GPU that is what token numbers sampled from NaN do to it.
+    """
+    jobs_text = json.dumps([(str(checkpoint), engine) for checkpoint, engine in jobs])
+    command = [sys.executable, "-m", "benchmarks.dtypes", "--serve", jobs_text]
+    # On a CPU an engine within the process starts in 3 s instead of 20; on a GPU only another process gives memory back.
+    settings = {} if torch.cuda.is_available() else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=settings | os.environ)
+    if done.returncode:
+        sys.exit(f"error: vLLM ended with status {done.returncode}; its message stands above")
+    for line in done.stdout.splitlines():
+        if line.startswith(RESULT):
+            found = json.loads(line.removeprefix(RESULT))
+            for each in found or []:
+                each["logprobs"] = [{int(token): value for token, value in step.items()} for step in each["logprobs"]]
+            yield None if found is None else [Generation(**each) for each in found]
+
+
+def serve(jobs: list[tuple[str, dict]]) -> None:
+    from gptoss_nf4.vllm.generate import generate
+
+    for checkpoint, engine in jobs:
+        try:
+            found = [asdict(each) for each in generate(Path(checkpoint), PROMPTS, 16, engine)]
+        except RuntimeError as error:
+            print(f"{checkpoint}: {error}", file=sys.stderr)
+            found = None
+        print(RESULT + json.dumps(found), flush=True)
+
+
+def agreements(source: Path, directory: Path, engine: dict, cases: tuple[Case, ...] = CASES) -> Agreements:
+    """Agreement with transformers in float32 by case; None where vLLM ends or is not finite."""
+    model, found = reference.build(SplitSource(source)), {}
+    jobs = [(converted(source, directory, case), engine | {"dtype": case[0]}) for case in cases]
+    for case, generations in zip(cases, served(jobs), strict=True):
+        found[case] = None
+        if generations is not None and all(generation.finite for generation in generations):
+            found[case] = Agreement()
+            for generation in generations:
+                found[case].add(generation, reference.log_probabilities(model, generation.token_ids))
+    return found
+
+
+def rows(model: str, found: Agreements) -> list[list]:
+    return [
+        [model, dtype, scale, *([f"{a.worst_difference:.4f}", f"{a.agreeing}/{a.positions}"] if a else ["not finite", ""])]
+        for (dtype, scale), a in found.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of vLLM, as JSON")
+    parser.add_argument("--models", nargs="*", default=["tiny", "tiny_massive"], choices=["tiny", "tiny_massive"])
+    parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve)
+        return
+    table = []
+    with tempfile.TemporaryDirectory() as directory:
+        sources = write_models(Path(directory))
+        for name in args.models:
+            table += rows(name, agreements(sources[name], Path(directory), ENGINE | args.engine))
+    print(markdown(["model", "dtype", "residual_scale", "worst difference in log-probability", "same first choice"], table))
+
+
+if __name__ == "__main__":
+    main()

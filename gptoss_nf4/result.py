@@ -1,0 +1,66 @@
+"""What a converted checkpoint holds, told from its config.json alone; and the check that its files hold that."""
+
+from pathlib import Path
+
+from gptoss_nf4 import names
+from gptoss_nf4.audit import SAFETENSORS_NAMES
+from gptoss_nf4.checkpoint import INDEX_FILE
+from gptoss_nf4.dimensions import Dimensions
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.reading import read_json_object
+from gptoss_nf4.residual import scale_of
+from gptoss_nf4.tensor_file import FLOATING, TensorInfo, read_header
+
+Expected = tuple[frozenset[str], tuple[int, ...] | None]  # dtypes that may be, and the shape; None is any
+
+
+def expected_tensors(config: dict, where: Path) -> dict[str, Expected]:
+    """Every tensor of a converted checkpoint with this config.json: safetensors dtypes and shape by name."""
+    d, quantization = Dimensions.from_config(config, where), config["quantization_config"]
+    dense_modules, blocksize = set(quantization["modules_to_not_convert"]), quantization["blocksize"]
+    state = f"{names.STATE_PREFIX}{quantization['quant_type']}"
+    floating = frozenset({SAFETENSORS_NAMES[config["dtype"]]}) if config.get("dtype") in SAFETENSORS_NAMES else FLOATING
+    expected: dict[str, Expected] = {name: (floating, shape) for name, shape in names.outside_shapes(d).items()}
+    for layer in range(d.layers):
+        for old, shape in names.renamed_shapes(d).items():
+            expected[names.prefix(layer) + names.RENAMED[old]] = (floating, shape)
+        for fusion in names.FUSIONS:
+            target, (*rows, columns) = names.target_of(fusion, layer), names.target_shape(fusion, d)
+            weight = f"{target}.weight"
+            expected[f"{target}.bias"] = (floating, tuple(rows))
+            if target in dense_modules:
+                expected[weight] = (floating, (*rows, columns))
+                continue
+            expected[weight] = (frozenset({"U8"}), (*rows, columns // 2))
+            expected[f"{weight}.absmax"] = (frozenset({"F32"}), (*rows, columns // blocksize))
+            expected[f"{weight}.quant_map"] = (frozenset({"F32"}), (16,))
+            expected[f"{weight}.{state}"] = (frozenset({"U8"}), None)
+    return expected
+
+
+def require_fitting(directory: Path) -> None:
+    """Check that the checkpoint in `directory` holds the tensors that its config.json asks for; UserError names one.
+
+    Reads headers only: 5 ms a shard.
+    """
+    config = read_json_object(directory / "config.json")
+    expected = expected_tensors(config, directory / "config.json")
+    scale_of(config["quantization_config"], directory / "config.json")
+    weight_map = read_json_object(directory / INDEX_FILE).get("weight_map", {})
+    present: dict[str, TensorInfo] = {}
+    for file in sorted(set(weight_map.values())):
+        present |= read_header(directory / Path(file).name)
+    missing = sorted(expected.keys() - (present.keys() & weight_map.keys()))
+    if missing:
+        raise UserError(
+            "missing tensor", where=directory, got=f"no {missing[0]} ({len(missing)} in all)",
+            expected="every tensor of the model, in the index and in its file", next_step="run `dvc repro assemble` again",
+        )  # fmt: skip
+    for name, (dtypes, shape) in expected.items():
+        info = present[name]
+        if info.dtype not in dtypes or shape not in (None, info.shape):
+            raise UserError(
+                "wrong tensor", where=info.file, got=f"{name} {info.dtype} {list(info.shape)}",
+                expected=f"{' or '.join(sorted(dtypes))} {list(shape or ())} by config.json",
+                next_step="run `dvc repro assemble` again",
+            )  # fmt: skip

@@ -1,0 +1,32 @@
+"""vLLM's gpt-oss with the residual stream of converted checkpoints scaled; any other gpt-oss is left as it is."""
+
+from collections.abc import Iterable
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.models import gpt_oss
+
+from gptoss_nf4.residual import writes_to_stream
+
+
+class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # vLLM looks things up by this name
+    """Applies the `residual_scale` that config.json records: see `gptoss_nf4.residual`.
+
+    vLLM's class has eps 1e-5 built into its norms, whatever config.json says, so eps is set on the norms themselves.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.residual_scale = getattr(vllm_config.quant_config, "residual_scale", 1.0)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.variance_epsilon *= self.residual_scale**2
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return super().load_weights((name, self._scaled(name, tensor)) for name, tensor in weights)
+
+    def _scaled(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if self.residual_scale == 1 or not writes_to_stream(name, tensor.is_floating_point()):
+            return tensor
+        return tensor * self.residual_scale

@@ -1,0 +1,137 @@
+"""residual_scale: float16 where the residual stream passes float16's largest number."""
+
+import re
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import edit_shard, local
+from project_imports import ROOT
+
+from benchmarks.dtypes import ENGINE, agreements, rows
+from gptoss_nf4 import embedded
+from gptoss_nf4.agreement import Generation
+from gptoss_nf4.checkpoint import Checkpoint
+from gptoss_nf4.convert import convert
+from gptoss_nf4.dtypes import normalize
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.fetch import fetch, open_source
+from gptoss_nf4.files import write_json
+from gptoss_nf4.plan import RequantOptions
+from gptoss_nf4.proof import compare
+from gptoss_nf4.reading import read_json_object
+from gptoss_nf4.residual import AUTO_FLOAT16, resolve, scaling_loss, writes_to_stream
+from gptoss_nf4.source import SplitSource
+
+
+@pytest.fixture(scope="module")
+def massive(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("massive") / "source"
+    embedded.write_checkpoint(directory, embedded.MASSIVE_DIMENSIONS, massive=True)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("setting", "dtype", "scale"),
+    [("auto", "float16", AUTO_FLOAT16), ("auto", "bfloat16", 1), ("auto", "float32", 1), (0.25, "bfloat16", 0.25),
+     (1, "float16", 1)],
+)  # fmt: skip
+def test_what_the_setting_stands_for(setting, dtype, scale):
+    assert resolve(setting, dtype) == scale
+
+
+@pytest.mark.parametrize("setting", [0, -0.5, 0.3, 2, 1e-9, "", "x", None, True, float("nan"), [0.5]])
+def test_only_powers_of_two_are_taken(setting):
+    with pytest.raises(UserError, match="power of two"):
+        resolve(setting, "float16")
+
+
+def test_exactly_what_writes_to_the_stream_is_scaled(massive, tmp_path):
+    model, artifacts = local(massive, tmp_path)
+    convert(model, artifacts, RequantOptions(), "float16")
+    tensors = Checkpoint(artifacts.checkpoint).tensors
+    scaled = {name.removeprefix("model.layers.2.") for name, t in tensors.items() if writes_to_stream(name, t.floating)
+              and (name.startswith("model.layers.2.") or "layers" not in name)}  # fmt: skip
+    assert scaled == {"model.embed_tokens.weight", "self_attn.o_proj.bias", "self_attn.o_proj.weight.absmax",
+                      "mlp.experts.w2.bias", "mlp.experts.w2.weight.absmax"}  # fmt: skip
+
+
+def test_losses_by_scaling_are_counted_value_by_value():
+    smallest = 2.0**-14
+    values = torch.tensor([1.0, smallest * 64, smallest * 63, smallest, 2.0**-24 * 32, 2.0**-24 * 31, 0.0]).half()
+    loss = scaling_loss(values, 2.0**-6)
+    # 63/64 and 1/64 of the smallest normal number are subnormal; half of the smallest subnormal rounds to even, to zero.
+    assert (loss.values, loss.became_subnormal, loss.became_zero) == (7, 2, 2)
+    exact = values.double() * 2.0**-6
+    error = ((values * 2.0**-6).double() - exact).square().sum() / exact.square().sum()
+    assert loss.relative_error == pytest.approx(float(error.sqrt()), rel=1e-2)
+
+
+def test_underflow_is_reported_and_its_bound_fails(massive, tmp_path):
+    """A bias of small values in a layer: reported where float16 can take it, refused where it cannot."""
+    name = "model.layers.1.self_attn.o_proj.bias"
+    for size, refused in ((2e-2, False), (1e-4, True)):
+        source = tmp_path / str(size) / "source"
+        shutil.copytree(massive, source)
+        edit_shard(source, 1, lambda tensors, size=size: tensors[name].copy_(embedded.random_tensor("b", (192,), std=size)))
+        model, artifacts = local(source, source.parent / "artifacts")
+        if refused:
+            with pytest.raises(UserError, match=f"loses too much: {re.escape(name)}: got a relative error"):
+                convert(model, artifacts, RequantOptions(), "float16")
+            assert not artifacts.dense_weights.exists()
+        else:
+            fetch(model, artifacts)
+            report = normalize(open_source(model, artifacts), artifacts, RequantOptions(), "float16")["scaling"]
+            assert report["residual_scale"] == AUTO_FLOAT16
+            assert report["by_tensor"][name]["became_subnormal"] > 0
+            assert 0 < report["largest_relative_error"] < 2**-11
+
+
+def test_another_scale_changes_no_weight_and_the_proof_multiplies_by_it(massive, tmp_path):
+    made = {}
+    for scale in ("auto", 1):
+        model, artifacts = local(massive, tmp_path / str(scale))
+        report = convert(model, artifacts, RequantOptions(), "float16", scale)
+        assert report["different"] == 0
+        made[scale] = artifacts.checkpoint
+    for file in sorted(made[1].iterdir()):
+        assert (file.read_bytes() == (made["auto"] / file.name).read_bytes()) == (file.name != "config.json")
+    recorded = {s: read_json_object(made[s] / "config.json")["quantization_config"]["residual_scale"] for s in made}
+    assert recorded == {"auto": AUTO_FLOAT16, 1: 1.0}
+    config = read_json_object(made["auto"] / "config.json")
+    config["quantization_config"]["residual_scale"] = 0.3
+    write_json(made["auto"] / "config.json", config)
+    with pytest.raises(UserError, match="bad residual_scale"):
+        compare(SplitSource(massive), Checkpoint(made["auto"]), RequantOptions(), "float16")
+
+
+@pytest.mark.slow
+def test_float16_scaled_is_as_close_to_float32_as_bfloat16(massive, tmp_path, capsys):
+    """And plain float16 is NaN: the model is made so. The scale in float32 shows that eps is scaled with it."""
+    plain, scaled, bfloat16, float32 = ("float16", 1), ("float16", "auto"), ("bfloat16", "auto"), ("float32", AUTO_FLOAT16)
+    found = agreements(massive, tmp_path, ENGINE, (plain, scaled, bfloat16, float32))
+    with capsys.disabled():
+        for row in rows("tiny_massive", found):
+            print("\n" + ", ".join(map(str, row)), end="")
+    assert found[plain] is None
+    assert found[scaled].worst_difference <= found[bfloat16].worst_difference
+    assert found[scaled].agreeing >= found[bfloat16].agreeing
+    assert found[float32].worst_difference < 1e-3
+    assert found[float32].agreeing == found[float32].positions
+
+
+def test_smoke_says_what_to_do_about_values_that_are_not_finite(massive, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "stages")
+    require_finite = runpy.run_path(str(ROOT / "stages/smoke.py"))["require_finite"]
+    fine = Generation("", "", [1, 2], 1, [{}, {2: -1.0}])
+    bad = Generation("", "", [1, 2], 1, [{}, {2: float("nan")}])
+    for scale, advice in ((1, "residual_scale=auto"), ("auto", f"residual_scale={2.0**-10!r}")):
+        model, artifacts = local(massive, tmp_path / str(scale))
+        convert(model, artifacts, RequantOptions(), "float16", scale)
+        require_finite([fine], artifacts.checkpoint)
+        with pytest.raises(UserError, match=re.escape(advice)) as caught:
+            require_finite([fine, bad], artifacts.checkpoint)
+        assert "1 of 2 prompts" in str(caught.value)
+        assert "dtype=bfloat16" in str(caught.value)
