@@ -68,14 +68,18 @@ def test_sigkill_at_random_moments(finished, capsys):
         durations[" ".join(stage)] = time.monotonic() - started
     attempts = 0
     while sum(killed.values()) < KILLS or not all(killed.values()):
-        attempts += 1
+        running = []
+        for _ in range(2):  # two stages at once: as many as the cores of the smallest machine
+            attempts += 1
+            stage = STAGES[attempts % (len(STAGES) - 1)] if attempts % 12 else ["prove"]  # prove takes seconds
+            end = time.monotonic() + rng.uniform(0.3, 1) * durations[" ".join(stage)]
+            running.append((end, stage, start(project, *stage)))
         assert attempts < 10 * KILLS
-        stage = STAGES[attempts % (len(STAGES) - 1)] if attempts % 12 else ["prove"]  # prove takes seconds: not as often
-        process = start(project, *stage)
-        time.sleep(rng.uniform(0.3, 1) * durations[" ".join(stage)])
-        process.send_signal(signal.SIGKILL)
-        killed[" ".join(stage)] += process.wait() == -signal.SIGKILL
-        process.communicate()
+        for end, stage, process in sorted(running, key=lambda each: each[0]):
+            time.sleep(max(0.0, end - time.monotonic()))
+            process.send_signal(signal.SIGKILL)
+            killed[" ".join(stage)] += process.wait() == -signal.SIGKILL
+            process.communicate()
     repro(project)
     for stage in STAGES:  # what DVC found unchanged was never run again: run it, so that it clears up too
         assert start(project, *stage).wait() == 0
@@ -117,7 +121,7 @@ def test_ctrl_c_while_every_core_works(finished):
         started = time.monotonic()
         _, error = process.communicate(timeout=30)
         assert time.monotonic() - started < 2
-        assert process.returncode in (130, 0)
+        assert process.returncode in (130, 255, 0)  # 255 is what DVC ends with, where it was DVC that worked
         assert "Traceback" not in error, error
     repro(project)
     assert checkpoint(project) == undisturbed
