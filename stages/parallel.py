@@ -2,8 +2,8 @@
 
 DVC runs one stage after another, and reads and writes the whole of dvc.lock after each. Layers do not depend on each
 other, so this runs the commands of the stages that `dvc status` calls changed, as many at a time as there are cores, and
-has `dvc commit` record each kind of stage at once while the next kind runs. It ends in a plain `dvc repro`, which runs
-what is left and finds the rest done: same commands, same bytes, same dvc.lock.
+has `dvc commit` record each kind of stage at once. It ends in a plain `dvc repro`, which runs what is left and finds the
+rest done: same commands, same bytes, same dvc.lock.
 """
 
 import json
@@ -19,7 +19,9 @@ from pathlib import Path
 
 import yaml
 
-KINDS = ("dequant", "requant", "normalize")  # what dvc.yaml calls the stages that run side by side, of whatever layer
+# What dvc.yaml calls the stages that run side by side, of whatever layer; a layer's kinds one after the other.
+LAYER_KINDS, NORMALIZE = ("dequant", "requant"), "normalize"
+KINDS = (*LAYER_KINDS, NORMALIZE)
 DVC = [sys.executable, "-m", "dvc"]
 
 
@@ -32,10 +34,10 @@ def dvc(*arguments: str) -> str:
 
 
 def kinds_of_stages(layers: list[int], changed: set[str]) -> dict[str, list[str]]:
-    """Kind -> the stages of it to run, in the order of KINDS; each needs only kinds before it."""
+    """Kind -> the stages of it to run."""
     # A layer that is de-nested again is fused again: its absmax may have changed.
     needed = changed | {f"requant@{layer}" for layer in layers if f"dequant@{layer}" in changed}
-    found = {kind: [f"{kind}@{layer}" for layer in layers] for kind in KINDS} | {"normalize": ["normalize"]}
+    found = {kind: [f"{kind}@{layer}" for layer in layers] for kind in KINDS} | {NORMALIZE: [NORMALIZE]}
     return {kind: run for kind, stages in found.items() if (run := [stage for stage in stages if stage in needed])}
 
 
@@ -80,23 +82,38 @@ class Scripts:
 
 
 def run_stages(kinds: dict[str, list[str]], workers: int) -> None:
+    """Run and record them. `dvc commit` replaces a file by a link to the cache, and for a moment there is none: so a kind
+    is recorded when nothing that reads its files runs any more, and normalize, which reads none of them, runs meanwhile.
+    """
     scripts = Scripts(workers)
-    started: dict[str, dict[str, Future]] = {}
+    done: dict[str, list[str]] = {}
 
-    def start(kind: str) -> None:
-        started[kind] = {stage: scripts.start(stage) for stage in kinds[kind]}
+    def wait(kind: str, started: dict[str, Future]) -> None:
+        done[kind] = [stage for stage, future in started.items() if future.result()]
 
-    waiting = list(kinds)
-    start(waiting.pop(0))
-    for kind, stages in kinds.items():
-        done = [stage for stage, future in started[kind].items() if future.result()]
-        if waiting:
-            start(waiting.pop(0))
-        # The kind's name stands for all of its stages, and writes dvc.lock once; the others of them are unchanged.
-        if done:
-            dvc("commit", "--quiet", "--force", *([kind] if done == stages else done))
-        if done != stages:
-            sys.exit("error: parallel: a stage failed, see above; what others made is kept, run the command again")
+    def start(kind: str) -> dict[str, Future]:
+        return {stage: scripts.start(stage) for stage in kinds.get(kind, [])}
+
+    for kind in LAYER_KINDS:
+        wait(kind, start(kind))
+    normalize = start(NORMALIZE)
+    record({kind: done[kind] for kind in LAYER_KINDS}, kinds)
+    wait(NORMALIZE, normalize)
+    record({NORMALIZE: done[NORMALIZE]}, kinds)
+    if done != {kind: kinds.get(kind, []) for kind in KINDS}:
+        sys.exit("error: parallel: a stage failed, see above; what others made is kept, run the command again")
+
+
+def record(done: dict[str, list[str]], kinds: dict[str, list[str]]) -> None:
+    """Have DVC record the stages that are done: a kind's name stands for all of its stages, and writes dvc.lock once.
+
+    The others of that kind did not change.
+    """
+    targets: list[str] = []
+    for kind, stages in done.items():
+        targets += [kind] if stages and stages == kinds[kind] else stages
+    if targets:
+        dvc("commit", "--quiet", "--force", *targets)
 
 
 def repro(targets: list[str]) -> int:

@@ -21,6 +21,7 @@ BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
 KILLS, SEED = 100, 20260102
 LAYER_STAGES = [[name, f"layer={layer}"] for name in ("dequant", "requant") for layer in (0, 1)]
+VLLM_STAGES = [["smoke"], ["benchmark"]]
 STAGES = [["fetch"], ["code"], *LAYER_STAGES, ["normalize"], ["assemble"], ["prove"]]
 
 
@@ -60,14 +61,14 @@ def finished(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
 def test_sigkill_at_random_moments(finished, capsys):
     """Stages are killed while they run, each several times; what `dvc repro` then makes is what it made undisturbed."""
     project, undisturbed = finished
-    rng, killed = random.Random(SEED), dict.fromkeys((" ".join(stage) for stage in STAGES), 0)
+    rng, killed = random.Random(SEED), dict.fromkeys((" ".join(stage) for stage in (*STAGES, *VLLM_STAGES)), 0)
     durations = {}
     for stage in STAGES:
         started = time.monotonic()
         assert start(project, *stage).wait() == 0
         durations[" ".join(stage)] = time.monotonic() - started
     attempts = 0
-    while sum(killed.values()) < KILLS or not all(killed.values()):
+    while sum(killed.values()) < KILLS or not all(killed[" ".join(stage)] for stage in STAGES):
         running = []
         for _ in range(2):  # two stages at once: as many as the cores of the smallest machine
             attempts += 1
@@ -80,6 +81,13 @@ def test_sigkill_at_random_moments(finished, capsys):
             process.send_signal(signal.SIGKILL)
             killed[" ".join(stage)] += process.wait() == -signal.SIGKILL
             process.communicate()
+    for stage in VLLM_STAGES:  # they write one file, at their end, and take long: killed on their way there
+        for _ in range(2):
+            process = start(project, *stage, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(rng.uniform(0.5, 6))
+            process.send_signal(signal.SIGKILL)
+            killed[" ".join(stage)] += process.wait() == -signal.SIGKILL
+    assert all(killed.values())
     repro(project)
     for stage in STAGES:  # what DVC found unchanged was never run again: run it, so that it clears up too
         assert start(project, *stage).wait() == 0

@@ -1,8 +1,10 @@
 """dvc.yaml, params.yaml and conf/ agree with each other and with the code."""
 
 import json
+import runpy
 import subprocess
 import sys
+from concurrent.futures import Future
 
 import pytest
 import yaml
@@ -23,14 +25,16 @@ def test_params_yaml_is_what_conf_composes():
     assert stored == current, "params.yaml is stale: run `python stages/configure.py`"
 
 
-@pytest.mark.parametrize("model", ["tiny", "gpt_oss_20b", "gpt_oss_120b", "synthetic_20b", "synthetic_120b"])
+@pytest.mark.parametrize(
+    "model", ["tiny", "tiny_massive", "gpt_oss_20b", "gpt_oss_120b", "synthetic_20b", "synthetic_120b"]
+)
 @pytest.mark.parametrize("engine", ["cpu", "gpu"])
 def test_every_model_and_engine_composes(model, engine):
     from configure import composed
 
     cfg = composed([f"model={model}", f"engine={engine}"])
     assert cfg.model.name == model
-    assert len(cfg.model.layers) == {"tiny": 2, "20b": 24, "120b": 36}[model.rsplit("_", 1)[-1]]
+    assert len(cfg.model.layers) == {"tiny": 2, "massive": 3, "20b": 24, "120b": 36}[model.rsplit("_", 1)[-1]]
 
 
 def test_a_local_model_takes_name_and_layers_from_its_directory(tiny):
@@ -78,3 +82,38 @@ def test_mode_exact_imports_no_torch_per_layer():
         [sys.executable, "-c", "import json; " + code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert not {"torch", "bitsandbytes", "vllm"} & set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("failing", [None, "requant@1", "dequant@0"])
+def test_files_are_recorded_when_nothing_reads_them_any_more(monkeypatch, failing):
+    """`dvc commit` takes a file away for a moment: that of a requant's input, once, while it was read."""
+    parallel = runpy.run_path(str(ROOT / "stages/parallel.py"))
+    events = []
+
+    class Scripts:
+        def __init__(self, workers):
+            self.failed = False
+
+        def start(self, stage):
+            future = Future()
+            self.failed |= stage == failing
+            events.append(stage)
+            future.set_result(not self.failed)
+            return future
+
+    scope = parallel["run_stages"].__globals__
+    monkeypatch.setitem(scope, "Scripts", Scripts)
+    monkeypatch.setitem(scope, "dvc", lambda *arguments: events.append(" ".join(arguments)))
+    changed = {"dequant@0", "dequant@1", "requant@1", "normalize"}
+    kinds = parallel["kinds_of_stages"]([0, 1, 2], changed)
+    started = ["dequant@0", "dequant@1", "requant@0", "requant@1", "normalize"]
+    assert [stage for stages in kinds.values() for stage in stages] == started
+    if failing is None:
+        parallel["run_stages"](kinds, 2)
+        commits = ["commit --quiet --force dequant requant", "commit --quiet --force normalize"]
+        assert events == [*started, *commits]
+        return
+    with pytest.raises(SystemExit, match="a stage failed"):
+        parallel["run_stages"](kinds, 2)
+    done = "dequant requant@0" if failing == "requant@1" else ""
+    assert events == [*started, *([f"commit --quiet --force {done}"] if done else [])]

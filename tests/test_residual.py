@@ -4,6 +4,7 @@ import re
 import runpy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,3 +136,18 @@ def test_smoke_says_what_to_do_about_values_that_are_not_finite(massive, tmp_pat
             require_finite([fine, bad], artifacts.checkpoint)
         assert "1 of 2 prompts" in str(caught.value)
         assert "dtype=bfloat16" in str(caught.value)
+
+
+def test_what_does_not_know_of_the_scale_is_refused():
+    from gptoss_nf4.vllm.model import require_nothing_from_outside
+
+    def config(lora=None, embeds=False, eagle=None):
+        return SimpleNamespace(lora_config=lora, speculative_config=eagle,
+                               model_config=SimpleNamespace(model="m", enable_prompt_embeds=embeds))  # fmt: skip
+
+    require_nothing_from_outside(config())
+    require_nothing_from_outside(config(eagle=SimpleNamespace(use_eagle=lambda: False)))
+    for asked_for, named in (({"lora": object()}, "LoRA"), ({"embeds": True}, "prompt embeddings"),
+                             ({"eagle": SimpleNamespace(use_eagle=lambda: True)}, "EAGLE")):  # fmt: skip
+        with pytest.raises(UserError, match=named):
+            require_nothing_from_outside(config(**asked_for))

@@ -8,7 +8,7 @@ from vllm.config import get_current_vllm_config_or_none
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.quant_state import BLOCKSIZES
-from gptoss_nf4.vllm.kernels.tiles import MAX_ABSMAX
+from gptoss_nf4.vllm.kernels.tiles import MAX_PACKED_ABSMAX
 
 Loader = Callable[..., None]
 
@@ -72,8 +72,8 @@ def repeat_absmax(absmax: torch.Tensor, blocksize: int, shard_blocksize: int) ->
 def require_packable(absmax: torch.Tensor, where: str) -> None:
     """Refuse an absmax float32 [...] that the kernels' float16 cannot hold, before it is packed."""
     largest = float(absmax.abs().max()) if absmax.numel() else 0.0
-    if not largest <= MAX_ABSMAX:  # NaN too
+    if not largest <= MAX_PACKED_ABSMAX:  # NaN too
         raise UserError(
-            "absmax out of range", where=where, got=f"{largest:g}", expected=f"at most {MAX_ABSMAX:g}",
+            "absmax out of range", where=where, got=f"{largest:g}", expected=f"at most {MAX_PACKED_ABSMAX:g}",
             next_step="serve it in float32 (dtype=float32), or look at the weights: trained ones are far below 1",
         )  # fmt: skip

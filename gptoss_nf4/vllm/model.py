@@ -7,7 +7,24 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models import gpt_oss
 
+from gptoss_nf4.errors import UserError
 from gptoss_nf4.residual import writes_to_stream
+
+
+def require_nothing_from_outside(vllm_config: VllmConfig) -> None:
+    """Refuse what writes to the residual stream, or reads it, without knowing of its scale."""
+    speculative = vllm_config.speculative_config
+    found = {
+        "LoRA adapters": vllm_config.lora_config is not None,
+        "prompt embeddings": vllm_config.model_config.enable_prompt_embeds,
+        "EAGLE speculation": speculative is not None and speculative.use_eagle(),
+    }
+    for what, asked_for in found.items():
+        if asked_for:
+            raise UserError(
+                "unsupported with a residual_scale", where=vllm_config.model_config.model, got=what, expected="none",
+                next_step="convert with dtype=bfloat16, or with residual_scale=1",
+            )  # fmt: skip
 
 
 class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # vLLM looks things up by this name
@@ -17,8 +34,11 @@ class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # vLLM looks things up by t
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        scale = getattr(vllm_config.quant_config, "residual_scale", 1.0)
+        if scale != 1:
+            require_nothing_from_outside(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.residual_scale = getattr(vllm_config.quant_config, "residual_scale", 1.0)
+        self.residual_scale = scale
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.variance_epsilon *= self.residual_scale**2

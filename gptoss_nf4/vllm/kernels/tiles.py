@@ -16,8 +16,8 @@ import torch
 ROWS = 16  # of a tile
 MAX_INPUTS = 64
 LANES = 32
-ABSMAX_FACTOR = 256.0  # absmax between 2.4e-7 and MAX_ABSMAX keeps all 11 bits
-MAX_ABSMAX = 255.0
+ABSMAX_FACTOR = 256.0  # absmax between 2.4e-7 and MAX_PACKED_ABSMAX keeps all 11 bits
+MAX_PACKED_ABSMAX = 255.0
 
 
 def tile_inputs(blocksize: int) -> int:
@@ -58,7 +58,7 @@ def unpack_codes(packed: torch.Tensor, rows: int) -> torch.Tensor:
 
 def pack_absmax(absmax: torch.Tensor) -> torch.Tensor:
     """float32 [..., rows, blocks] -> float16 [..., tiles of rows, blocks, 16], rows of a tile in the order 0, 8, 1, 9, ...;
-    missing rows of the last tile are 0. Infinite beyond MAX_ABSMAX."""
+    missing rows of the last tile are 0. Infinite beyond MAX_PACKED_ABSMAX."""
     *batch, rows, blocks = absmax.shape
     absmax = torch.nn.functional.pad(absmax * ABSMAX_FACTOR, (0, 0, 0, padded_rows(rows) - rows)).to(torch.float16)
     tiles = absmax.view(*batch, -1, 2, ROWS // 2, blocks)  # r g blocks
