@@ -24,6 +24,11 @@ class Artifacts:
         return self.root / "manifest.json"
 
     @property
+    def seen(self) -> Path:
+        """What stage fetch remembers of the source's files; no output of it, may be deleted."""
+        return self.root / "seen.json"
+
+    @property
     def code(self) -> Path:
         """Digests of the code that the layers' stages run."""
         return self.root / "code.json"

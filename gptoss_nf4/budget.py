@@ -12,9 +12,9 @@ from gptoss_nf4.source import SplitSource
 from gptoss_nf4.tensor_file import ITEM_BYTES
 
 MARGIN = 1.02  # headers, JSON files, DVC's records
-# stages/parallel.py took 90 to 96 s where hashing the source had taken 4.7 to 5 (24 layers of the 20b, 2 cores): bytes are
-# read, written and hashed again by DVC, which also rewrites dvc.lock for every stage.
-WORK_BY_HASHING = 19.0
+# stages/parallel.py took 53 to 59 s where hashing the source had taken 4.3 to 5 (24 layers of the 20b, 2 cores): bytes are
+# read, written and hashed again by DVC.
+WORK_BY_HASHING = 12.0
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,6 @@ def _layer_sizes(source: SplitSource, layer: int) -> tuple[int, int, int]:
         elif info.floating and ".weight." not in name:
             dense += info.bytes
     return codes, blocks, dense
-
-
-def seconds(hashing_seconds: float) -> float:
-    """Roughly what converting a source takes, by how long reading and hashing all of it just took."""
-    return WORK_BY_HASHING * hashing_seconds
 
 
 def synthetic_bytes(d: Dimensions) -> int:

@@ -1,18 +1,12 @@
 """Making a source available and describing it: a manifest, and one digest file per layer that its stages depend on."""
 
-import hashlib
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from gptoss_nf4 import hub
 from gptoss_nf4.artifacts import Artifacts
-from gptoss_nf4.budget import budget, cores, require_disk, seconds, synthetic_bytes
-from gptoss_nf4.checkpoint import Checkpoint
+from gptoss_nf4.budget import WORK_BY_HASHING, budget, cores, require_disk, synthetic_bytes
 from gptoss_nf4.digests import verify
 from gptoss_nf4.dimensions import Dimensions
 from gptoss_nf4.errors import UserError
@@ -20,6 +14,7 @@ from gptoss_nf4.files import describe_file, write_json
 from gptoss_nf4.names import FUSIONS, NESTED_SIDECARS, SIDECARS
 from gptoss_nf4.reading import read_json_object
 from gptoss_nf4.source import SplitSource
+from gptoss_nf4.tensor_digests import Described, describe
 
 KINDS = ("embedded", "embedded_massive", "synthetic", "hub", "local")
 OWN_KINDS = ("embedded", "embedded_massive", "synthetic")  # written by fetch itself, below the artifacts
@@ -55,12 +50,10 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
     source.validate()
     plan = budget(source, artifacts)
     require_disk(plan.disk_bytes, artifacts.root, "the converted checkpoint")
-    started = time.monotonic()
-    with ThreadPoolExecutor(cores()) as pool:  # hashlib lets go of the interpreter lock
-        digests = list(pool.map(lambda names: describe_tensors(source.checkpoint, names), source.tensors_by_layer.values()))
-    size = sum(file.stat().st_size for file in source.checkpoint.weight_files)
-    rough = seconds(time.monotonic() - started)
-    say(f"to convert {size / 1e9:.1f} GB: about {rough:.0f} s on {cores()} cores, {plan.line()}")
+    described = describe(source.checkpoint, list(source.tensors_by_layer.values()), artifacts.seen)
+    digests, size = described.groups, sum(file.stat().st_size for file in source.checkpoint.weight_files)
+    rough = f"about {_seconds(size, described):.0f} s on {cores()} cores, " if described.hashed_bytes > size / 10 else ""
+    say(f"to convert {size / 1e9:.1f} GB: {rough}{plan.line()}")
     for layer, digest in zip(source.tensors_by_layer, digests, strict=True):
         write_json(artifacts.digest(layer), digest)
     moved = _moved_as_codes(source)
@@ -77,6 +70,11 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
     }
     write_json(artifacts.manifest, manifest)
     return manifest
+
+
+def _seconds(size: int, described: Described) -> float:
+    """Roughly what converting `size` bytes takes, by how long reading and hashing some of them just took."""
+    return WORK_BY_HASHING * described.seconds * size / described.hashed_bytes
 
 
 def open_source(model: Model, artifacts: Artifacts) -> SplitSource:
@@ -149,22 +147,3 @@ def _moved_as_codes(source: SplitSource) -> set[str]:
                     if part.state:
                         moved |= {part.weight, *(f"{part.weight}.{kind}" for kind in (*SIDECARS, *NESTED_SIDECARS))}
     return moved
-
-
-def describe_tensors(checkpoint: Checkpoint, tensor_names: list[str]) -> dict:
-    """dtype, shape and SHA-256 of the content of each tensor; where it lies in the files does not count."""
-    return {
-        name: {
-            "dtype": checkpoint.tensors[name].dtype,
-            "shape": checkpoint.tensors[name].shape,
-            "sha256": _sha256(checkpoint.pieces(name)),
-        }
-        for name in tensor_names
-    }
-
-
-def _sha256(pieces: Iterator[np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
