@@ -34,7 +34,7 @@ def advice(checkpoint: Path) -> str:
     config_file = checkpoint / "config.json"
     scale = scale_of(read_json_object(config_file)["quantization_config"], config_file)
     more_room = "residual_scale=auto" if scale > AUTO_FLOAT16 else f"residual_scale={max(scale / 16, SMALLEST)!r}"
-    return f"residual_scale is {scale!r}: run `python stages/configure.py {more_room}`, or dtype=bfloat16, then `dvc repro`"
+    return f"residual_scale is {scale!r}: configure with {more_room}, or with dtype=bfloat16, and run `dvc repro`"
 
 
 def compare(source: SplitSource, generations: list[Generation], limit_gib: float) -> dict:
