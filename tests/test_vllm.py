@@ -15,6 +15,7 @@ from openai import OpenAI
 from project_imports import ROOT
 from vllm_server import server
 
+from benchmarks.dtypes import PROMPTS, served
 from gptoss_nf4 import embedded, reference
 from gptoss_nf4.agreement import Agreement
 from gptoss_nf4.artifacts import Artifacts
@@ -29,11 +30,6 @@ from gptoss_nf4.reading import read_json_object
 from gptoss_nf4.source import SplitSource
 from gptoss_nf4.vllm.generate import generate
 
-PROMPTS = [
-    "The capital of France is",
-    "Once upon a time, in a house by the sea, there lived an old clockmaker who",
-    "2 + 2 =",
-]
 ENGINE = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True}
 
 
@@ -57,13 +53,18 @@ def dynamic(tiny, tmp_path_factory) -> tuple[SplitSource, Artifacts]:
     return SplitSource(directory), artifacts
 
 
-def agreement(source: SplitSource, artifacts: Artifacts, **engine_args) -> tuple[Agreement, list]:
-    generations = generate(artifacts.checkpoint, PROMPTS, 16, ENGINE | engine_args)
+def agreement(source: SplitSource, generations: list) -> Agreement:
     model, result = reference.build(source), Agreement()
     for generation in generations:
         assert generation.finite
         result.add(generation, reference.log_probabilities(model, generation.token_ids))
-    return result, generations
+    return result
+
+
+@pytest.fixture(scope="module")
+def both_served(converted, dynamic) -> list[list]:
+    """Generations of both checkpoints by one process: most of a start of vLLM is the same for the second."""
+    return list(served([(artifacts.checkpoint, ENGINE) for _, artifacts in (converted, dynamic)]))
 
 
 def test_nan_logits_are_not_finite():
@@ -74,8 +75,9 @@ def test_nan_logits_are_not_finite():
 
 
 @pytest.mark.slow
-def test_float32_agrees_with_transformers(converted):
-    result, generations = agreement(*converted)
+def test_float32_agrees_with_transformers(converted, both_served):
+    generations = both_served[0]
+    result = agreement(converted[0], generations)
     assert result.positions > 100
     assert result.agreeing == result.positions
     assert result.worst_difference < 1e-3
@@ -84,8 +86,8 @@ def test_float32_agrees_with_transformers(converted):
 
 
 @pytest.mark.slow
-def test_dynamic_quantization_and_concatenated_rows_agree(dynamic):
-    result, _ = agreement(*dynamic)
+def test_dynamic_quantization_and_concatenated_rows_agree(dynamic, both_served):
+    result = agreement(dynamic[0], both_served[1])
     assert result.agreeing == result.positions
     assert result.worst_difference < 1e-3
 
@@ -96,7 +98,8 @@ def test_two_ranks_agree(dynamic, monkeypatch):
     if (os.cpu_count() or 1) < 2:
         pytest.skip("needs two cores: vLLM binds one rank to each")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    result, _ = agreement(*dynamic, tensor_parallel_size=2)
+    source, artifacts = dynamic
+    result = agreement(source, generate(artifacts.checkpoint, PROMPTS, 16, ENGINE | {"tensor_parallel_size": 2}))
     assert result.agreeing == result.positions
     assert result.worst_difference < 1e-3
 
