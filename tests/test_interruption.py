@@ -100,12 +100,17 @@ def test_sigkill_at_random_moments(finished, capsys):
         print(f"\n{sum(killed.values())} kills of {attempts} tries: {killed}")
 
 
+def heed_ctrl_c() -> None:
+    """A shell's background jobs are started with SIGINT ignored, and so would what these tests start be."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_within_a_second_with_one_line(finished):
     project, _ = finished
     for stage, delay in ((["requant", "layer=0"], 0.05), (["requant", "layer=1"], 0.25), (["prove"], 1.5)):
         seconds = []
         while not seconds or (min(seconds) >= 1 and len(seconds) < 3):  # a busy machine may delay one
-            process = start(project, *stage)
+            process = start(project, *stage, preexec_fn=heed_ctrl_c)
             time.sleep(delay)
             process.send_signal(signal.SIGINT)
             started = time.monotonic()
@@ -129,7 +134,7 @@ def test_ctrl_c_while_every_core_works(finished):
     shutil.rmtree(project / "artifacts/tiny/checkpoint")
     shutil.rmtree(project / "artifacts/tiny/absmax")
     for delay in (1.0, 2.5, 3.5):
-        process = start(project, "parallel", start_new_session=True)
+        process = start(project, "parallel", start_new_session=True, preexec_fn=heed_ctrl_c)
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGINT)
         started = time.monotonic()
