@@ -37,8 +37,9 @@ def assemble(
     write_text(directory / "chat_template.jinja", chat_template(origin, tokenizer_config))
     write_json(directory / "tokenizer_config.json", tokenizer_config)
     write_json(directory / "generation_config.json", build_generation_config(source))
-    require_fitting(directory)
-    return audit(Checkpoint(directory), dtype)
+    checkpoint = Checkpoint(directory)
+    require_fitting(checkpoint)
+    return audit(checkpoint, dtype)
 
 
 def weight_files(source: SplitSource, artifacts: Artifacts) -> list[Path]:

@@ -54,7 +54,7 @@ class Checkpoint:
                     next_step="save the model with safe_serialization=True",
                 )  # fmt: skip
             return files
-        names = sorted(set(self._weight_map.values()))
+        names = sorted(set(self.weight_map.values()))
         for name in names:
             if Path(name).name != name:
                 raise UserError(
@@ -69,7 +69,7 @@ class Checkpoint:
         return [self.directory / name for name in names]
 
     @cached_property
-    def _weight_map(self) -> dict[str, str]:
+    def weight_map(self) -> dict[str, str]:
         path = self.directory / INDEX_FILE
         weight_map = read_json_object(path).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -90,7 +90,7 @@ class Checkpoint:
     def _check_index(self) -> None:
         if not (self.directory / INDEX_FILE).exists():
             return
-        missing = sorted(set(self._weight_map) - set(self.tensors))
+        missing = sorted(set(self.weight_map) - set(self.tensors))
         if missing:
             raise UserError(
                 "missing tensor", where=self.directory, got=f"no {missing[0]} ({len(missing)} missing in all)",

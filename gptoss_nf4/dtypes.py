@@ -10,6 +10,7 @@ import torch
 from gptoss_nf4 import names, residual
 from gptoss_nf4.artifacts import Artifacts
 from gptoss_nf4.audit import SAFETENSORS_NAMES, check_dtype
+from gptoss_nf4.counts import Counts
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fuse import w13_rows
 from gptoss_nf4.plan import RequantOptions, Target, plan_layer
@@ -18,16 +19,13 @@ from gptoss_nf4.stream import Stream, whole, write_tensors
 
 
 @dataclass
-class CastCounts:
+class CastCounts(Counts):
     """Values that a cast lost: finite ones that became infinite, non-zero ones that became zero, and bad ones."""
 
     values: int = 0
     overflow: int = 0
     underflow: int = 0
     non_finite: int = 0
-
-    def __add__(self, other: "CastCounts") -> "CastCounts":
-        return CastCounts(**{key: value + getattr(other, key) for key, value in asdict(self).items()})
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, CastCounts]:

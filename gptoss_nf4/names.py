@@ -3,7 +3,7 @@
 Every name here is relative to `model.layers.{layer}.`; `{e}` stands for an expert's number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from gptoss_nf4.dimensions import Dimensions
@@ -75,11 +75,10 @@ def weight_shapes(d: Dimensions) -> dict[str, tuple[int, int]]:
     }
 
 
-def target_shape(fusion: Fusion, d: Dimensions) -> tuple[int, ...]:
-    """Logical [experts, rows, in_features] or [rows, in_features] of the module that `fusion` makes."""
-    shapes = [weight_shapes(d)[source] for source in fusion.sources]
-    columns = shapes[0][1]
-    return (d.experts, *shapes[0]) if fusion.stacked else (sum(rows for rows, _ in shapes), columns)
+def fused_shape(fusion: Fusion, shapes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """Logical [experts, rows, in_features] or [rows, in_features] of what `fusion` makes of modules with these shapes."""
+    rows, columns = shapes[0]
+    return (len(shapes), rows, columns) if fusion.stacked else (sum(rows for rows, _ in shapes), columns)
 
 
 def renamed_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:

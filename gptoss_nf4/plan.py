@@ -65,10 +65,7 @@ class Target:
     @property
     def shape(self) -> tuple[int, ...]:
         """Logical [experts, rows, in_features] or [rows, in_features]."""
-        rows, columns = self.parts[0].shape
-        if self.fusion.stacked:
-            return (len(self.parts), rows, columns)
-        return (sum(part.shape[0] for part in self.parts), columns)
+        return names.fused_shape(self.fusion, [part.shape for part in self.parts])
 
     def state(self, dtype: str) -> QuantState:
         return QuantState(self.quant_type, self.blocksize, dtype, self.shape)

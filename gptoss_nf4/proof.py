@@ -1,7 +1,6 @@
 """The proof of exactness: what bitsandbytes reads from the source against what it reads from the result."""
 
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from bitsandbytes.functional import QuantState
 from gptoss_nf4 import names
 from gptoss_nf4.artifacts import Artifacts
 from gptoss_nf4.bnb import dequantize_float32
+from gptoss_nf4.budget import cores
 from gptoss_nf4.checkpoint import Checkpoint
 from gptoss_nf4.dtypes import cast
 from gptoss_nf4.errors import UserError
@@ -38,22 +38,22 @@ class Comparison:
         )  # fmt: skip
 
 
-def read_state(checkpoint: Checkpoint, weight: str) -> QuantState:
-    """bitsandbytes' own QuantState of `weight`, read by its `from_dict`."""
+def read_state(checkpoint: Checkpoint, weight: str, scale: float = 1.0) -> QuantState:
+    """bitsandbytes' own QuantState of `weight`, read by its `from_dict`; with float32 absmax times `scale`."""
     states = (names.STATE_PREFIX + quant_type for quant_type in QUANT_TYPES)
     kinds = (*names.SIDECARS, *names.NESTED_SIDECARS, *states)
     stored = [name for kind in kinds if (name := f"{weight}.{kind}") in checkpoint.tensors]
-    return QuantState.from_dict({name: checkpoint.torch(name) for name in stored}, device=torch.device("cpu"))
+    state = QuantState.from_dict({name: checkpoint.torch(name) for name in stored}, device=torch.device("cpu"))
+    if scale != 1:
+        state.absmax = state.absmax * scale
+    return state
 
 
 def source_weight(checkpoint: Checkpoint, weight: str, scale: float = 1.0) -> torch.Tensor:
     """A weight in float32 [rows, in_features]; a 4-bit one dequantized by bitsandbytes, with absmax times `scale`."""
     if f"{weight}.absmax" not in checkpoint.tensors:
         return checkpoint.torch(weight).float()
-    state = read_state(checkpoint, weight)
-    if scale != 1:
-        state.absmax = state.absmax * scale
-    return dequantize_float32(checkpoint.torch(weight), state)
+    return dequantize_float32(checkpoint.torch(weight), read_state(checkpoint, weight, scale))
 
 
 def compare(source: SplitSource, result: Checkpoint, options: RequantOptions, dtype: str) -> Comparison:
@@ -66,7 +66,7 @@ def compare(source: SplitSource, result: Checkpoint, options: RequantOptions, dt
     scale = scale_of(result.config["quantization_config"], result.directory / "config.json")
     work = partial(_compare_layer, source, result, options, dtype, scale)
     # spawn: a fork of a process with torch's threads can hang.
-    workers = min(os.cpu_count() or 1, source.dimensions.layers)
+    workers = min(cores(), source.dimensions.layers)
     if workers == 1 or source.dimensions.layers * source.dimensions.experts < 256:  # starting workers would take longer
         return sum(map(work, range(source.dimensions.layers)), Comparison())
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads,
@@ -107,8 +107,8 @@ def _result_parts(
         whole = source_weight(result, weight, scale)
         yield from zip(target.parts, whole.split(rows), strict=True)
         return
-    state = read_state(result, weight)
-    absmax = state.absmax * scale
+    state = read_state(result, weight, scale)
+    absmax = state.absmax
     for number, part in enumerate(target.parts):
         state.absmax, state.shape = absmax[number].contiguous(), torch.Size(part.shape)
         values = dequantize_float32(result.torch_row(weight, number), state)

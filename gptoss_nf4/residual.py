@@ -12,9 +12,10 @@ layer's file. A power of two moves the exponent alone, so nothing is rounded but
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gptoss_nf4.counts import Counts
 from gptoss_nf4.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def writes_to_stream(name: str, tensor_is_floating: bool = True) -> bool:
 
 
 @dataclass
-class ScalingLoss:
+class ScalingLoss(Counts):
     """What multiplying values by a power of two lost, in their own dtype; errors are sums over float64 squares."""
 
     values: int = 0
@@ -70,9 +71,6 @@ class ScalingLoss:
     became_zero: int = 0
     squared_error: float = 0.0
     squared_sum: float = 0.0
-
-    def __add__(self, other: "ScalingLoss") -> "ScalingLoss":
-        return ScalingLoss(**{key: value + getattr(other, key) for key, value in asdict(self).items()})
 
     @property
     def relative_error(self) -> float:

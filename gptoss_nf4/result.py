@@ -4,12 +4,11 @@ from pathlib import Path
 
 from gptoss_nf4 import names
 from gptoss_nf4.audit import SAFETENSORS_NAMES
-from gptoss_nf4.checkpoint import INDEX_FILE
+from gptoss_nf4.checkpoint import Checkpoint
 from gptoss_nf4.dimensions import Dimensions
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.reading import read_json_object
 from gptoss_nf4.residual import scale_of
-from gptoss_nf4.tensor_file import FLOATING, TensorInfo, read_header
+from gptoss_nf4.tensor_file import FLOATING
 
 Expected = tuple[frozenset[str], tuple[int, ...] | None]  # dtypes that may be, and the shape; None is any
 
@@ -24,8 +23,11 @@ def expected_tensors(config: dict, where: Path) -> dict[str, Expected]:
     for layer in range(d.layers):
         for old, shape in names.renamed_shapes(d).items():
             expected[names.prefix(layer) + names.RENAMED[old]] = (floating, shape)
+        shapes: dict[names.Fusion, list[tuple[int, int]]] = {}
+        for fusion, _, shape in names.source_modules(d, layer):
+            shapes.setdefault(fusion, []).append(shape)
         for fusion in names.FUSIONS:
-            target, (*rows, columns) = names.target_of(fusion, layer), names.target_shape(fusion, d)
+            target, (*rows, columns) = names.target_of(fusion, layer), names.fused_shape(fusion, shapes[fusion])
             weight = f"{target}.weight"
             expected[f"{target}.bias"] = (floating, tuple(rows))
             if target in dense_modules:
@@ -38,26 +40,19 @@ def expected_tensors(config: dict, where: Path) -> dict[str, Expected]:
     return expected
 
 
-def require_fitting(directory: Path) -> None:
-    """Check that the checkpoint in `directory` holds the tensors that its config.json asks for; UserError names one.
-
-    Reads headers only.
-    """
-    config = read_json_object(directory / "config.json")
-    expected = expected_tensors(config, directory / "config.json")
-    scale_of(config["quantization_config"], directory / "config.json")
-    weight_map = read_json_object(directory / INDEX_FILE).get("weight_map", {})
-    present: dict[str, TensorInfo] = {}
-    for file in sorted(set(weight_map.values())):
-        present |= read_header(directory / Path(file).name)
-    missing = sorted(expected.keys() - (present.keys() & weight_map.keys()))
+def require_fitting(checkpoint: Checkpoint) -> None:
+    """Check that a converted checkpoint holds the tensors that its config.json asks for; UserError names one."""
+    config_file = checkpoint.directory / "config.json"
+    expected = expected_tensors(checkpoint.config, config_file)
+    scale_of(checkpoint.config["quantization_config"], config_file)
+    missing = sorted(expected.keys() - (checkpoint.tensors.keys() & checkpoint.weight_map.keys()))
     if missing:
         raise UserError(
-            "missing tensor", where=directory, got=f"no {missing[0]} ({len(missing)} in all)",
+            "missing tensor", where=checkpoint.directory, got=f"no {missing[0]} ({len(missing)} in all)",
             expected="every tensor of the model, in the index and in its file", next_step="run `dvc repro assemble` again",
         )  # fmt: skip
     for name, (dtypes, shape) in expected.items():
-        info = present[name]
+        info = checkpoint.tensors[name]
         if info.dtype not in dtypes or shape not in (None, info.shape):
             raise UserError(
                 "wrong tensor", where=info.file, got=f"{name} {info.dtype} {list(info.shape)}",

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper
 
 from gptoss_nf4.assemble import FORMAT_VERSION, QUANT_METHOD
-from gptoss_nf4.checkpoint import INDEX_FILE
+from gptoss_nf4.checkpoint import INDEX_FILE, Checkpoint
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fuse import W13_ORDERS
 from gptoss_nf4.quant_state import BLOCKSIZES, QUANT_TYPES
@@ -93,7 +93,7 @@ class GptOssNf4Config(QuantizationConfig):
         vLLM's own check skips quantized models: a missing bias or router would stay uninitialised memory.
         """
         if (Path(model_name) / INDEX_FILE).is_file():
-            require_fitting(Path(model_name))
+            require_fitting(Checkpoint(Path(model_name)))
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         return WeightsMapper(orig_to_new_regex=PARAMETER_NAMES)
