@@ -34,9 +34,7 @@ class Run:
     stages: list[str] = field(default_factory=list)
 
     def __add__(self, other: "Run") -> "Run":
-        return Run(
-            self.seconds + other.seconds, max(self.peak_bytes, other.peak_bytes), [*self.stages, *other.stages]
-        )  # fmt: skip
+        return Run(self.seconds + other.seconds, max(self.peak_bytes, other.peak_bytes), [*self.stages, *other.stages])
 
 
 def run(directory: Path, *command: str) -> Run:
@@ -95,7 +93,7 @@ def copy_and_digest(project: Path, args: argparse.Namespace) -> Run:
 
 def change_a_code(project: Path, args: argparse.Namespace) -> None:
     """Flip one bit of the first expert of CHANGED_LAYER, in place: its shard stands for a new fine-tune's."""
-    from gptoss_nf4.checkpoint import Checkpoint
+    from gptoss_nf4.storage.checkpoint import Checkpoint
 
     name = f"model.layers.{CHANGED_LAYER}.mlp.experts.down_projs.0.weight"
     info = Checkpoint(project / "artifacts" / args.model / "source").tensors[name]
@@ -157,30 +155,52 @@ def growth(project: Path, args: argparse.Namespace) -> list[dict]:
         copied = copy_and_digest(project, args)
         clean(project)
         converted = run(project, PYTHON, "stages/parallel.py")
-        rows.append({
-            "layers": layers, "seconds": converted.seconds, "peak_gib": converted.peak_bytes / 2**30,
-            "copy_seconds": copied.seconds,
-        })  # fmt: skip
+        rows.append(
+            {
+                "layers": layers,
+                "seconds": converted.seconds,
+                "peak_gib": converted.peak_bytes / 2**30,
+                "copy_seconds": copied.seconds,
+            }
+        )
     return rows
 
 
 def report(result: dict) -> None:
     runs = result["runs"]
     copied = runs["cp + md5sum of the source"]["seconds"]
-    print(f"\n{result['model']} (synthetic), {result['layers']} layers, {result['source_bytes'] / 1e9:.2f} GB, "
-          f"{result['cores']} cores\n")  # fmt: skip
+    print(
+        f"\n{result['model']} (synthetic), {result['layers']} layers, {result['source_bytes'] / 1e9:.2f} GB, "
+        f"{result['cores']} cores\n"
+    )
     columns = ["what", "seconds", "of cp + md5sum", "largest process GiB", "stages run"]
-    print(markdown(columns, [
-        [name, f"{r['seconds']:.1f}", f"{r['seconds'] / copied:.2f}", f"{r['peak_bytes'] / 2**30:.2f}", len(r["stages"])]
-        for name, r in runs.items()
-    ]))  # fmt: skip
+    print(
+        markdown(
+            columns,
+            [
+                [
+                    name,
+                    f"{r['seconds']:.1f}",
+                    f"{r['seconds'] / copied:.2f}",
+                    f"{r['peak_bytes'] / 2**30:.2f}",
+                    len(r["stages"]),
+                ]
+                for name, r in runs.items()
+            ],
+        )
+    )
     print(f"disk beyond the source, cache included: {result['disk_by_output']:.2f} of the output")
     print(f"weights compared: {result['weights_compared']}, different: {result['weights_different']}\n")
     if result["growth"]:
-        print(markdown(["layers", "seconds", "cp + md5sum", "largest process GiB"], [
-            [r["layers"], f"{r['seconds']:.1f}", f"{r['copy_seconds']:.1f}", f"{r['peak_gib']:.2f}"]
-            for r in result["growth"]
-        ]))  # fmt: skip
+        print(
+            markdown(
+                ["layers", "seconds", "cp + md5sum", "largest process GiB"],
+                [
+                    [r["layers"], f"{r['seconds']:.1f}", f"{r['copy_seconds']:.1f}", f"{r['peak_gib']:.2f}"]
+                    for r in result["growth"]
+                ],
+            )
+        )
         print("plot: dvc plots show")
 
 
@@ -196,10 +216,14 @@ def main() -> None:
     result["growth"] = growth(project, args)
     whole, copied = result["runs"]["clean, stages/parallel.py"], result["runs"]["cp + md5sum of the source"]
     if result["growth"]:
-        result["growth"].append({
-            "layers": args.layers, "seconds": whole["seconds"], "peak_gib": whole["peak_bytes"] / 2**30,
-            "copy_seconds": copied["seconds"],
-        })  # fmt: skip
+        result["growth"].append(
+            {
+                "layers": args.layers,
+                "seconds": whole["seconds"],
+                "peak_gib": whole["peak_bytes"] / 2**30,
+                "copy_seconds": copied["seconds"],
+            }
+        )
     shutil.rmtree(project)
     report(result)
     out = Path("metrics/conversion.json")

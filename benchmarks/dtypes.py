@@ -19,14 +19,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.tables import markdown
-from gptoss_nf4 import embedded, reference
-from gptoss_nf4.agreement import Agreement, Generation
-from gptoss_nf4.artifacts import Artifacts
-from gptoss_nf4.convert import convert
-from gptoss_nf4.fetch import Model
-from gptoss_nf4.plan import RequantOptions
-from gptoss_nf4.residual import AUTO, AUTO_FLOAT16
-from gptoss_nf4.source import SplitSource
+from gptoss_nf4.check import reference
+from gptoss_nf4.check.agreement import Agreement, Generation
+from gptoss_nf4.convert.plan import RequantOptions
+from gptoss_nf4.fetch.fetch import Model
+from gptoss_nf4.flow import convert
+from gptoss_nf4.format.residual import AUTO, AUTO_FLOAT16
+from gptoss_nf4.samples import embedded
+from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.storage.artifacts import Artifacts
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [
@@ -76,7 +77,7 @@ def served(jobs: list[tuple[Path, dict]]) -> Iterator[list[Generation] | None]:
 
 
 def serve(jobs: list[tuple[str, dict]]) -> None:
-    from gptoss_nf4.vllm.generate import generate
+    from gptoss_nf4.engine.generate import generate
 
     for checkpoint, engine in jobs:
         try:

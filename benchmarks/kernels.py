@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.tables import markdown
 from benchmarks.weights import BLOCKSIZE, GPT_OSS_20B
-from gptoss_nf4.codec import CODEBOOKS
+from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.vllm.activation import clamped_swiglu
 from gptoss_nf4.vllm.kernels import launch, tiles
 from gptoss_nf4.vllm.kernels.launch import Packed, Routing
@@ -134,8 +134,18 @@ def experts(copy: float, read: float) -> list[list]:
         second = graph_us([lambda i=i: down(i) for i in range(len(batches))])
         rate = expert_bytes * distinct / (first + second) / 1e6
         flops = 2 * tokens * D.experts_per_token * 3 * D.hidden * D.intermediate / (first + second) / 1e6
-        rows.append([tokens, f"{distinct:.1f}", f"{first:.1f}", f"{second:.1f}", f"{rate:.2f}",
-                     f"{rate / copy:.0%}", f"{rate / read:.0%}", f"{flops:.0f}"])  # fmt: skip
+        rows.append(
+            [
+                tokens,
+                f"{distinct:.1f}",
+                f"{first:.1f}",
+                f"{second:.1f}",
+                f"{rate:.2f}",
+                f"{rate / copy:.0%}",
+                f"{rate / read:.0%}",
+                f"{flops:.0f}",
+            ]
+        )
     return rows
 
 
@@ -153,8 +163,14 @@ def linears() -> list[list]:
             x = torch.randn(count, inputs, device=DEVICE, dtype=DTYPE)
             ours = graph_us([lambda w=w, x=x, n=outputs: launch.linear(x, w, n) for w in weights])
             cublas = graph_us([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense])
-            other = graph_us([lambda w=w, s=s, x=x: torch.nn.functional.linear(x, bnb.dequantize_4bit(w, s))
-                              if len(x) > 64 else _matmul_4bit(x, w, s) for w, s in theirs])  # fmt: skip
+            other = graph_us(
+                [
+                    lambda w=w, s=s, x=x: (
+                        torch.nn.functional.linear(x, bnb.dequantize_4bit(w, s)) if len(x) > 64 else _matmul_4bit(x, w, s)
+                    )
+                    for w, s in theirs
+                ]
+            )
             rows.append([count, name, f"{ours:.1f}", f"{cublas:.1f}", f"{other:.1f}", *sizes])
     return rows
 
@@ -177,10 +193,14 @@ def products(weight: torch.Tensor, bias: torch.Tensor, choice: torch.Tensor, row
 def errors() -> list[list]:
     """Every plan's two products on fresh inputs against float64, four experts."""
     rows, count = [], 4
-    codes = {n: torch.randint(0, 256, (count, r, k // 2), dtype=torch.uint8, device=DEVICE)
-             for n, r, k in (("w13", 2 * D.intermediate, D.hidden), ("w2", D.hidden, D.intermediate))}  # fmt: skip
-    absmax = {n: torch.rand(*c.shape[:2], 2 * c.shape[2] // BLOCKSIZE, device=DEVICE) / c.shape[2] ** 0.5
-              for n, c in codes.items()}  # fmt: skip
+    codes = {
+        n: torch.randint(0, 256, (count, r, k // 2), dtype=torch.uint8, device=DEVICE)
+        for n, r, k in (("w13", 2 * D.intermediate, D.hidden), ("w2", D.hidden, D.intermediate))
+    }
+    absmax = {
+        n: torch.rand(*c.shape[:2], 2 * c.shape[2] // BLOCKSIZE, device=DEVICE) / c.shape[2] ** 0.5
+        for n, c in codes.items()
+    }
     book = torch.from_numpy(CODEBOOKS["nf4"]).to(DEVICE).double()
     values = {n: book[torch.stack((c >> 4, c & 15), -1).flatten(-2).long()] for n, c in codes.items()}
     dense = {n: v * absmax[n].double().repeat_interleave(BLOCKSIZE, -1) for n, v in values.items()}
@@ -188,8 +208,10 @@ def errors() -> list[list]:
         bias = {n: (torch.randn(c.shape[:2], device=DEVICE) * 0.1).to(dtype) for n, c in codes.items()}
         w13 = Packed(
             *tiles.pack(*(tiles.gate_and_up_tiles(t, 1) for t in (codes["w13"], absmax["w13"])), BLOCKSIZE),
-            tiles.gate_and_up_tiles(bias["w13"], 1).contiguous(), BLOCKSIZE, "nf4",
-        )  # fmt: skip
+            tiles.gate_and_up_tiles(bias["w13"], 1).contiguous(),
+            BLOCKSIZE,
+            "nf4",
+        )
         w2 = Packed(*tiles.pack(codes["w2"], absmax["w2"], BLOCKSIZE), bias["w2"], BLOCKSIZE, "nf4")
         for tokens in (1, 4, 8, 16, 64, 256):
             plan = launch.plan_experts(tokens, 2, count, DEVICE)

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.tables import markdown
 from benchmarks.weights import GPT_OSS_20B
-from gptoss_nf4.dimensions import Dimensions
+from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.vllm.kernels import combine, dense, large, launch, small, sort, tiles
 from gptoss_nf4.vllm.kernels.launch import Packed, Routing
 
@@ -33,9 +33,13 @@ TOKENS = (1, 8, 32, 64, 128, 256, 2048)
 LINEAR_ROWS = (1, 16, 32, 64)
 HOPPER_SHARED_MEMORY = 228 * 1024  # bytes of a multiprocessor
 KERNELS = [
-    (small, "product"), (large, "swiglu_experts"), (large, "down_experts"),
-    (dense, "dequantize"), (combine, "_sum_slots"), (sort, "_sort_slots"),
-]  # fmt: skip
+    (small, "product"),
+    (large, "swiglu_experts"),
+    (large, "down_experts"),
+    (dense, "dequantize"),
+    (combine, "_sum_slots"),
+    (sort, "_sort_slots"),
+]
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -156,12 +156,20 @@ def run_contender(args: argparse.Namespace) -> None:
     total = torch.cuda.get_device_properties(0).total_memory
     started = time.monotonic()
     llm = LLM(
-        str(args.directory / checkpoint), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=args.max_model_len,
-        max_num_seqs=64, max_num_batched_tokens=8192, gpu_memory_utilization=args.gib * 2**30 / total,
-        attention_config={"backend": "TRITON_ATTN"}, enable_prefix_caching=False, disable_log_stats=False,
+        str(args.directory / checkpoint),
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        max_model_len=args.max_model_len,
+        max_num_seqs=64,
+        max_num_batched_tokens=8192,
+        gpu_memory_utilization=args.gib * 2**30 / total,
+        attention_config={"backend": "TRITON_ATTN"},
+        enable_prefix_caching=False,
+        disable_log_stats=False,
         compilation_config={"cudagraph_capture_sizes": GRAPH_SIZES},
-        kv_cache_memory_bytes=int(args.kv_gib * 2**30) if args.kv_gib else None, **engine_args,
-    )  # fmt: skip
+        kv_cache_memory_bytes=int(args.kv_gib * 2**30) if args.kv_gib else None,
+        **engine_args,
+    )
     result = {"ready_seconds": time.monotonic() - started}
     result |= read_log(log_of(args.contender, args), args.directory / checkpoint)
     print("READY", file=say, flush=True)
@@ -172,7 +180,7 @@ def run_contender(args: argparse.Namespace) -> None:
 
 
 def measure(llm, args: argparse.Namespace) -> dict:
-    from gptoss_nf4.vllm.measure import generate_seconds, measure_batch, measure_prefill, random_prompts
+    from gptoss_nf4.engine.measure import generate_seconds, measure_batch, measure_prefill, random_prompts
 
     vocabulary = llm.model_config.get_vocab_size()
     result = {
@@ -208,7 +216,7 @@ def distinct_experts(llm, vocabulary: int) -> dict | None:
 
     None where the backend routes within its own kernel: it sees the same router and the same kind of tokens.
     """
-    from gptoss_nf4.vllm.measure import generate_seconds, random_prompts
+    from gptoss_nf4.engine.measure import generate_seconds, random_prompts
 
     chosen = []
 
@@ -234,7 +242,7 @@ def profile(llm, batch: int, vocabulary: int, steps: int = 32) -> dict[str, floa
     """Device microseconds per decode step by kernel, the largest 25; prefill's kernels are taken off."""
     from torch.profiler import ProfilerActivity, profile
 
-    from gptoss_nf4.vllm.measure import generate_seconds, random_prompts
+    from gptoss_nf4.engine.measure import generate_seconds, random_prompts
 
     def times(output_tokens: int) -> dict[str, float]:
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -253,8 +261,14 @@ def profile(llm, batch: int, vocabulary: int, steps: int = 32) -> dict[str, floa
 def report(results: dict) -> None:
     contenders = results["contenders"]
     print(f"\n{results['gpu']}; reading the files: {results['read_gb_per_second']:.1f} GB/s\n")
-    columns = ["", *(f"batch {b} tok/s" for b in BATCHES), *(f"prefill {p} ms" for p in PREFILLS), "KV tokens",
-               "load GB/s", "ready s"]  # fmt: skip
+    columns = [
+        "",
+        *(f"batch {b} tok/s" for b in BATCHES),
+        *(f"prefill {p} ms" for p in PREFILLS),
+        "KV tokens",
+        "load GB/s",
+        "ready s",
+    ]
     rows = []
     for name, r in contenders.items():
         rates = [f"{b['output_tokens_per_second']:.0f}" for b in r["batches"]]
@@ -276,8 +290,10 @@ def report(results: dict) -> None:
     print(markdown(["distinct experts a layer", *(f"batch {b}" for b in BATCHES)], rows))
     for name, r in contenders.items():
         if "full_length_prompt_seconds" in r:
-            print(f"{name}: a prompt of full length: {r['full_length_prompt_seconds']:.1f} s; "
-                  f"{r['full_length_requests']} of full length fit")  # fmt: skip
+            print(
+                f"{name}: a prompt of full length: {r['full_length_prompt_seconds']:.1f} s; "
+                f"{r['full_length_requests']} of full length fit"
+            )
         for batch, kernels in r.get("kernels_us_per_step", {}).items():
             print(f"\n{name}, batch {batch}: device time per decode step")
             print(markdown(["kernel", "us"], [[key[:90], f"{us:.0f}"] for key, us in kernels.items()]))

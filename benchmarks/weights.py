@@ -16,15 +16,15 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from gptoss_nf4 import names
-from gptoss_nf4.assemble import FORMAT_VERSION, QUANT_METHOD
-from gptoss_nf4.checkpoint import INDEX_FILE
-from gptoss_nf4.codec import CODEBOOKS
-from gptoss_nf4.dimensions import Dimensions
-from gptoss_nf4.embedded import model_config
-from gptoss_nf4.files import write_json
-from gptoss_nf4.fuse import INTERLEAVED
-from gptoss_nf4.quant_state import QuantState
+from gptoss_nf4.convert.assemble import FORMAT_VERSION, QUANT_METHOD
+from gptoss_nf4.format import names
+from gptoss_nf4.format.codec import CODEBOOKS
+from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.format.quant_state import QuantState
+from gptoss_nf4.format.rows import INTERLEAVED
+from gptoss_nf4.samples.embedded import model_config
+from gptoss_nf4.storage.checkpoint import INDEX_FILE
+from gptoss_nf4.storage.writing import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -95,13 +95,17 @@ class Maker:
 
     def outside(self) -> dict[str, torch.Tensor]:
         return {
-            name: self.normal(name, shape, 0.1 if "norm" in name else 1.0 if "embed" in name else 0.02,
-                              mean=1.0 if "norm" in name else 0.0)
+            name: self.normal(
+                name,
+                shape,
+                0.1 if "norm" in name else 1.0 if "embed" in name else 0.02,
+                mean=1.0 if "norm" in name else 0.0,
+            )
             for name, shape in names.outside_shapes(self.d).items()
-        }  # fmt: skip
+        }
 
     def nf4(self, name: str, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        """A weight [..., rows, in] as `gptoss_nf4.requant` stores it."""
+        """A weight [..., rows, in] as `gptoss_nf4.convert.requant` stores it."""
         book = CODEBOOKS["nf4"]
         absmax = WEIGHT_STD / float(np.sqrt(np.mean(np.square(book))))
         state = QuantState(quant_type="nf4", blocksize=BLOCKSIZE, dtype="bfloat16", shape=shape)
@@ -129,9 +133,11 @@ class Maker:
     def mxfp4_layer(self, layer: int) -> dict[str, torch.Tensor]:
         d, tensors = self.d, self.dense(layer)
         shapes = {
-            "q_proj": (d.q_rows, d.hidden), "k_proj": (d.kv_rows, d.hidden), "v_proj": (d.kv_rows, d.hidden),
+            "q_proj": (d.q_rows, d.hidden),
+            "k_proj": (d.kv_rows, d.hidden),
+            "v_proj": (d.kv_rows, d.hidden),
             "o_proj": (d.hidden, d.q_rows),
-        }  # fmt: skip
+        }
         for key, shape in shapes.items():
             name = f"{names.prefix(layer)}self_attn.{key}"
             tensors[f"{name}.weight"] = self.normal(f"{name}.weight", shape, WEIGHT_STD)
@@ -149,10 +155,14 @@ def _config(d: Dimensions, quantization: dict) -> dict:
     rope = {"original_max_position_embeddings": 4096}
     config = model_config(d)
     return config | {
-        "rope_scaling": config["rope_scaling"] | rope, "initial_context_length": 4096, "max_position_embeddings": 131072,
-        "sliding_window": 128, "eos_token_id": d.vocabulary - 1, "pad_token_id": d.vocabulary - 2,
+        "rope_scaling": config["rope_scaling"] | rope,
+        "initial_context_length": 4096,
+        "max_position_embeddings": 131072,
+        "sliding_window": 128,
+        "eos_token_id": d.vocabulary - 1,
+        "pad_token_id": d.vocabulary - 2,
         "quantization_config": quantization,
-    }  # fmt: skip
+    }
 
 
 def _write(directory: Path, parts: Iterator[dict[str, torch.Tensor]], config: dict) -> None:
@@ -170,9 +180,14 @@ def _write(directory: Path, parts: Iterator[dict[str, torch.Tensor]], config: di
 def write_nf4(directory: Path, d: Dimensions, device: str) -> None:
     maker = Maker(d, device)
     quantization = {
-        "quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "quant_type": "nf4", "blocksize": BLOCKSIZE,
-        "w13_order": INTERLEAVED, "requant_mode": "synthetic", "modules_to_not_convert": [],
-    }  # fmt: skip
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "quant_type": "nf4",
+        "blocksize": BLOCKSIZE,
+        "w13_order": INTERLEAVED,
+        "requant_mode": "synthetic",
+        "modules_to_not_convert": [],
+    }
     parts = [*(lambda layer=layer: maker.nf4_layer(layer) for layer in range(d.layers)), maker.outside]
     _write(directory, (part() for part in parts), _config(d, quantization))
 

@@ -3,9 +3,9 @@
 from common import model_of, stage
 from omegaconf import DictConfig
 
-from gptoss_nf4.assemble import assemble
-from gptoss_nf4.fetch import open_source
-from gptoss_nf4.plan import RequantOptions
+from gptoss_nf4.convert.assemble import assemble
+from gptoss_nf4.convert.plan import RequantOptions
+from gptoss_nf4.fetch.fetch import open_source
 
 
 @stage

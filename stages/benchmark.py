@@ -6,8 +6,8 @@ import time
 from common import METRICS, engine_of, model_of, stage
 from omegaconf import DictConfig
 
-from gptoss_nf4.files import write_json
-from gptoss_nf4.vllm.measure import PeakMemory, measure_batch
+from gptoss_nf4.engine.measure import PeakMemory, measure_batch
+from gptoss_nf4.storage.writing import write_json
 
 
 @stage

@@ -10,7 +10,7 @@ import yaml
 from common import ROOT, model_of, stage
 from omegaconf import DictConfig
 
-from gptoss_nf4.files import sha256_of, write_json
+from gptoss_nf4.storage.writing import sha256_of, write_json
 
 
 @stage

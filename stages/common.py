@@ -26,10 +26,10 @@ sys.excepthook = _one_line_for_ctrl_c
 import hydra  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
-from gptoss_nf4.artifacts import Artifacts  # noqa: E402
-from gptoss_nf4.dimensions import Dimensions  # noqa: E402
 from gptoss_nf4.errors import UserError  # noqa: E402
-from gptoss_nf4.fetch import Model  # noqa: E402
+from gptoss_nf4.fetch.fetch import Model  # noqa: E402
+from gptoss_nf4.format.dimensions import Dimensions  # noqa: E402
+from gptoss_nf4.storage.artifacts import Artifacts  # noqa: E402
 
 METRICS = Path("metrics")
 
@@ -72,7 +72,10 @@ def engine_of(cfg: DictConfig) -> dict:
 def layer_of(cfg: DictConfig) -> int:
     if type(cfg.layer) is not int or cfg.layer not in cfg.model.layers:
         raise UserError(
-            "no such layer", where=f"model {cfg.model.name}", got=f"layer={cfg.layer}",
-            expected=f"0 to {len(cfg.model.layers) - 1}", next_step="pass layer=0, say",
-        )  # fmt: skip
+            "no such layer",
+            where=f"model {cfg.model.name}",
+            got=f"layer={cfg.layer}",
+            expected=f"0 to {len(cfg.model.layers) - 1}",
+            next_step="pass layer=0, say",
+        )
     return cfg.layer

@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.files import write_text
-from gptoss_nf4.source import layer_count, safe_model_name
+from gptoss_nf4.source.split import layer_count, safe_model_name
+from gptoss_nf4.storage.writing import write_text
 
 HEADER = "# Made from conf/ by `python stages/configure.py`; change values there, or pass them to it.\n"
 
@@ -23,9 +23,12 @@ def composed(overrides: list[str]) -> DictConfig:
     if cfg.model.kind == "local":
         if OmegaConf.is_missing(cfg.model, "path"):
             raise UserError(
-                "bad setting", where="model.path", got="nothing", expected="the directory of a checkpoint",
+                "bad setting",
+                where="model.path",
+                got="nothing",
+                expected="the directory of a checkpoint",
                 next_step="run `python stages/configure.py model=local model.path=DIRECTORY`",
-            )  # fmt: skip
+            )
         directory = Path(cfg.model.path).expanduser().resolve()
         cfg.model.path = str(directory)
         cfg.model.layers = list(range(layer_count(directory)))

@@ -3,8 +3,8 @@
 from common import layer_of, model_of, stage
 from omegaconf import DictConfig
 
-from gptoss_nf4.fetch import open_source
-from gptoss_nf4.steps import dequant_step
+from gptoss_nf4.convert.layers import dequant_step
+from gptoss_nf4.fetch.fetch import open_source
 
 
 @stage

@@ -3,10 +3,10 @@
 from common import METRICS, model_of, stage
 from omegaconf import DictConfig
 
-from gptoss_nf4.dtypes import normalize
-from gptoss_nf4.fetch import open_source
-from gptoss_nf4.files import write_json
-from gptoss_nf4.plan import RequantOptions
+from gptoss_nf4.convert.normalize import normalize
+from gptoss_nf4.convert.plan import RequantOptions
+from gptoss_nf4.fetch.fetch import open_source
+from gptoss_nf4.storage.writing import write_json
 
 
 @stage

@@ -58,7 +58,7 @@ class Scripts:
         self._failed, self._lock = threading.Event(), threading.Lock()
         # Imports take as long as a layer: a server does them once, and forks for each command.
         self._server = multiprocessing.get_context("forkserver")
-        self._server.set_forkserver_preload(["common", "gptoss_nf4.steps"])
+        self._server.set_forkserver_preload(["common", "gptoss_nf4.convert.layers"])
 
     def start(self, stage: str) -> Future:
         """A future of whether the stage ran and succeeded."""

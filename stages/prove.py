@@ -5,12 +5,12 @@ from dataclasses import asdict
 from common import METRICS, model_of, stage
 from omegaconf import DictConfig
 
-from gptoss_nf4.checkpoint import Checkpoint
-from gptoss_nf4.digests import write_digests
-from gptoss_nf4.fetch import open_source
-from gptoss_nf4.files import write_json
-from gptoss_nf4.plan import RequantOptions
-from gptoss_nf4.proof import compare, require_exact
+from gptoss_nf4.check.proof import compare, require_exact
+from gptoss_nf4.convert.plan import RequantOptions
+from gptoss_nf4.fetch.fetch import open_source
+from gptoss_nf4.storage.checkpoint import Checkpoint
+from gptoss_nf4.storage.digests import write_digests
+from gptoss_nf4.storage.writing import write_json
 
 
 @stage

@@ -3,9 +3,9 @@
 from common import layer_of, model_of, stage
 from omegaconf import DictConfig
 
-from gptoss_nf4.fetch import open_source
-from gptoss_nf4.plan import EXACT, RequantOptions
-from gptoss_nf4.steps import requant_step
+from gptoss_nf4.convert.layers import requant_step
+from gptoss_nf4.convert.plan import EXACT, RequantOptions
+from gptoss_nf4.fetch.fetch import open_source
 
 
 def device_of(setting: str, mode: str) -> str:

@@ -6,15 +6,15 @@ from pathlib import Path
 from common import METRICS, engine_of, model_of, stage
 from omegaconf import DictConfig
 
-from gptoss_nf4 import reference
-from gptoss_nf4.agreement import Agreement, Generation
+from gptoss_nf4.check import reference
+from gptoss_nf4.check.agreement import Agreement, Generation
+from gptoss_nf4.engine.generate import generate
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch import open_source
-from gptoss_nf4.files import write_json
-from gptoss_nf4.reading import read_json_object
-from gptoss_nf4.residual import AUTO_FLOAT16, SMALLEST, scale_of
-from gptoss_nf4.source import SplitSource
-from gptoss_nf4.vllm.generate import generate
+from gptoss_nf4.fetch.fetch import open_source
+from gptoss_nf4.format.residual import AUTO_FLOAT16, SMALLEST, scale_of
+from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.storage.reading import read_json_object
+from gptoss_nf4.storage.writing import write_json
 
 GIB = 1 << 30
 
@@ -24,9 +24,12 @@ def require_finite(generations: list[Generation], checkpoint: Path) -> None:
     bad = [generation for generation in generations if not generation.finite]
     if bad:
         raise UserError(
-            "log-probabilities are not finite", where=checkpoint, expected="finite ones",
-            got=f"NaN or infinity for {len(bad)} of {len(generations)} prompts", next_step=advice(checkpoint),
-        )  # fmt: skip
+            "log-probabilities are not finite",
+            where=checkpoint,
+            expected="finite ones",
+            got=f"NaN or infinity for {len(bad)} of {len(generations)} prompts",
+            next_step=advice(checkpoint),
+        )
 
 
 def advice(checkpoint: Path) -> str:
@@ -58,9 +61,12 @@ def check(result: dict, dtype: str, cfg: DictConfig) -> None:
     for what, (got, limit) in limits.items():
         if not got <= limit:
             raise UserError(
-                f"vLLM does not agree with transformers in {what}", where=f"smoke, {dtype}", got=f"{abs(got):.4g}",
-                expected=f"{abs(limit):.4g}", next_step="see metrics/smoke.json; this is a bug, please report it",
-            )  # fmt: skip
+                f"vLLM does not agree with transformers in {what}",
+                where=f"smoke, {dtype}",
+                got=f"{abs(got):.4g}",
+                expected=f"{abs(limit):.4g}",
+                next_step="see metrics/smoke.json; this is a bug, please report it",
+            )
 
 
 @stage

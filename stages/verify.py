@@ -3,7 +3,7 @@
 from common import model_of, stage
 from omegaconf import DictConfig
 
-from gptoss_nf4.digests import verify
+from gptoss_nf4.storage.digests import verify
 
 
 @stage

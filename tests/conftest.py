@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptoss_nf4 import embedded
-from gptoss_nf4.artifacts import Artifacts
-from gptoss_nf4.checkpoint import INDEX_FILE
-from gptoss_nf4.fetch import Model
+from gptoss_nf4.fetch.fetch import Model
+from gptoss_nf4.samples import embedded
+from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.checkpoint import INDEX_FILE
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -47,7 +47,7 @@ def edit_shard(directory: Path, layer: int, change) -> None:
 
 def make_dense(tensors: dict[str, torch.Tensor], module: str) -> None:
     """Replace a 4-bit module by a 16-bit one of fresh values, as Unsloth's dynamic quantization leaves it."""
-    from gptoss_nf4.quant_state import QuantState
+    from gptoss_nf4.format.quant_state import QuantState
 
     key = f"{module}.weight.quant_state.bitsandbytes__nf4"
     shape = QuantState.from_json(bytes(tensors[key].numpy()), key).shape

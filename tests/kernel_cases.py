@@ -14,7 +14,7 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from gptoss_nf4.codec import CODEBOOKS  # noqa: E402
+from gptoss_nf4.format.codec import CODEBOOKS  # noqa: E402
 from gptoss_nf4.vllm.activation import clamped_swiglu  # noqa: E402
 from gptoss_nf4.vllm.kernels import combine, launch, sort, tiles  # noqa: E402
 from gptoss_nf4.vllm.kernels.launch import Packed, Plan, Routing, Tiling  # noqa: E402
@@ -88,12 +88,16 @@ def run(case, dtype: torch.dtype) -> dict[str, float]:
         routing = align(ids, plan.rows, local)
     w13 = Packed(
         *tiles.pack(tiles.gate_and_up_tiles(c13, 1), tiles.gate_and_up_tiles(a13, 1), blocksize),
-        tiles.gate_and_up_tiles(b13, 1).contiguous(), blocksize, quant_type,
-    )  # fmt: skip
+        tiles.gate_and_up_tiles(b13, 1).contiguous(),
+        blocksize,
+        quant_type,
+    )
     w2 = Packed(
         *tiles.pack(c2, a2, blocksize),
-        torch.nn.functional.pad(b2, (0, tiles.padded_rows(hidden) - hidden)), blocksize, quant_type,
-    )  # fmt: skip
+        torch.nn.functional.pad(b2, (0, tiles.padded_rows(hidden) - hidden)),
+        blocksize,
+        quant_type,
+    )
     d13, d2 = dense(c13, a13, blocksize, quant_type), dense(c2, a2, blocksize, quant_type)
     choice = ids.flatten()
     here = choice < experts - 1

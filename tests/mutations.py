@@ -5,7 +5,7 @@ import random
 import struct
 from pathlib import Path
 
-from gptoss_nf4.checkpoint import INDEX_FILE, Checkpoint
+from gptoss_nf4.storage.checkpoint import INDEX_FILE, Checkpoint
 
 STATE = "quant_state.bitsandbytes__nf4"
 
@@ -71,8 +71,10 @@ def edit_header(directory, rng):
         del header[name]
     elif change == 5:
         header[rng.choice(["rogue", "model.layers.99.rogue", "../../etc", "\x1b[2J", ""])] = {
-            "dtype": "U8", "shape": [0], "data_offsets": [end, end]
-        }  # fmt: skip
+            "dtype": "U8",
+            "shape": [0],
+            "data_offsets": [end, end],
+        }
     elif change == 6:
         header[rng.choice(["model.rogue", f"{name}\x00"])] = header.pop(name)
     elif change == 7:
@@ -193,8 +195,18 @@ def edit_index(directory, rng):
 
 def edit_config(directory, rng):
     config = json.loads((directory / "config.json").read_text())
-    keys = ["hidden_size", "intermediate_size", "num_local_experts", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "vocab_size", "num_experts_per_tok", "model_type"]  # fmt: skip
+    keys = [
+        "hidden_size",
+        "intermediate_size",
+        "num_local_experts",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "num_experts_per_tok",
+        "model_type",
+    ]
     key = rng.choice(keys)
     config[key] = rng.choice([v for v in (None, -1, 0, 3, 1 << 40, 10**30, 1.5, "many", [], {}, True) if v != config[key]])
     if rng.random() < 0.2:
@@ -231,6 +243,16 @@ WHY_HARMLESS = {
 }
 CONTENT = (flip_content, change_offset)
 MUTATIONS = {
-    truncate: 30, grow: 20, flip_header: 90, edit_header: 90, edit_state: 50, break_state: 30, bad_scales: 40,
-    edit_index: 40, edit_config: 50, lose_a_file: 10, flip_content: 60, change_offset: 10,
-}  # fmt: skip
+    truncate: 30,
+    grow: 20,
+    flip_header: 90,
+    edit_header: 90,
+    edit_state: 50,
+    break_state: 30,
+    bad_scales: 40,
+    edit_index: 40,
+    edit_config: 50,
+    lose_a_file: 10,
+    flip_content: 60,
+    change_offset: 10,
+}

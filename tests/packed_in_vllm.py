@@ -13,10 +13,10 @@ os.environ |= {"TRITON_INTERPRET": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 import gptoss_nf4.vllm.linear
 import gptoss_nf4.vllm.moe
 import gptoss_nf4.vllm.ops
-from gptoss_nf4 import reference
-from gptoss_nf4.agreement import Agreement
-from gptoss_nf4.source import SplitSource
-from gptoss_nf4.vllm.generate import generate
+from gptoss_nf4.check import reference
+from gptoss_nf4.check.agreement import Agreement
+from gptoss_nf4.engine.generate import generate
+from gptoss_nf4.source.split import SplitSource
 
 
 def main(source: str, checkpoint: str) -> None:

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from gptoss_nf4.codec import CODEBOOKS, denest_absmax, dequantize, unpack_codes
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.quant_state import QuantState
+from gptoss_nf4.format.codec import CODEBOOKS, denest_absmax, dequantize, unpack_codes
+from gptoss_nf4.format.quant_state import QuantState
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -51,9 +51,12 @@ def test_real_sidecars_denest_as_in_bitsandbytes(shape):
     (json_key,) = (key for key in sidecars if "quant_state" in key)
     parsed = QuantState.from_json(sidecars[json_key].numpy().tobytes(), "test")
     absmax = denest_absmax(
-        sidecars["absmax"].numpy(), sidecars["nested_quant_map"].numpy(), sidecars["nested_absmax"].numpy(),
-        parsed.nested.blocksize, parsed.nested.offset,
-    )  # fmt: skip
+        sidecars["absmax"].numpy(),
+        sidecars["nested_quant_map"].numpy(),
+        sidecars["nested_absmax"].numpy(),
+        parsed.nested.blocksize,
+        parsed.nested.offset,
+    )
     theirs = bnb.QuantState.from_dict(dict(sidecars), device=torch.device("cpu"))
     theirs.dtype = torch.float32  # it would round to bfloat16
     assert np.array_equal(absmax, (bnb.dequantize_blockwise(theirs.absmax, theirs.state2) + theirs.offset).numpy())
@@ -88,10 +91,13 @@ def test_our_states_are_read_by_bitsandbytes():
         (b'{"quant_type": "nf4", "blocksize": 63, "dtype": "float16", "shape": [2, 64]}', "blocksize=63"),
         (b'{"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [2, -64]}', "shape"),
         (b'{"quant_type": "nf4", "blocksize": 64, "dtype": "int4", "shape": [2, 64]}', "int4"),
-        (b'{"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [2, 64], "nested_blocksize": 256, '
-         b'"nested_dtype": "float32", "nested_offset": NaN}', "nested_offset"),
+        (
+            b'{"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [2, 64], "nested_blocksize": 256, '
+            b'"nested_dtype": "float32", "nested_offset": NaN}',
+            "nested_offset",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_states_are_named(data, named):
     with pytest.raises(UserError, match=named) as caught:
         QuantState.from_json(data, "model.x")

@@ -7,18 +7,18 @@ from conftest import edit_shard, local, make_dense
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from gptoss_nf4 import embedded
-from gptoss_nf4.checkpoint import Checkpoint
-from gptoss_nf4.convert import convert
-from gptoss_nf4.dimensions import Dimensions
+from gptoss_nf4.check.proof import source_weight
+from gptoss_nf4.check.reference import state_dict
+from gptoss_nf4.convert.plan import NF4, RequantOptions
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch import open_source
-from gptoss_nf4.fuse import CONCATENATED, INTERLEAVED, interleaved_rows, w13_rows
-from gptoss_nf4.plan import NF4, RequantOptions
-from gptoss_nf4.proof import source_weight
-from gptoss_nf4.reading import read_json_object
-from gptoss_nf4.reference import state_dict
-from gptoss_nf4.source import SplitSource
+from gptoss_nf4.fetch.fetch import open_source
+from gptoss_nf4.flow import convert
+from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.format.rows import CONCATENATED, INTERLEAVED, interleaved_rows, w13_rows
+from gptoss_nf4.samples import embedded
+from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.storage.checkpoint import Checkpoint
+from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.vllm.experts import run_used_experts
 
 
@@ -40,7 +40,7 @@ def test_exact_changes_no_weight(tiny, tmp_path, order):
 
 
 def test_the_proof_sees_a_single_changed_code(tiny, tmp_path):
-    from gptoss_nf4.proof import compare
+    from gptoss_nf4.check.proof import compare
 
     model, artifacts = local(tiny, tmp_path / "artifacts")
     convert(model, artifacts, RequantOptions(), "float16")
@@ -80,10 +80,14 @@ def test_fused_experts_equal_transformers_experts(tiny, tmp_path, order):
     """The result's w13 and w2, read by bitsandbytes, in the plugin's expert forward, against transformers' own."""
     result, _ = result_of(tiny, tmp_path, "float32", w13_order=order)
     d = embedded.TINY
-    theirs = GptOssExperts(GptOssConfig(
-        hidden_size=d.hidden, intermediate_size=d.intermediate, num_local_experts=d.experts,
-        num_experts_per_tok=d.experts_per_token,
-    ))  # fmt: skip
+    theirs = GptOssExperts(
+        GptOssConfig(
+            hidden_size=d.hidden,
+            intermediate_size=d.intermediate,
+            num_local_experts=d.experts,
+            num_experts_per_tok=d.experts_per_token,
+        )
+    )
     prefix = "model.layers.1.mlp.experts."
     stored = state_dict(SplitSource(tiny))
     theirs.load_state_dict({key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)})

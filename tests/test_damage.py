@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 from mutations import CONTENT, MUTATIONS, WHY_HARMLESS, edit_config, flip, lose_a_file
 
-from gptoss_nf4 import embedded
-from gptoss_nf4.artifacts import Artifacts
-from gptoss_nf4.assemble import assemble
-from gptoss_nf4.checkpoint import Checkpoint
-from gptoss_nf4.digests import write_digests
-from gptoss_nf4.dimensions import Dimensions
-from gptoss_nf4.dtypes import normalize
+from gptoss_nf4.convert.assemble import assemble
+from gptoss_nf4.convert.layers import dequant_step, requant_step
+from gptoss_nf4.convert.normalize import normalize
+from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch import Model, fetch, open_source
-from gptoss_nf4.plan import RequantOptions
-from gptoss_nf4.steps import dequant_step, requant_step
+from gptoss_nf4.fetch.fetch import Model, fetch, open_source
+from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.samples import embedded
+from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.checkpoint import Checkpoint
+from gptoss_nf4.storage.digests import write_digests
 
 SMALL = Dimensions(
     1, hidden=64, intermediate=64, experts=2, experts_per_token=1, heads=2, kv_heads=1, head_dim=32, vocabulary=300

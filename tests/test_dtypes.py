@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import edit_shard, local
 
-from gptoss_nf4.audit import audit
-from gptoss_nf4.checkpoint import Checkpoint
-from gptoss_nf4.convert import convert
-from gptoss_nf4.dtypes import cast, normalize
+from gptoss_nf4.check.audit import audit
+from gptoss_nf4.convert.normalize import cast, normalize
+from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch import fetch, open_source
-from gptoss_nf4.plan import RequantOptions
+from gptoss_nf4.fetch.fetch import fetch, open_source
+from gptoss_nf4.flow import convert
+from gptoss_nf4.storage.checkpoint import Checkpoint
 
 
 def test_losses_are_counted():
@@ -24,7 +24,7 @@ def test_losses_are_counted():
 def test_pieces_make_the_same_file_and_the_same_counts(tiny, tmp_path, monkeypatch):
     made = []
     for piece_bytes in (1 << 23, 56):
-        monkeypatch.setattr("gptoss_nf4.checkpoint.PIECE_BYTES", piece_bytes)
+        monkeypatch.setattr("gptoss_nf4.storage.checkpoint.PIECE_BYTES", piece_bytes)
         model, artifacts = local(tiny, tmp_path / str(piece_bytes))
         fetch(model, artifacts)
         report = normalize(open_source(model, artifacts), artifacts, RequantOptions(), "float16")

@@ -12,21 +12,21 @@ from conftest import local
 from mutations import header_of
 from project_imports import ROOT
 
-from gptoss_nf4.checkpoint import INDEX_FILE, Checkpoint
-from gptoss_nf4.convert import convert
+from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.errors import UserError, printable
-from gptoss_nf4.fetch import fetch
-from gptoss_nf4.plan import RequantOptions
-from gptoss_nf4.tensor_file import MAX_HEADER_BYTES
+from gptoss_nf4.fetch.fetch import fetch
+from gptoss_nf4.flow import convert
+from gptoss_nf4.storage.checkpoint import INDEX_FILE, Checkpoint
+from gptoss_nf4.storage.tensor_reader import MAX_HEADER_BYTES
 
 SHARD = "model-00001-of-00003.safetensors"
 MEMORY_BOUND = 2 << 30
 ONE_FETCH = r"""
 import re, sys
 from pathlib import Path
-from gptoss_nf4.artifacts import Artifacts
+from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch import Model, fetch
+from gptoss_nf4.fetch.fetch import Model, fetch
 try:
     fetch(Model(name="m", kind="local", path=sys.argv[1]), Artifacts(Path(sys.argv[2])))
 except UserError as error:
@@ -150,9 +150,15 @@ def a_tokenizer_of_terabytes(directory: Path) -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [a_shard_of_terabytes, a_state_of_gigabytes, a_header_of_empty_lists, a_header_beyond_the_limit, absurd_dimensions,
-     a_tokenizer_of_terabytes],
-)  # fmt: skip
+    [
+        a_shard_of_terabytes,
+        a_state_of_gigabytes,
+        a_header_of_empty_lists,
+        a_header_beyond_the_limit,
+        absurd_dimensions,
+        a_tokenizer_of_terabytes,
+    ],
+)
 def test_memory_stays_bounded(source_copy, tmp_path, capsys, make):
     make(source_copy)
     (source_copy / INDEX_FILE).unlink()

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from project_imports import ROOT
 
-from gptoss_nf4.hub import PATTERNS, git_blob_sha1
+from gptoss_nf4.fetch.hub import PATTERNS, git_blob_sha1
 
 REPOSITORY, COMMIT = "someone/tiny-gpt-oss", "0123456789abcdef0123456789abcdef01234567"
 SCRIPT = """
 import json, sys
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch import Model, fetch, open_source
-from gptoss_nf4.artifacts import Artifacts
+from gptoss_nf4.fetch.fetch import Model, fetch, open_source
+from gptoss_nf4.storage.artifacts import Artifacts
 from pathlib import Path
 model = Model(name="tiny", kind="hub", repository=sys.argv[1], revision=None)
 try:
@@ -56,8 +56,16 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if path.startswith(f"/api/models/{REPOSITORY}"):
             siblings = [self._digests(file) for file in sorted(self.directory.iterdir())]
-            info = {"id": REPOSITORY, "modelId": REPOSITORY, "sha": COMMIT, "siblings": siblings, "tags": [],
-                    "private": False, "downloads": 0, "likes": 0}  # fmt: skip
+            info = {
+                "id": REPOSITORY,
+                "modelId": REPOSITORY,
+                "sha": COMMIT,
+                "siblings": siblings,
+                "tags": [],
+                "private": False,
+                "downloads": 0,
+                "likes": 0,
+            }
             if "/tree/" in path:
                 info = [{"type": "file", "path": s["rfilename"], "size": s["size"], "oid": s["blobId"]} for s in siblings]
             self._respond(json.dumps(info).encode(), {"Content-Type": "application/json"})

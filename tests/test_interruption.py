@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.conversion import checkout
-from gptoss_nf4.tensor_file import read_header
+from gptoss_nf4.storage.tensor_reader import read_header
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -32,8 +32,9 @@ def start(project: Path, name: str, *arguments: str, **options) -> subprocess.Po
 
 
 def repro(project: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "dvc", "repro", "prove"], cwd=project, env=ENVIRONMENT,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro", "prove"], cwd=project, env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import machine_code
 from benchmarks.weights import GPT_OSS_20B
-from gptoss_nf4.codec import CODEBOOKS
+from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.vllm.kernels import launch, tiles
 from gptoss_nf4.vllm.kernels.codebook import best_factor
 
@@ -81,9 +81,15 @@ def test_errors_against_float64():
             assert error <= LIMITS[result["dtype"]], (seed, result["case"], result["dtype"], kernel)
 
 
-@pytest.mark.parametrize(("capability", "dtype", "blocksize"), [
-    (86, torch.bfloat16, 64), (86, torch.float16, 64), (80, torch.bfloat16, 32), (90, torch.bfloat16, 64),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("capability", "dtype", "blocksize"),
+    [
+        (86, torch.bfloat16, 64),
+        (86, torch.float16, 64),
+        (80, torch.bfloat16, 32),
+        (90, torch.bfloat16, 64),
+    ],
+)
 def test_every_launch_compiles_without_spills(capability, dtype, blocksize):
     """For an RTX 3090 and others, with no GPU here: all that gpt-oss-20b launches, at all batch sizes."""
     found = machine_code.launches(GPT_OSS_20B, dtype, wgmma=capability == 90, blocksize=blocksize)

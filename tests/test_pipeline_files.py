@@ -77,7 +77,7 @@ def test_the_library_imports_neither_dvc_nor_hydra_nor_vllm():
 
 def test_mode_exact_imports_no_torch_per_layer():
     """73 stages that import torch would cost minutes."""
-    code = "import sys, gptoss_nf4.steps, gptoss_nf4.fetch; print(json.dumps(sorted(sys.modules)))"
+    code = "import sys, gptoss_nf4.convert.layers, gptoss_nf4.fetch.fetch; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", "import json; " + code], cwd=ROOT, capture_output=True, text=True, check=True
     )

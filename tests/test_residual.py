@@ -12,19 +12,19 @@ from conftest import edit_shard, local
 from project_imports import ROOT
 
 from benchmarks.dtypes import ENGINE, agreements, rows
-from gptoss_nf4 import embedded
-from gptoss_nf4.agreement import Generation
-from gptoss_nf4.checkpoint import Checkpoint
-from gptoss_nf4.convert import convert
-from gptoss_nf4.dtypes import normalize
+from gptoss_nf4.check.agreement import Generation
+from gptoss_nf4.check.proof import compare
+from gptoss_nf4.convert.normalize import normalize
+from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch import fetch, open_source
-from gptoss_nf4.files import write_json
-from gptoss_nf4.plan import RequantOptions
-from gptoss_nf4.proof import compare
-from gptoss_nf4.reading import read_json_object
-from gptoss_nf4.residual import AUTO_FLOAT16, resolve, scaling_loss, writes_to_stream
-from gptoss_nf4.source import SplitSource
+from gptoss_nf4.fetch.fetch import fetch, open_source
+from gptoss_nf4.flow import convert
+from gptoss_nf4.format.residual import AUTO_FLOAT16, resolve, scaling_loss, writes_to_stream
+from gptoss_nf4.samples import embedded
+from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.storage.checkpoint import Checkpoint
+from gptoss_nf4.storage.reading import read_json_object
+from gptoss_nf4.storage.writing import write_json
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,14 @@ def massive(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("setting", "dtype", "scale"),
-    [("auto", "float16", AUTO_FLOAT16), ("auto", "bfloat16", 1), ("auto", "float32", 1), (0.25, "bfloat16", 0.25),
-     (1, "float16", 1)],
-)  # fmt: skip
+    [
+        ("auto", "float16", AUTO_FLOAT16),
+        ("auto", "bfloat16", 1),
+        ("auto", "float32", 1),
+        (0.25, "bfloat16", 0.25),
+        (1, "float16", 1),
+    ],
+)
 def test_what_the_setting_stands_for(setting, dtype, scale):
     assert resolve(setting, dtype) == scale
 
@@ -53,10 +58,18 @@ def test_exactly_what_writes_to_the_stream_is_scaled(massive, tmp_path):
     model, artifacts = local(massive, tmp_path)
     convert(model, artifacts, RequantOptions(), "float16")
     tensors = Checkpoint(artifacts.checkpoint).tensors
-    scaled = {name.removeprefix("model.layers.2.") for name, t in tensors.items() if writes_to_stream(name, t.floating)
-              and (name.startswith("model.layers.2.") or "layers" not in name)}  # fmt: skip
-    assert scaled == {"model.embed_tokens.weight", "self_attn.o_proj.bias", "self_attn.o_proj.weight.absmax",
-                      "mlp.experts.w2.bias", "mlp.experts.w2.weight.absmax"}  # fmt: skip
+    scaled = {
+        name.removeprefix("model.layers.2.")
+        for name, t in tensors.items()
+        if writes_to_stream(name, t.floating) and (name.startswith("model.layers.2.") or "layers" not in name)
+    }
+    assert scaled == {
+        "model.embed_tokens.weight",
+        "self_attn.o_proj.bias",
+        "self_attn.o_proj.weight.absmax",
+        "mlp.experts.w2.bias",
+        "mlp.experts.w2.weight.absmax",
+    }
 
 
 def test_losses_by_scaling_are_counted_value_by_value():
@@ -142,12 +155,16 @@ def test_what_does_not_know_of_the_scale_is_refused():
     from gptoss_nf4.vllm.model import require_nothing_from_outside
 
     def config(lora=None, embeds=False, eagle=None):
-        return SimpleNamespace(lora_config=lora, speculative_config=eagle,
-                               model_config=SimpleNamespace(model="m", enable_prompt_embeds=embeds))  # fmt: skip
+        return SimpleNamespace(
+            lora_config=lora, speculative_config=eagle, model_config=SimpleNamespace(model="m", enable_prompt_embeds=embeds)
+        )
 
     require_nothing_from_outside(config())
     require_nothing_from_outside(config(eagle=SimpleNamespace(use_eagle=lambda: False)))
-    for asked_for, named in (({"lora": object()}, "LoRA"), ({"embeds": True}, "prompt embeddings"),
-                             ({"eagle": SimpleNamespace(use_eagle=lambda: True)}, "EAGLE")):  # fmt: skip
+    for asked_for, named in (
+        ({"lora": object()}, "LoRA"),
+        ({"embeds": True}, "prompt embeddings"),
+        ({"eagle": SimpleNamespace(use_eagle=lambda: True)}, "EAGLE"),
+    ):
         with pytest.raises(UserError, match=named):
             require_nothing_from_outside(config(**asked_for))

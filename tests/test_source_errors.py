@@ -10,7 +10,7 @@ from conftest import edit_shard, local
 from project_imports import ROOT
 
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch import fetch
+from gptoss_nf4.fetch.fetch import fetch
 
 EXPERT = "model.layers.1.mlp.experts.down_projs.2"
 
@@ -52,13 +52,16 @@ def test_damaged_tensors_are_named_before_anything_is_written(source_copy, tmp_p
     [
         (["model.layers.0.mlp.experts.gate_up_proj_blocks"], torch.uint8, "stock MXFP4"),
         (["model.layers.0.mlp.experts.gate_up_proj"], torch.uint8, "without a quantization state"),
-        (["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.gate_up_proj.absmax"], torch.uint8,
-         "fused experts with a quantization state"),
+        (
+            ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.gate_up_proj.absmax"],
+            torch.uint8,
+            "fused experts with a quantization state",
+        ),
         (["model.layers.0.mlp.experts.gate_up_proj"], torch.bfloat16, "plain 16-bit"),
         (["model.layers.0.self_attn.q_proj.weight.absmax"], torch.uint8, "transformers 5"),
         (["something.else"], torch.uint8, "unknown layout"),
     ],
-)  # fmt: skip
+)
 def test_other_layouts_are_refused_by_name(tmp_path, names, dtype, found):
     from safetensors.torch import save_file
 
@@ -73,9 +76,16 @@ def test_other_layouts_are_refused_by_name(tmp_path, names, dtype, found):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("model_type", "llama"), ("rms_norm_eps", 1e-6), ("swiglu_limit", 5.0), ("hidden_size", -3), ("head_dim", "many"),
-     ("layer_types", ["full_attention", "full_attention"]), ("num_local_experts", 9)],
-)  # fmt: skip
+    [
+        ("model_type", "llama"),
+        ("rms_norm_eps", 1e-6),
+        ("swiglu_limit", 5.0),
+        ("hidden_size", -3),
+        ("head_dim", "many"),
+        ("layer_types", ["full_attention", "full_attention"]),
+        ("num_local_experts", 9),
+    ],
+)
 def test_a_config_that_vllm_would_serve_wrongly_is_refused(source_copy, tmp_path, key, value):
     path = source_copy / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))

@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from benchmarks.weights import configured
-from gptoss_nf4 import names, synthetic
-from gptoss_nf4.artifacts import Artifacts
-from gptoss_nf4.convert import convert
-from gptoss_nf4.dimensions import Dimensions
-from gptoss_nf4.embedded import TINY
-from gptoss_nf4.fetch import Model, fetch
-from gptoss_nf4.files import sha256_of
-from gptoss_nf4.plan import RequantOptions
-from gptoss_nf4.proof import source_weight
-from gptoss_nf4.source import SplitSource
+from gptoss_nf4.check.proof import source_weight
+from gptoss_nf4.convert.plan import RequantOptions
+from gptoss_nf4.fetch.fetch import Model, fetch
+from gptoss_nf4.flow import convert
+from gptoss_nf4.format import names
+from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.samples import synthetic
+from gptoss_nf4.samples.embedded import TINY
+from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.writing import sha256_of
 
 
 def digests(directory: Path) -> dict[str, str]:

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from unittest.mock import ANY
 
-from gptoss_nf4.checkpoint import Checkpoint
-from gptoss_nf4.tensor_digests import describe
+from gptoss_nf4.fetch.tensor_digests import describe
+from gptoss_nf4.storage.checkpoint import Checkpoint
 
 
 def test_only_files_that_changed_are_hashed_again(source_copy, tmp_path, monkeypatch):
@@ -15,7 +15,7 @@ def test_only_files_that_changed_are_hashed_again(source_copy, tmp_path, monkeyp
     first = describe(source, groups, memory)
     assert first.hashed_bytes == total
     assert describe(source, groups, memory) == replace(first, seconds=ANY)  # just written: not trusted yet
-    monkeypatch.setattr("gptoss_nf4.tensor_digests.SETTLED_SECONDS", -1)
+    monkeypatch.setattr("gptoss_nf4.fetch.tensor_digests.SETTLED_SECONDS", -1)
     describe(source, groups, memory)
     again = describe(source, groups, memory)
     assert again.hashed_bytes == 0

@@ -16,19 +16,20 @@ from project_imports import ROOT
 from vllm_server import server
 
 from benchmarks.dtypes import PROMPTS, served
-from gptoss_nf4 import embedded, reference
-from gptoss_nf4.agreement import Agreement
-from gptoss_nf4.artifacts import Artifacts
-from gptoss_nf4.checkpoint import INDEX_FILE
-from gptoss_nf4.convert import convert
-from gptoss_nf4.dimensions import Dimensions
+from gptoss_nf4.check import reference
+from gptoss_nf4.check.agreement import Agreement
+from gptoss_nf4.convert.plan import RequantOptions
+from gptoss_nf4.engine.generate import generate
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.files import write_json
-from gptoss_nf4.fuse import CONCATENATED
-from gptoss_nf4.plan import RequantOptions
-from gptoss_nf4.reading import read_json_object
-from gptoss_nf4.source import SplitSource
-from gptoss_nf4.vllm.generate import generate
+from gptoss_nf4.flow import convert
+from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.format.rows import CONCATENATED
+from gptoss_nf4.samples import embedded
+from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.checkpoint import INDEX_FILE
+from gptoss_nf4.storage.reading import read_json_object
+from gptoss_nf4.storage.writing import write_json
 
 ENGINE = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True}
 
@@ -68,7 +69,7 @@ def both_served(converted, dynamic) -> list[list]:
 
 
 def test_nan_logits_are_not_finite():
-    from gptoss_nf4.agreement import Generation
+    from gptoss_nf4.check.agreement import Generation
 
     assert not Generation("", "", [1], 0, [{}, {3: float("nan")}]).finite
     assert Generation("", "", [1], 0, [{}, {3: -1.0, 4: float("-inf")}]).finite
@@ -108,9 +109,16 @@ def test_two_ranks_agree(dynamic, monkeypatch):
 def test_packed_weights_and_interpreted_kernels_agree(tmp_path):
     """The GPU's path without one: loading into the kernels' order, routing, and the kernels, within vLLM."""
     d = Dimensions(
-        layers=1, hidden=128, intermediate=64, experts=4, experts_per_token=2, heads=2, kv_heads=1, head_dim=64,
+        layers=1,
+        hidden=128,
+        intermediate=64,
+        experts=4,
+        experts_per_token=2,
+        heads=2,
+        kv_heads=1,
+        head_dim=64,
         vocabulary=262,
-    )  # fmt: skip
+    )
     embedded.write_checkpoint(tmp_path / "source", d)
     model, artifacts = local(tmp_path / "source", tmp_path / "artifacts")
     convert(model, artifacts, RequantOptions(), "float16")

@@ -60,9 +60,12 @@ def _wait_until_ready(url: str, process: subprocess.Popen, log: Path, started: f
             time.sleep(0.1)
     state = "no answer" if process.poll() is None else f"exit status {process.returncode}"
     raise UserError(
-        "vllm serve did not start", where=log, got=f"{state} after {time.monotonic() - started:.0f} s",
-        expected="a server that answers", next_step="read the log; the first ERROR line says why",
-    )  # fmt: skip
+        "vllm serve did not start",
+        where=log,
+        got=f"{state} after {time.monotonic() - started:.0f} s",
+        expected="a server that answers",
+        next_step="read the log; the first ERROR line says why",
+    )
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -11,13 +11,13 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.models.utils import WeightsMapper
 
-from gptoss_nf4.assemble import FORMAT_VERSION, QUANT_METHOD
-from gptoss_nf4.checkpoint import INDEX_FILE, Checkpoint
+from gptoss_nf4.check.fitting import require_fitting
+from gptoss_nf4.convert.assemble import FORMAT_VERSION, QUANT_METHOD
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fuse import W13_ORDERS
-from gptoss_nf4.quant_state import BLOCKSIZES, QUANT_TYPES
-from gptoss_nf4.residual import scale_of
-from gptoss_nf4.result import require_fitting
+from gptoss_nf4.format.quant_state import BLOCKSIZES, QUANT_TYPES
+from gptoss_nf4.format.residual import scale_of
+from gptoss_nf4.format.rows import W13_ORDERS
+from gptoss_nf4.storage.checkpoint import INDEX_FILE, Checkpoint
 from gptoss_nf4.vllm.linear import Nf4LinearMethod
 from gptoss_nf4.vllm.moe import Nf4MoEMethod
 from gptoss_nf4.vllm.register import warn_if_untested
@@ -36,7 +36,7 @@ PARAMETER_NAMES = {
 
 
 class GptOssNf4Config(QuantizationConfig):
-    """`quantization_config` of a converted checkpoint; its fields are written by `gptoss_nf4.assemble`."""
+    """`quantization_config` of a converted checkpoint; its fields are written by `gptoss_nf4.convert.assemble`."""
 
     def __init__(
         self,
@@ -79,13 +79,19 @@ class GptOssNf4Config(QuantizationConfig):
         for key, values in allowed.items():
             if config.get(key) not in values:
                 raise UserError(
-                    "bad quantization_config", where="config.json", got=f"{key}={config.get(key)!r}",
-                    expected=f"one of {values}", next_step="convert the checkpoint with this version of gptoss-nf4",
-                )  # fmt: skip
+                    "bad quantization_config",
+                    where="config.json",
+                    got=f"{key}={config.get(key)!r}",
+                    expected=f"one of {values}",
+                    next_step="convert the checkpoint with this version of gptoss-nf4",
+                )
         return cls(
-            config["quant_type"], config["blocksize"], config["w13_order"], config.get("modules_to_not_convert", []),
+            config["quant_type"],
+            config["blocksize"],
+            config["w13_order"],
+            config.get("modules_to_not_convert", []),
             scale_of(config, "config.json"),
-        )  # fmt: skip
+        )
 
     def maybe_update_config(self, model_name: str, hf_config=None, revision: str | None = None) -> None:
         """Refuse a local checkpoint that lacks a tensor, or has one that does not fit, before anything is allocated.

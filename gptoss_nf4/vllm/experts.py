@@ -65,10 +65,15 @@ def used_experts(
 ) -> torch.Tensor:
     """`run_used_experts` on 4-bit weights: codes uint8 [E, rows, in / 2], absmax float32 [E, rows, in / blocksize]."""
     return run_used_experts(
-        x, topk_weights, topk_ids, expert_map,
-        lambda expert: dequantize(w13_codes[expert], w13_absmax[expert], w13_blocksize, quant_type, x.dtype), w13_bias,
-        lambda expert: dequantize(w2_codes[expert], w2_absmax[expert], w2_blocksize, quant_type, x.dtype), w2_bias,
-    )  # fmt: skip
+        x,
+        topk_weights,
+        topk_ids,
+        expert_map,
+        lambda expert: dequantize(w13_codes[expert], w13_absmax[expert], w13_blocksize, quant_type, x.dtype),
+        w13_bias,
+        lambda expert: dequantize(w2_codes[expert], w2_absmax[expert], w2_blocksize, quant_type, x.dtype),
+        w2_bias,
+    )
 
 
 @used_experts.register_fake

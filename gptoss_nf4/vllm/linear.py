@@ -73,7 +73,12 @@ class Nf4LinearMethod(LinearMethodBase):
         if bias is not None:
             bias = pad(bias, (0, padded_rows(layer.nf4_rows) - layer.nf4_rows))[None]
         out = torch.ops.gptoss_nf4.packed_linear(
-            x.reshape(-1, x.shape[-1]), layer.weight, layer.absmax, bias, layer.nf4_rows, layer.nf4_blocksize,
+            x.reshape(-1, x.shape[-1]),
+            layer.weight,
+            layer.absmax,
+            bias,
+            layer.nf4_rows,
+            layer.nf4_blocksize,
             self.config.quant_type,
-        )  # fmt: skip
+        )
         return out.view(*x.shape[:-1], layer.nf4_rows)

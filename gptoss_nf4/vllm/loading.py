@@ -7,7 +7,7 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.quant_state import BLOCKSIZES
+from gptoss_nf4.format.quant_state import BLOCKSIZES
 from gptoss_nf4.vllm.kernels.tiles import MAX_PACKED_ABSMAX
 
 Loader = Callable[..., None]
@@ -38,9 +38,12 @@ def require_filled(layer: torch.nn.Module) -> None:
     unfilled = sorted(layer.nf4_unfilled)
     if unfilled:
         raise UserError(
-            "parameter not loaded", where=unfilled[0], got="no tensor for it", expected="one in the checkpoint",
+            "parameter not loaded",
+            where=unfilled[0],
+            got="no tensor for it",
+            expected="one in the checkpoint",
             next_step="convert the checkpoint again with this version of gptoss-nf4",
-        )  # fmt: skip
+        )
 
 
 def runs_on_kernels(dtype: torch.dtype) -> bool:
@@ -57,10 +60,12 @@ def blocksize_of_shard(blocksize: int, in_features: int, prefix: str) -> int:
     shard = gcd(blocksize, in_features)
     if shard not in BLOCKSIZES:
         raise UserError(
-            "tensor parallel size does not fit", where=prefix, got=f"{in_features} inputs a rank",
+            "tensor parallel size does not fit",
+            where=prefix,
+            got=f"{in_features} inputs a rank",
             expected=f"a multiple of {BLOCKSIZES[0]}",
             next_step="use a smaller tensor_parallel_size, or expert parallelism",
-        )  # fmt: skip
+        )
     return shard
 
 
@@ -74,6 +79,9 @@ def require_packable(absmax: torch.Tensor, where: str) -> None:
     largest = float(absmax.abs().max()) if absmax.numel() else 0.0
     if not largest <= MAX_PACKED_ABSMAX:  # NaN too
         raise UserError(
-            "absmax out of range", where=where, got=f"{largest:g}", expected=f"at most {MAX_PACKED_ABSMAX:g}",
+            "absmax out of range",
+            where=where,
+            got=f"{largest:g}",
+            expected=f"at most {MAX_PACKED_ABSMAX:g}",
             next_step="serve it in float32 (dtype=float32), or look at the weights: trained ones are far below 1",
-        )  # fmt: skip
+        )

@@ -8,7 +8,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models import gpt_oss
 
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.residual import writes_to_stream
+from gptoss_nf4.format.residual import writes_to_stream
 
 
 def require_nothing_from_outside(vllm_config: VllmConfig) -> None:
@@ -22,13 +22,16 @@ def require_nothing_from_outside(vllm_config: VllmConfig) -> None:
     for what, asked_for in found.items():
         if asked_for:
             raise UserError(
-                "unsupported with a residual_scale", where=vllm_config.model_config.model, got=what, expected="none",
+                "unsupported with a residual_scale",
+                where=vllm_config.model_config.model,
+                got=what,
+                expected="none",
                 next_step="convert with dtype=bfloat16, or with residual_scale=1",
-            )  # fmt: skip
+            )
 
 
 class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # vLLM looks things up by this name
-    """Applies the `residual_scale` that config.json records: see `gptoss_nf4.residual`.
+    """Applies the `residual_scale` that config.json records: see `gptoss_nf4.format.residual`.
 
     vLLM's class has eps 1e-5 built into its norms, whatever config.json says, so eps is set on the norms themselves.
     """

@@ -9,7 +9,7 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fuse import INTERLEAVED, interleaved_rows
+from gptoss_nf4.format.rows import INTERLEAVED, interleaved_rows
 from gptoss_nf4.vllm import ops  # noqa: F401  (registers torch.ops.gptoss_nf4)
 from gptoss_nf4.vllm.dequantize import dequantize
 from gptoss_nf4.vllm.experts import used_experts  # noqa: F401  (registers torch.ops.gptoss_nf4)
@@ -38,9 +38,12 @@ class Nf4MoEMethod(FusedMoEMethodBase):
         self.prefix = prefix
         if moe.activation != MoEActivation.SWIGLUOAI or not moe.has_bias:
             raise UserError(
-                "unsupported experts", where=prefix, got=f"activation {moe.activation}, bias {moe.has_bias}",
-                expected="gpt-oss's swigluoai with bias", next_step="use a vLLM version that the plugin was tested with",
-            )  # fmt: skip
+                "unsupported experts",
+                where=prefix,
+                got=f"activation {moe.activation}, bias {moe.has_bias}",
+                expected="gpt-oss's swigluoai with bias",
+                next_step="use a vLLM version that the plugin was tested with",
+            )
 
     def create_weights(
         self,
@@ -99,9 +102,12 @@ class Nf4MoEMethod(FusedMoEMethodBase):
             local = self._rank_slice(local, shape, name, kind)
             if local.shape != shape:
                 raise UserError(
-                    "wrong shape", where=f"{self.prefix}.{name}_{kind}", got=list(local.shape),
-                    expected=list(shape), next_step="convert the checkpoint again",
-                )  # fmt: skip
+                    "wrong shape",
+                    where=f"{self.prefix}.{name}_{kind}",
+                    got=list(local.shape),
+                    expected=list(shape),
+                    next_step="convert the checkpoint again",
+                )
             for expert in range(len(local)):  # one at a time: packing takes some copies, on the device
                 rows = local[expert : expert + 1].to(parameter.device)
                 parameter.data[expert].copy_(self._arranged(layer, name, kind, rows)[0])
@@ -152,18 +158,33 @@ class Nf4MoEMethod(FusedMoEMethodBase):
         }
         if layer.nf4_packed:
             return torch.ops.gptoss_nf4.packed_experts(
-                x, topk_weights, topk_ids, layer.expert_map, layer.global_num_experts,
-                *weights["w13"], layer.w13_expert_bias, layer.nf4_blocksizes["w13"],
-                *weights["w2"], layer.w2_expert_bias, layer.nf4_blocksizes["w2"],
+                x,
+                topk_weights,
+                topk_ids,
+                layer.expert_map,
+                layer.global_num_experts,
+                *weights["w13"],
+                layer.w13_expert_bias,
+                layer.nf4_blocksizes["w13"],
+                *weights["w2"],
+                layer.w2_expert_bias,
+                layer.nf4_blocksizes["w2"],
                 self.config.quant_type,
-            )  # fmt: skip
+            )
         if x.device.type == "cpu":
             return torch.ops.gptoss_nf4.used_experts(
-                x, topk_weights, topk_ids, layer.expert_map,
-                *weights["w13"], layer.w13_expert_bias, layer.nf4_blocksizes["w13"],
-                *weights["w2"], layer.w2_expert_bias, layer.nf4_blocksizes["w2"],
+                x,
+                topk_weights,
+                topk_ids,
+                layer.expert_map,
+                *weights["w13"],
+                layer.w13_expert_bias,
+                layer.nf4_blocksizes["w13"],
+                *weights["w2"],
+                layer.w2_expert_bias,
+                layer.nf4_blocksizes["w2"],
                 self.config.quant_type,
-            )  # fmt: skip
+            )
         from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
         w13, w2 = (

@@ -11,9 +11,9 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["gptoss_nf4", "json"]):
-    from gptoss_nf4.checkpoint import Checkpoint
     from gptoss_nf4.errors import UserError
-    from gptoss_nf4.quant_state import BLOCKSIZES, QuantState
+    from gptoss_nf4.format.quant_state import BLOCKSIZES, QuantState
+    from gptoss_nf4.storage.checkpoint import Checkpoint
 
 CORPUS = Path(__file__).parent / "corpus"
 MAX_BYTES = 4096

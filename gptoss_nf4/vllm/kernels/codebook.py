@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gptoss_nf4.codec import CODEBOOKS
+from gptoss_nf4.format.codec import CODEBOOKS
 
 CANDIDATES = 8192  # factors tried in [1, 2)
 SIGNIFICAND_BITS = {torch.bfloat16: 8, torch.float16: 11}

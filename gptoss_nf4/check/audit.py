@@ -1,0 +1,40 @@
+"""The finished checkpoint's dtypes: one for every floating tensor, quantization data apart."""
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.format import names
+from gptoss_nf4.format.quant_state import DTYPES, QuantState
+from gptoss_nf4.storage.checkpoint import Checkpoint
+from gptoss_nf4.storage.tensor_reader import FLOATING
+
+SAFETENSORS_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+# Quantization data, not weights: float32 whatever the model's dtype.
+QUANTIZATION_SIDECARS = (".absmax", ".quant_map")
+
+
+def check_dtype(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise UserError(
+            "bad setting", where="dtype", got=repr(dtype), expected=f"one of {DTYPES}", next_step="pass dtype=float16"
+        )
+    return dtype
+
+
+def audit(checkpoint: Checkpoint, dtype: str) -> dict[str, int]:
+    """Count the checkpoint's floating tensors by dtype; UserError if any is not `dtype` (quantization data apart)."""
+    expected, found = SAFETENSORS_NAMES[dtype], {}
+    for name, info in checkpoint.tensors.items():
+        stored = info.dtype
+        if f".{names.STATE_PREFIX}" in name:
+            stored = SAFETENSORS_NAMES[QuantState.from_json(checkpoint.raw(name).tobytes(), name).dtype]
+        elif name.endswith(QUANTIZATION_SIDECARS) or info.dtype not in FLOATING:
+            continue
+        found[stored] = found.get(stored, 0) + 1
+        if stored != expected:
+            raise UserError(
+                "mixed dtypes",
+                where=name,
+                got=stored,
+                expected=f"{expected} everywhere",
+                next_step="run `dvc repro -f normalize assemble`",
+            )
+    return found

@@ -1,0 +1,130 @@
+"""The proof of exactness: what bitsandbytes reads from the source against what it reads from the result."""
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from bitsandbytes.functional import QuantState
+
+from gptoss_nf4.convert.normalize import cast
+from gptoss_nf4.convert.plan import EXACT, RequantOptions, Target, plan_layer
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.fetch.budget import cores
+from gptoss_nf4.format import names
+from gptoss_nf4.format.bnb import dequantize_float32
+from gptoss_nf4.format.quant_state import QUANT_TYPES
+from gptoss_nf4.format.residual import scale_of, writes_to_stream
+from gptoss_nf4.format.rows import INTERLEAVED, interleaved_rows
+from gptoss_nf4.source.split import Module, SplitSource
+from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Weights compared, those that differ, and by how much at most."""
+
+    compared: int = 0
+    different: int = 0
+    largest_difference: float = 0.0
+
+    def __add__(self, other: "Comparison") -> "Comparison":
+        return Comparison(
+            self.compared + other.compared,
+            self.different + other.different,
+            max(self.largest_difference, other.largest_difference),
+        )
+
+
+def read_state(checkpoint: Checkpoint, weight: str, scale: float = 1.0) -> QuantState:
+    """bitsandbytes' own QuantState of `weight`, read by its `from_dict`; with float32 absmax times `scale`."""
+    states = (names.STATE_PREFIX + quant_type for quant_type in QUANT_TYPES)
+    kinds = (*names.SIDECARS, *names.NESTED_SIDECARS, *states)
+    stored = [name for kind in kinds if (name := f"{weight}.{kind}") in checkpoint.tensors]
+    state = QuantState.from_dict({name: checkpoint.torch(name) for name in stored}, device=torch.device("cpu"))
+    if scale != 1:
+        state.absmax = state.absmax * scale
+    return state
+
+
+def source_weight(checkpoint: Checkpoint, weight: str, scale: float = 1.0) -> torch.Tensor:
+    """A weight in float32 [rows, in_features]; a 4-bit one dequantized by bitsandbytes, with absmax times `scale`."""
+    if f"{weight}.absmax" not in checkpoint.tensors:
+        return checkpoint.torch(weight).float()
+    return dequantize_float32(checkpoint.torch(weight), read_state(checkpoint, weight, scale))
+
+
+def compare(source: SplitSource, result: Checkpoint, options: RequantOptions, dtype: str) -> Comparison:
+    """Compare every weight of attention and experts, 4-bit or carried dense, on all cores.
+
+    What is served dense (a module left in 16 bit, or q, k and v that differ) is compared after rounding to `dtype`. What
+    writes to the residual stream is compared as it is served: both sides times the recorded residual_scale, of which the
+    result's goes into absmax, as in the plugin.
+    """
+    scale = scale_of(result.config["quantization_config"], result.directory / "config.json")
+    work = partial(_compare_layer, source, result, options, dtype, scale)
+    # spawn: a fork of a process with torch's threads can hang.
+    workers = min(cores(), source.dimensions.layers)
+    if workers == 1 or source.dimensions.layers * source.dimensions.experts < 256:  # starting workers would take longer
+        return sum(map(work, range(source.dimensions.layers)), Comparison())
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        return sum(pool.map(work, range(source.dimensions.layers)), Comparison())
+
+
+def _compare_layer(
+    source: SplitSource, result: Checkpoint, options: RequantOptions, dtype: str, residual_scale: float, layer: int
+) -> Comparison:
+    total = Comparison()
+    for target in plan_layer(source, layer, options):
+        scale = residual_scale if target.quantized and writes_to_stream(f"{target.name}.weight") else 1.0
+        for part, after in _result_parts(result, target, options.w13_order, scale):
+            before = source_weight(source.checkpoint, part.weight)
+            if not target.quantized:
+                before = cast(before, getattr(torch, dtype))[0].float()
+            if scale != 1:
+                before *= scale
+            if torch.equal(before, after):
+                total += Comparison(before.numel())
+            else:
+                unequal = before != after
+                total += Comparison(before.numel(), int(unequal.sum()), float((before - after).abs().max()))
+    return total
+
+
+def _result_parts(
+    result: Checkpoint, target: Target, w13_order: str, scale: float
+) -> Iterator[tuple[Module, torch.Tensor]]:
+    """(source module, its weight read from the result in float32, rows in the source's order).
+
+    Experts are read one at a time, so that the memory needed is one expert's.
+    """
+    weight = f"{target.name}.weight"
+    if not target.fusion.stacked:
+        rows = [part.shape[0] for part in target.parts]
+        whole = source_weight(result, weight, scale)
+        yield from zip(target.parts, whole.split(rows), strict=True)
+        return
+    state = read_state(result, weight, scale)
+    absmax = state.absmax
+    for number, part in enumerate(target.parts):
+        state.absmax, state.shape = absmax[number].contiguous(), torch.Size(part.shape)
+        values = dequantize_float32(result.torch_row(weight, number), state)
+        reorder = target.is_w13 and w13_order != INTERLEAVED
+        yield part, values[torch.from_numpy(interleaved_rows(w13_order, len(values)))] if reorder else values
+
+
+def require_exact(result: Comparison, options: RequantOptions, artifacts: Artifacts) -> None:
+    """Raise a UserError where mode exact changed a weight."""
+    if options.mode == EXACT and result.different:
+        raise UserError(
+            "the result is not exact",
+            where=artifacts.checkpoint,
+            got=f"{result.different} different weights",
+            expected="0",
+            next_step="run `dvc repro -f prove`; if it stays, report it",
+        )

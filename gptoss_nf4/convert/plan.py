@@ -1,0 +1,136 @@
+"""What one layer of the source becomes: which targets are 4-bit, which stay dense, and why. Reads headers only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import gcd
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.format import names
+from gptoss_nf4.format.quant_state import BLOCKSIZES, QUANT_TYPES, QuantState
+from gptoss_nf4.format.rows import INTERLEAVED, W13_ORDERS
+from gptoss_nf4.source.split import Module, SplitSource
+
+EXACT = "exact"
+NF4 = "nf4"
+MODES = (EXACT, NF4)
+
+
+@dataclass(frozen=True)
+class RequantOptions:
+    """The `requant` section of params.yaml; `quant_type` and `blocksize` count in mode nf4 only."""
+
+    mode: str = EXACT
+    w13_order: str = INTERLEAVED
+    quant_type: str = "nf4"
+    blocksize: int = 64
+
+    @classmethod
+    def of(cls, section: Mapping) -> "RequantOptions":
+        """From the `requant` section; `device` says where to compute, not what, and is left out."""
+        return cls(**{key: value for key, value in section.items() if key != "device"})
+
+    def __post_init__(self):
+        choices = {"mode": MODES, "w13_order": W13_ORDERS, "quant_type": QUANT_TYPES, "blocksize": BLOCKSIZES}
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise UserError(
+                    "bad setting",
+                    where=f"requant.{key}",
+                    got=repr(getattr(self, key)),
+                    expected=f"one of {allowed}",
+                    next_step="correct it and run `python stages/configure.py`",
+                )
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module of the fused checkpoint. `quant_type` is None where it is carried dense."""
+
+    name: str
+    fusion: names.Fusion
+    parts: tuple[Module, ...]
+    quant_type: str | None = None
+    blocksize: int | None = None
+
+    @property
+    def quantized(self) -> bool:
+        return self.quant_type is not None
+
+    @property
+    def joined_dense(self) -> bool:
+        """4-bit and 16-bit parts in one module: all of it is served dense."""
+        return not self.quantized and any(part.state for part in self.parts)
+
+    @property
+    def is_w13(self) -> bool:
+        return self.fusion == names.W13
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical [experts, rows, in_features] or [rows, in_features]."""
+        return names.fused_shape(self.fusion, [part.shape for part in self.parts])
+
+    def state(self, dtype: str) -> QuantState:
+        return QuantState(self.quant_type, self.blocksize, dtype, self.shape)
+
+
+def plan_layer(source: SplitSource, layer: int, options: RequantOptions) -> list[Target]:
+    """The targets of one layer, in the order of `names.FUSIONS`; UserError where the mode cannot make one."""
+    return [_plan_target(source, layer, fusion, options) for fusion in names.FUSIONS]
+
+
+def _plan_target(source: SplitSource, layer: int, fusion: names.Fusion, options: RequantOptions) -> Target:
+    name, parts = names.target_of(fusion, layer), tuple(source.modules(layer, fusion))
+    if not fusion.stacked and any(part.state is None for part in parts):
+        return Target(name, fusion, parts)
+    if options.mode == NF4:
+        quant_type, blocksize = options.quant_type, options.blocksize
+    else:
+        quant_type, blocksize = _stored_quantization(source, name, parts)
+    columns = parts[0].shape[1]
+    if columns % blocksize:
+        raise UserError(
+            "rows are not whole blocks",
+            where=name,
+            got=f"in_features {columns} and blocksize {blocksize}",
+            expected="a blocksize that divides in_features, since rows are moved whole",
+            next_step=_advice(source),
+        )
+    return Target(name, fusion, parts, quant_type, blocksize)
+
+
+def _stored_quantization(source: SplitSource, name: str, parts: tuple[Module, ...]) -> tuple[str, int]:
+    """(quant_type, blocksize) that all parts of a target and the rest of the model share; UserError where they do not."""
+    dense = [part for part in parts if part.state is None]
+    if dense:
+        raise UserError(
+            "dense expert in a quantized layer",
+            where=dense[0].name,
+            got=f"{len(dense)} of {len(parts)} experts in 16 or 32 bit",
+            expected="4-bit experts only in mode exact",
+            next_step="use requant.mode=nf4, which quantizes them and reports the error",
+        )
+    states = {(part.state.quant_type, part.state.blocksize) for part in parts} | _states_of_model(source)
+    if len(states) != 1:
+        raise UserError(
+            "mixed quantization",
+            where=name,
+            got=f"{sorted(states)} in one model",
+            expected="one type and blocksize",
+            next_step="use requant.mode=nf4, which quantizes all of it alike",
+        )
+    return states.pop()
+
+
+def _states_of_model(source: SplitSource) -> set[tuple[str, int]]:
+    """(quant_type, blocksize) of the first expert of layer 0: what every other module must match."""
+    state = source.modules(0, names.W13)[0].state
+    return {(state.quant_type, state.blocksize)} if state else set()
+
+
+def _advice(source: SplitSource) -> str:
+    widths = gcd(*(shape[1] for shape in names.weight_shapes(source.dimensions).values()))
+    fitting = [size for size in BLOCKSIZES if widths % size == 0]
+    if fitting:
+        return f"use requant.mode=nf4 requant.blocksize={fitting[-1]}, which quantizes again and reports the error"
+    return f"no blocksize of bitsandbytes {BLOCKSIZES} divides every in_features of this model: it cannot be converted"

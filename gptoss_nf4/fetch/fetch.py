@@ -1,0 +1,164 @@
+"""Making a source available and describing it: a manifest, and one digest file per layer that its stages depend on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.fetch import hub
+from gptoss_nf4.fetch.budget import WORK_BY_HASHING, budget, cores, require_disk, synthetic_bytes
+from gptoss_nf4.fetch.tensor_digests import Described, describe
+from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.format.names import FUSIONS, NESTED_SIDECARS, SIDECARS
+from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.digests import verify
+from gptoss_nf4.storage.reading import read_json_object
+from gptoss_nf4.storage.writing import describe_file, write_json
+
+KINDS = ("embedded", "embedded_massive", "synthetic", "hub", "local")
+OWN_KINDS = ("embedded", "embedded_massive", "synthetic")  # written by fetch itself, below the artifacts
+# Beside the weights, these decide what the finished checkpoint says.
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The `model` section of params.yaml; which fields count depends on `kind`."""
+
+    name: str
+    kind: str
+    path: str | None = None
+    repository: str | None = None
+    revision: str | None = None
+    dimensions: Dimensions | None = None
+    expected: str | None = None  # a `sha256sum` list of the source's files, made before
+
+
+def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambda line: None) -> dict:
+    """Bring the source, validate all of it, write digests and manifest; returns the manifest.
+
+    `say` is told what the conversion will take.
+
+    Nothing is written before the source is valid, and the bytes stay where they are.
+    """
+    directory, origin = _make_available(model, artifacts)
+    if model.expected:
+        verify(directory, Path(model.expected), next_step="fetch the model again")
+    source = SplitSource(directory)
+    source.validate()
+    plan = budget(source, artifacts)
+    require_disk(plan.disk_bytes, artifacts.root, "the converted checkpoint")
+    described = describe(source.checkpoint, list(source.tensors_by_layer.values()), artifacts.seen)
+    digests, size = described.groups, sum(file.stat().st_size for file in source.checkpoint.weight_files)
+    rough = f"about {_seconds(size, described):.0f} s on {cores()} cores, " if described.hashed_bytes > size / 10 else ""
+    say(f"to convert {size / 1e9:.1f} GB: {rough}{plan.line()}")
+    for layer, digest in zip(source.tensors_by_layer, digests, strict=True):
+        write_json(artifacts.digest(layer), digest)
+    moved = _moved_as_codes(source)
+    write_json(artifacts.dense_digests, {name: d[name] for d in digests for name in d if name not in moved})
+    for stale in set(artifacts.digests.glob("layer-*.json")) - {artifacts.digest(k) for k in source.tensors_by_layer}:
+        stale.unlink()  # a longer model of the same name was here before
+    manifest = {
+        "model": model.name,
+        "source": origin,
+        "layout": source.layout,
+        "dimensions": source.dimensions.as_dict(),
+        "tensors": len(source.checkpoint.tensors),
+        "files": _describe_files(source),
+    }
+    write_json(artifacts.manifest, manifest)
+    return manifest
+
+
+def _seconds(size: int, described: Described) -> float:
+    """Roughly what converting `size` bytes takes, by how long reading and hashing some of them just took."""
+    return WORK_BY_HASHING * described.seconds * size / described.hashed_bytes
+
+
+def open_source(model: Model, artifacts: Artifacts) -> SplitSource:
+    """The fetched source, for every later stage."""
+    manifest = read_json_object(artifacts.require(artifacts.manifest, "fetch"))
+    if model.kind == "hub":
+        return SplitSource(hub.cached(model.repository, manifest["source"]["commit"]))
+    directory = artifacts.source if model.kind in OWN_KINDS else Path(model.path)
+    if not directory.is_dir():
+        raise UserError(
+            "missing source",
+            where=directory,
+            got="no such directory",
+            expected=f"the checkpoint of model {model.name}",
+            next_step="run `dvc repro -s -f fetch`",
+        )
+    return SplitSource(directory)
+
+
+def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
+    """(directory, how the manifest records its origin)."""
+    if model.kind in ("embedded", "embedded_massive"):
+        from gptoss_nf4.samples import embedded
+
+        massive = model.kind == "embedded_massive"
+        dimensions = embedded.MASSIVE_DIMENSIONS if massive else embedded.TINY
+        embedded.write_checkpoint(artifacts.source, dimensions, massive=massive)
+        return artifacts.source, {"kind": model.kind}
+    if model.kind == "synthetic":
+        from gptoss_nf4.samples import synthetic
+
+        if not _holds(artifacts.source, model.dimensions):
+            require_disk(synthetic_bytes(model.dimensions), artifacts.source, "the synthetic source")
+            synthetic.write_checkpoint(artifacts.source, model.dimensions)
+        return artifacts.source, {"kind": model.kind, "values": "random: for measuring the conversion only"}
+    if model.kind == "hub":
+        directory, commit = hub.download(model.repository, model.revision)
+        return directory, {"kind": model.kind, "repository": model.repository, "commit": commit}
+    if model.kind == "local":
+        if not model.path:
+            raise UserError(
+                "bad setting",
+                where="model.path",
+                got="nothing",
+                expected="the directory of a checkpoint",
+                next_step="run `python stages/configure.py model=local model.path=DIRECTORY`",
+            )
+        return Path(model.path), {"kind": model.kind, "path": model.path}
+    raise UserError(
+        "bad setting",
+        where="model.kind",
+        got=repr(model.kind),
+        expected=f"one of {KINDS}",
+        next_step="run `python stages/configure.py`",
+    )
+
+
+def _holds(directory: Path, dimensions: Dimensions) -> bool:
+    """Whether a synthetic source of these dimensions was written whole: its config.json comes last."""
+    config = directory / "config.json"
+    return config.is_file() and Dimensions.from_config(read_json_object(config), config) == dimensions
+
+
+def _describe_files(source: SplitSource) -> list[dict]:
+    """Weight files by size, since every tensor in them has its own digest; the files beside them by digest."""
+    weights = [{"name": path.name, "bytes": path.stat().st_size} for path in source.checkpoint.weight_files]
+    side = (source.checkpoint.directory / name for name in SIDE_FILES)
+    return [*weights, *(describe_file(path) for path in side if path.is_file())]
+
+
+def _moved_as_codes(source: SplitSource) -> set[str]:
+    """Tensors whose content stage normalize never reads: those of modules that stay 4-bit, but for their states."""
+    moved: set[str] = set()
+    for layer in range(source.dimensions.layers):
+        for fusion in FUSIONS:
+            parts = source.modules(layer, fusion)
+            if fusion.stacked or all(part.state for part in parts):
+                for part in parts:
+                    if part.state:
+                        moved |= {part.weight, *(f"{part.weight}.{kind}" for kind in (*SIDECARS, *NESTED_SIDECARS))}
+    return moved

@@ -1,0 +1,91 @@
+"""SHA-256 of every tensor of a source; those of files that stayed the same since the last look are remembered.
+
+A file is the same if its size, times and inode are, which is also how DVC decides whether to hash a file again.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.fetch.budget import cores
+from gptoss_nf4.storage.checkpoint import Checkpoint
+from gptoss_nf4.storage.reading import read_json_object
+from gptoss_nf4.storage.writing import write_json
+
+# A file that was written this shortly before it was looked at may be written again within one tick of its clock.
+SETTLED_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Described:
+    """dtype, shape and SHA-256 of tensors by name, in the groups asked for; and what it took to make them."""
+
+    groups: list[dict[str, dict]]
+    hashed_bytes: int
+    seconds: float
+
+
+def describe(checkpoint: Checkpoint, groups: list[list[str]], memory: Path) -> Described:
+    """The content of each tensor; where it lies in the files does not count. `memory` is read and written."""
+    started, seen = time.time(), {file: _identity(file) for file in checkpoint.weight_files}
+    known = _recall(memory, seen)
+
+    def describe_group(names: list[str]) -> dict[str, dict]:
+        return {
+            name: {
+                "dtype": checkpoint.tensors[name].dtype,
+                "shape": checkpoint.tensors[name].shape,
+                "sha256": known.get(name) or _sha256(checkpoint.pieces(name)),
+            }
+            for name in names
+        }
+
+    begun = time.monotonic()
+    with ThreadPoolExecutor(cores()) as pool:  # hashlib lets go of the interpreter lock
+        described = list(pool.map(describe_group, groups))
+    took = time.monotonic() - begun
+    digests = {name: fields["sha256"] for group in described for name, fields in group.items()}
+    _remember(memory, checkpoint, digests, {file: was for file, was in seen.items() if _settled(file, was, started)})
+    return Described(described, sum(checkpoint.tensors[name].bytes for name in digests if name not in known), took)
+
+
+def _identity(file: Path) -> list[int]:
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _settled(file: Path, was: list[int], looked_at: float) -> bool:
+    return max(was[1], was[2]) / 1e9 < looked_at - SETTLED_SECONDS and _identity(file) == was
+
+
+def _recall(memory: Path, seen: dict[Path, list[int]]) -> dict[str, str]:
+    """Digests by tensor of the files that are as they were; none where the memory itself is missing or damaged."""
+    try:
+        files = read_json_object(memory)
+        unchanged = [
+            files[file.name] for file, identity in seen.items() if files.get(file.name, {}).get("identity") == identity
+        ]
+        return {name: digest for entry in unchanged for name, digest in entry["sha256"].items() if len(digest) == 64}
+    except (UserError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _remember(memory: Path, checkpoint: Checkpoint, digests: dict[str, str], seen: dict[Path, list[int]]) -> None:
+    files = {file.name: {"identity": identity, "sha256": {}} for file, identity in seen.items()}
+    for name, digest in digests.items():
+        if checkpoint.tensors[name].file in seen:
+            files[checkpoint.tensors[name].file.name]["sha256"][name] = digest
+    write_json(memory, files)
+
+
+def _sha256(pieces: Iterator[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,84 @@
+"""A gpt-oss model's dimensions, read from its config.json; none is hard-coded anywhere."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gptoss_nf4.errors import UserError
+
+# vLLM 0.32.0 builds these into its gpt-oss (models/gpt_oss.py: RMSNorm(eps=1e-5), `layer_idx % 2 == 0`;
+# layers/activation.py: SwigluOAIAndMul(limit=7.0)); a checkpoint with others would be served wrongly in silence.
+RMS_NORM_EPS = 1e-5
+SWIGLU_LIMIT = 7.0
+LAYER_TYPES = ("sliding_attention", "full_attention")
+
+# Far beyond any gpt-oss, and small enough that a hostile config.json costs no memory: names are made from these two.
+LARGEST = {"num_hidden_layers": 1000, "num_local_experts": 4096}
+MAX_WIDTH = 1 << 24
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Counts and widths of a gpt-oss model, in elements."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    experts: int
+    experts_per_token: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+    @classmethod
+    def from_config(cls, config: dict, where: Path) -> "Dimensions":
+        """Read a transformers 4.5x or 5 config; raises UserError for another model or one vLLM would serve wrongly."""
+        _expect(config.get("model_type"), "gpt_oss", "model_type", where, "this tool converts gpt-oss only")
+
+        def count(*keys: str) -> int:
+            value = next((config[key] for key in keys if config.get(key) is not None), None)
+            largest = LARGEST.get(keys[0], MAX_WIDTH)
+            if type(value) is not int or not 1 <= value <= largest:
+                raise UserError(
+                    "bad config",
+                    where=where,
+                    got=f"{keys[0]}={str(value)[:40]}",
+                    expected=f"a number from 1 to {largest}",
+                    next_step="restore the model's own config.json",
+                )
+            return value
+
+        dimensions = cls(
+            layers=count("num_hidden_layers"),
+            hidden=count("hidden_size"),
+            intermediate=count("intermediate_size"),
+            experts=count("num_local_experts"),
+            experts_per_token=count("num_experts_per_tok", "experts_per_token"),
+            heads=count("num_attention_heads"),
+            kv_heads=count("num_key_value_heads"),
+            head_dim=count("head_dim"),
+            vocabulary=count("vocab_size"),
+        )
+        fixed = "vLLM's gpt-oss has this value built in and would serve another one wrongly"
+        _expect(config.get("rms_norm_eps", RMS_NORM_EPS), RMS_NORM_EPS, "rms_norm_eps", where, fixed)
+        _expect(config.get("swiglu_limit", SWIGLU_LIMIT), SWIGLU_LIMIT, "swiglu_limit", where, fixed)
+        _expect(config.get("tie_word_embeddings", False), False, "tie_word_embeddings", where, fixed)
+        alternating = [LAYER_TYPES[layer % 2] for layer in range(dimensions.layers)]
+        _expect(config.get("layer_types") or alternating, alternating, "layer_types", where, fixed)
+        return dimensions
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    @property
+    def q_rows(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_rows(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
+def _expect(got: object, expected: object, key: str, where: Path, why: str) -> None:
+    if got != expected:
+        raise UserError("unsupported config", where=where, got=f"{key}={got!r}", expected=repr(expected), next_step=why)

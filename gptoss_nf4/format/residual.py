@@ -1,0 +1,136 @@
+"""`residual_scale`: a power of two that keeps gpt-oss's residual stream inside float16.
+
+Activations grow with depth; on the 120b the stream reaches 45,344 at layer 34 and passes float16's 65,504 at the next,
+after which all is NaN (onnxruntime-genai #2444). The stream only ever enters RMSNorm, so everything that writes to it
+may be multiplied by s, as long as each norm's eps is multiplied by s^2: the network's function stays the same.
+
+The checkpoint itself is not scaled. Its config.json records s, and the plugin scales while loading: what reads the
+checkpoint with bitsandbytes needs to know nothing, weights stay comparable with the source's, and another s touches no
+layer's file. A power of two moves the exponent alone, so nothing is rounded but what becomes subnormal: counted here.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.format.counts import Counts
+
+if TYPE_CHECKING:
+    import torch
+
+AUTO = "auto"
+AUTO_FLOAT16 = 2.0**-6  # room for 4.2 million, 92 times what was seen at layer 34 of the 120b
+SMALLEST = 2.0**-14  # the smallest float16 that is not subnormal
+KEY = "residual_scale"  # in config.json's quantization_config
+# What rounding to float16 itself may cost: scaling must not cost more.
+MAX_RELATIVE_LOSS = 2.0**-11
+
+# The tensors of the fused checkpoint that write to the stream: values, but not 4-bit codes, whose absmax carries the scale.
+WRITERS = re.compile(
+    r"model\.(embed_tokens\.weight|layers\.\d+\.(self_attn\.o_proj|mlp\.experts\.w2)\.(bias|weight|weight\.absmax))"
+)
+
+
+def resolve(setting: object, dtype: str) -> float:
+    """The scale that `residual_scale` of params.yaml stands for; UserError if it is neither auto nor a power of two."""
+    if setting == AUTO:
+        return AUTO_FLOAT16 if dtype == "float16" else 1.0
+    return check_scale(setting, where=KEY)
+
+
+def check_scale(scale: object, where: object) -> float:
+    """`scale` as a float, if it is a power of two from SMALLEST to 1; UserError otherwise."""
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and SMALLEST <= scale <= 1
+    if not number or math.frexp(scale)[0] != 0.5:
+        raise UserError(
+            "bad residual_scale",
+            where=where,
+            got=repr(scale),
+            expected=f"auto or a power of two from {SMALLEST} to 1",
+            next_step="use residual_scale=auto",
+        )
+    return float(scale)
+
+
+def scale_of(quantization_config: Mapping, where: object) -> float:
+    """The scale that a converted checkpoint records; 1 where it records none."""
+    return check_scale(quantization_config.get(KEY, 1.0), where)
+
+
+def writes_to_stream(name: str, tensor_is_floating: bool = True) -> bool:
+    """Whether the tensor `name` of the fused checkpoint is one to scale."""
+    return tensor_is_floating and WRITERS.fullmatch(name) is not None
+
+
+@dataclass
+class ScalingLoss(Counts):
+    """What multiplying values by a power of two lost, in their own dtype; errors are sums over float64 squares."""
+
+    values: int = 0
+    became_subnormal: int = 0
+    became_zero: int = 0
+    squared_error: float = 0.0
+    squared_sum: float = 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """Root mean square error by root mean square value, to three digits: more depend on the order of summing."""
+        return float(f"{math.sqrt(self.squared_error / self.squared_sum):.3g}") if self.squared_sum else 0.0
+
+
+def scaling_loss(stored: "torch.Tensor", scale: float) -> ScalingLoss:
+    """What `stored * scale` (any floating dtype and shape) loses in that dtype: values below its smallest normal one."""
+    import torch
+
+    smallest = torch.finfo(stored.dtype).smallest_normal
+    # float64 only for the few that may change: scaling the others is exact.
+    few = stored[stored.abs() < smallest / scale]
+    after, exact = (few * scale).double(), few.double() * scale
+    normal_before = few.abs() >= smallest
+    lost = (after == 0) & (few != 0)
+    return ScalingLoss(
+        values=stored.numel(),
+        became_subnormal=int((normal_before & (after != 0) & (after.abs() < smallest)).sum()),
+        became_zero=int(lost.sum()),
+        squared_error=float((after - exact).square().sum()) / scale**2,
+        squared_sum=float(stored.float().square().sum(dtype=torch.float64)),
+    )
+
+
+def require_small(loss: ScalingLoss, name: str, scale: float) -> ScalingLoss:
+    """`loss`, of tensor `name`, if it is within MAX_RELATIVE_LOSS; UserError otherwise."""
+    if loss.relative_error > MAX_RELATIVE_LOSS:
+        raise UserError(
+            f"{KEY} {scale:g} loses too much",
+            where=name,
+            got=f"a relative error of {loss.relative_error:.2g}, "
+            f"{loss.became_zero} of {loss.values} values became zero and {loss.became_subnormal} subnormal",
+            expected=f"at most {MAX_RELATIVE_LOSS:.2g}",
+            next_step=f"use a larger {KEY}, or dtype=bfloat16",
+        )
+    return loss
+
+
+def report(losses: Mapping[str, ScalingLoss], scale: float) -> dict:
+    """The section of metrics/dtypes.json: in all, and for each tensor that lost something."""
+    total = sum(losses.values(), ScalingLoss())
+    return {
+        KEY: scale,
+        "values": total.values,
+        "became_subnormal": total.became_subnormal,
+        "became_zero": total.became_zero,
+        "largest_relative_error": max((loss.relative_error for loss in losses.values()), default=0.0),
+        "by_tensor": {
+            name: {
+                "values": loss.values,
+                "became_subnormal": loss.became_subnormal,
+                "became_zero": loss.became_zero,
+                "relative_error": loss.relative_error,
+            }
+            for name, loss in losses.items()
+            if loss.became_subnormal or loss.became_zero
+        },
+    }

@@ -1,0 +1,195 @@
+"""The embedded model: a small gpt-oss in the published split layout, written by bitsandbytes itself.
+
+Small, but with everything that has gone wrong before: interleaved gate and up, biases and sinks that are not zero, a
+router in another dtype than the rest, several shards, absmax counts that are not whole nested blocks, hidden and
+intermediate widths that differ. The weights are drawn large enough that generation does not fall into one token.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from gptoss_nf4.format import names
+from gptoss_nf4.format.dimensions import LAYER_TYPES, RMS_NORM_EPS, SWIGLU_LIMIT, Dimensions
+from gptoss_nf4.storage.checkpoint import INDEX_FILE
+from gptoss_nf4.storage.writing import write_file, write_json, write_text
+
+TINY = Dimensions(
+    layers=2, hidden=192, intermediate=320, experts=8, experts_per_token=4, heads=4, kv_heads=2, head_dim=64, vocabulary=320
+)
+# Three layers add to 98,304, beyond float16's 65,504. Every token uses all experts: a close choice between two, which any
+# 16-bit dtype flips now and then, would hide what rounding does.
+MASSIVE_DIMENSIONS = replace(TINY, layers=3, experts=4)
+MASSIVE, MASSIVE_CHANNEL = 32768.0, 7
+OTHERS = 7.0  # root mean square of the other channels: 5 to 9 from the second layer on
+SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|start|>", "<|message|>", "<|end|>")
+SLIDING_WINDOW = 16
+ROUTER_DTYPE = torch.float32
+OTHER_DTYPE = torch.bfloat16
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|start|>{{ message.role }}<|message|>{{ message.content }}<|end|>
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|start|>assistant<|message|>{%- endif -%}
+"""
+
+
+def model_config(d: Dimensions) -> dict:
+    """config.json as transformers 4.5x writes it for Unsloth's repositories."""
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": 256 + SPECIAL_TOKENS.index("<|return|>"),
+        "experts_per_token": d.experts_per_token,
+        "head_dim": d.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": d.hidden,
+        "initial_context_length": 256,
+        "intermediate_size": d.intermediate,
+        "layer_types": [LAYER_TYPES[layer % 2] for layer in range(d.layers)],
+        "max_position_embeddings": 8192,
+        "model_type": "gpt_oss",
+        "num_attention_heads": d.heads,
+        "num_experts_per_tok": d.experts_per_token,
+        "num_hidden_layers": d.layers,
+        "num_key_value_heads": d.kv_heads,
+        "num_local_experts": d.experts,
+        "output_router_logits": False,
+        "pad_token_id": 256 + SPECIAL_TOKENS.index("<|endoftext|>"),
+        "quantization_config": {
+            "_load_in_4bit": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "llm_int8_skip_modules": ["router", "lm_head", "embed_tokens"],
+            "load_in_4bit": True,
+            "quant_method": "bitsandbytes",
+        },
+        "rms_norm_eps": RMS_NORM_EPS,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 256,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": SLIDING_WINDOW,
+        "swiglu_limit": SWIGLU_LIMIT,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": d.vocabulary,
+    }
+
+
+def random_tensor(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> torch.Tensor:
+    """float32 normal values that depend on the tensor's name and shape alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator) * std + mean
+
+
+def quantized(name: str, weight: torch.Tensor, blocksize: int = 64) -> dict[str, torch.Tensor]:
+    """A float weight [out, in] as bitsandbytes stores it with double quantization, in bfloat16 state."""
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(weight.to(OTHER_DTYPE), blocksize=blocksize, compress_statistics=True, quant_type="nf4")
+    sidecars = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    return {name: packed, **sidecars}
+
+
+def split_tensors(d: Dimensions, blocksize: int = 64, massive: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of the checkpoint, a dictionary per layer and one for what lies outside the layers.
+
+    massive: every layer adds MASSIVE to one channel of the residual stream, as trained models do, and the norms after it
+    are such as to make the other channels count.
+    """
+    for layer in range(d.layers):
+        tensors: dict[str, torch.Tensor] = {}
+        for _, module, (rows, columns) in names.source_modules(d, layer):
+            weight = random_tensor(f"{module}.weight", (rows, columns), std=2.0 / math.sqrt(columns))
+            tensors |= quantized(f"{module}.weight", weight, blocksize)
+            tensors[f"{module}.bias"] = random_tensor(f"{module}.bias", (rows,), std=0.2).to(OTHER_DTYPE)
+        for key, shape in names.renamed_shapes(d).items():
+            name, norm = names.prefix(layer) + key, key.endswith("layernorm.weight")
+            dtype = ROUTER_DTYPE if "router" in key else OTHER_DTYPE
+            # Spread routing: logits of about unit size, from normalized activations.
+            std = 0.1 if norm else 1.0 / math.sqrt(d.hidden) if key == "mlp.router.linear.weight" else 0.5
+            tensors[name] = random_tensor(name, shape, std=std, mean=1.0 if norm else 0.0).to(dtype)
+        if massive:
+            _make_massive(tensors, layer, d)
+        yield tensors
+    outside = {
+        name: random_tensor(
+            name, shape, std=0.1 if "norm" in name else 1.0 / math.sqrt(shape[1]) * 3, mean=1.0 if "norm" in name else 0.0
+        ).to(OTHER_DTYPE)
+        for name, shape in names.outside_shapes(d).items()
+    }
+    if massive:
+        _undo_massive(outside["model.norm.weight"], d.layers, d)
+    yield outside
+
+
+def _make_massive(tensors: dict[str, torch.Tensor], layer: int, d: Dimensions) -> None:
+    """The experts' bias, whose weights sum to 1, adds MASSIVE to MASSIVE_CHANNEL."""
+    for expert in range(d.experts):
+        tensors[f"{names.prefix(layer)}mlp.experts.down_projs.{expert}.bias"][MASSIVE_CHANNEL] = MASSIVE
+    if layer:
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            _undo_massive(tensors[f"{names.prefix(layer)}{norm}.weight"], layer, d)
+
+
+def _undo_massive(norm: torch.Tensor, layers_before: int, d: Dimensions) -> None:
+    """A norm's weight such that all channels but the massive one leave it with a root mean square of about 1."""
+    norm *= layers_before * MASSIVE / math.sqrt(d.hidden) / OTHERS
+    norm[MASSIVE_CHANNEL] = 0
+
+
+def write_checkpoint(directory: Path, d: Dimensions = TINY, blocksize: int = 64, massive: bool = False) -> None:
+    """Write the whole model: config, shards with an index (one a layer and one for the rest), tokenizer."""
+    from safetensors.torch import save_file
+
+    weight_map, total = {}, 0
+    for number, tensors in enumerate(split_tensors(d, blocksize, massive)):
+        file = f"model-{number + 1:05d}-of-{d.layers + 1:05d}.safetensors"
+        write_file(directory / file, lambda path, t=tensors: save_file(t, path, metadata={"format": "pt"}))
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    config = model_config(d)
+    write_json(directory / "config.json", config)
+    ids = {key: config[key] for key in ("eos_token_id", "pad_token_id")}
+    write_json(directory / "generation_config.json", ids | {"bos_token_id": 256, "do_sample": False})
+    write_tokenizer(directory)
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A byte-level tokenizer: token b is byte b (in GPT-2's alphabet), then the special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    write_text(directory / "tokenizer.json", json.dumps(json.loads(tokenizer.to_str()), indent=1) + "\n")
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|return|>",
+            "pad_token": "<|endoftext|>",
+            "model_max_length": 8192,
+        },
+    )
+    write_text(directory / "chat_template.jinja", CHAT_TEMPLATE)

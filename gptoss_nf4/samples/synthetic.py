@@ -1,0 +1,121 @@
+"""A full-size source that needs no download: the published split layout filled with random codes.
+
+For measuring the conversion, not for generating text: every tensor of the real checkpoint is there in its real shape,
+several shards, with absmax of plausible size and states as bitsandbytes writes them, but nothing was ever quantized.
+Codes depend on the tensor's name alone, so writing twice gives the same bytes.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from gptoss_nf4.format import names
+from gptoss_nf4.format.codec import NF4_MAP
+from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.samples import embedded
+from gptoss_nf4.storage.checkpoint import INDEX_FILE
+from gptoss_nf4.storage.tensor_reader import ITEM_BYTES
+from gptoss_nf4.storage.tensor_writer import Stream, whole, write_tensors
+from gptoss_nf4.storage.writing import write_json
+
+BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256  # of the published checkpoints
+ABSMAX_MEAN, ABSMAX_SPREAD = 0.02, 0.015  # so that every de-nested absmax is positive
+PIECE_VALUES = 1 << 22
+
+
+def write_checkpoint(directory: Path, d: Dimensions) -> None:
+    """Write the model: a shard a layer and one for the rest, index, config and the embedded model's tokenizer."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    nested_map = create_dynamic_map().numpy()
+    weight_map, total = {}, 0
+
+    def write_shard(layer: int) -> tuple[str, dict[str, int]]:
+        streams = layer_tensors(d, layer, nested_map) if layer < d.layers else outside_tensors(d)
+        file = f"model-{layer + 1:05d}-of-{d.layers + 1:05d}.safetensors"
+        # Four-byte values first, texts last, so that all are aligned.
+        write_tensors(directory / file, sorted(streams, key=lambda each: -ITEM_BYTES[each.dtype]))
+        return file, {stream.name: stream.bytes for stream in streams}
+
+    # Two at once: random numbers and the disk each take part of a core.
+    with ThreadPoolExecutor(2) as pool:
+        for file, sizes in pool.map(write_shard, range(d.layers + 1)):
+            weight_map |= dict.fromkeys(sizes, file)
+            total += sum(sizes.values())
+    write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    config = embedded.model_config(d) | {"_name_or_path": "synthetic random codes", "max_position_embeddings": 131072}
+    embedded.write_tokenizer(directory)
+    write_json(directory / "config.json", config)  # last: its presence says that the checkpoint is whole
+
+
+def _generator(name: str) -> np.random.Generator:
+    return np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
+
+
+def random_bytes(name: str, shape: tuple[int, ...]) -> Stream:
+    """A uint8 tensor; drawn as whole 64-bit numbers, the fastest that NumPy draws."""
+
+    def pieces() -> Iterator[np.ndarray]:
+        count = math.prod(shape)
+        yield _generator(name).integers(0, 1 << 64, -(-count // 8), dtype=np.uint64).view(np.uint8)[:count]
+
+    return Stream(name, "U8", shape, pieces())
+
+
+def bfloat16(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> Stream:
+    """Normal values, some megabytes at a time."""
+
+    def pieces() -> Iterator[np.ndarray]:
+        generator, count = _generator(name), math.prod(shape)
+        for start in range(0, count, PIECE_VALUES):
+            values = generator.standard_normal(min(PIECE_VALUES, count - start), dtype=np.float32)
+            yield ((values * np.float32(std) + np.float32(mean)).view(np.uint32) >> 16).astype(np.uint16)
+
+    return Stream(name, "BF16", shape, pieces())
+
+
+def quantized(name: str, shape: tuple[int, int], nested_map: np.ndarray) -> list[Stream]:
+    """A 4-bit weight and its sidecars, as bitsandbytes stores them with double quantization."""
+    elements = math.prod(shape)
+    blocks = -(-elements // BLOCKSIZE)
+    state = {
+        "quant_type": "nf4",
+        "blocksize": BLOCKSIZE,
+        "dtype": "bfloat16",
+        "shape": shape,
+        "nested_blocksize": NESTED_BLOCKSIZE,
+        "nested_dtype": "float32",
+        "nested_offset": ABSMAX_MEAN,
+    }
+    nested = np.full(-(-blocks // NESTED_BLOCKSIZE), ABSMAX_SPREAD, np.float32)
+    return [
+        random_bytes(name, (elements // 2, 1)),
+        random_bytes(f"{name}.absmax", (blocks,)),
+        whole(f"{name}.nested_absmax", "F32", nested),
+        whole(f"{name}.quant_map", "F32", NF4_MAP),
+        whole(f"{name}.nested_quant_map", "F32", nested_map),
+        whole(f"{name}.{names.STATE_PREFIX}nf4", "U8", np.frombuffer(json.dumps(state).encode(), np.uint8)),
+    ]
+
+
+def layer_tensors(d: Dimensions, layer: int, nested_map: np.ndarray) -> list[Stream]:
+    streams: list[Stream] = []
+    for _, module, shape in names.source_modules(d, layer):
+        streams += quantized(f"{module}.weight", shape, nested_map)
+        streams.append(bfloat16(f"{module}.bias", shape[:1], 0.02))
+    for key, shape in names.renamed_shapes(d).items():
+        norm = key.endswith("layernorm.weight")
+        streams.append(bfloat16(names.prefix(layer) + key, shape, 0.1 if norm else 0.02, mean=1.0 if norm else 0.0))
+    return streams
+
+
+def outside_tensors(d: Dimensions) -> list[Stream]:
+    return [
+        bfloat16(name, shape, 0.1 if "norm" in name else 0.02, mean=1.0 if "norm" in name else 0.0)
+        for name, shape in names.outside_shapes(d).items()
+    ]

@@ -1,0 +1,166 @@
+"""Opening a safetensors checkpoint: every tensor by name, read where it lies when it is asked for."""
+
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.storage.reading import read_json_object
+from gptoss_nf4.storage.tensor_reader import TensorInfo, read_array, read_header, read_range
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX_FILE = "model.safetensors.index.json"
+PIECE_BYTES = 1 << 23  # a multiple of every item's size
+TORCH_DTYPES = {"U8": "uint8", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+class Checkpoint:
+    """A directory with config.json and safetensors files, one of them or several with an index.
+
+    >>> source = Checkpoint(Path("artifacts/tiny/source"))
+    >>> source.tensors["model.norm.weight"].shape
+    (192,)
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        if not directory.is_dir():
+            raise UserError(
+                "no checkpoint",
+                where=directory,
+                got="no such directory",
+                expected="a directory with config.json and *.safetensors",
+                next_step="check model.path",
+            )
+        self.config = read_json_object(directory / "config.json")
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self.weight_files:
+            for info in read_header(file).values():
+                self._add(info)
+        self._check_index()
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The shards in order: those that the index names, or every *.safetensors file where there is no index."""
+        index = self.directory / INDEX_FILE
+        if not index.exists():
+            files = sorted(self.directory.glob("*.safetensors"))
+            if not files:
+                raise UserError(
+                    "no weights",
+                    where=self.directory,
+                    got="no *.safetensors file",
+                    expected="at least one",
+                    next_step="save the model with safe_serialization=True",
+                )
+            return files
+        names = sorted(set(self.weight_map.values()))
+        for name in names:
+            if Path(name).name != name:
+                raise UserError(
+                    "bad index",
+                    where=index,
+                    got=f"file name {name!r}",
+                    expected="a plain file name",
+                    next_step="do not use this checkpoint",
+                )
+            if not (self.directory / name).is_file():
+                raise UserError(
+                    "missing shard",
+                    where=self.directory,
+                    got=f"no file {name}",
+                    expected=f"{len(names)} shards named in {INDEX_FILE}",
+                    next_step="download it again",
+                )
+        return [self.directory / name for name in names]
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        path = self.directory / INDEX_FILE
+        weight_map = read_json_object(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise UserError(
+                "bad index",
+                where=path,
+                got="no weight_map of names to files",
+                expected="one",
+                next_step="download it again",
+            )
+        return weight_map
+
+    def _add(self, info: TensorInfo) -> None:
+        if info.name in self.tensors:
+            raise UserError(
+                "duplicated tensor",
+                where=info.name,
+                got=f"it in {self.tensors[info.name].file.name} and {info.file.name}",
+                expected="one copy",
+                next_step="remove the shard that does not belong",
+            )
+        self.tensors[info.name] = info
+
+    def _check_index(self) -> None:
+        if not (self.directory / INDEX_FILE).exists():
+            return
+        missing = sorted(set(self.weight_map) - set(self.tensors))
+        if missing:
+            raise UserError(
+                "missing tensor",
+                where=self.directory,
+                got=f"no {missing[0]} ({len(missing)} missing in all)",
+                expected=f"every tensor that {INDEX_FILE} names",
+                next_step="download it again",
+            )
+
+    def raw(self, name: str) -> np.ndarray:
+        """The tensor's bytes, uint8 [nbytes], in memory of their own."""
+        info = self.tensors[name]
+        return read_range(info.file, info.start, info.end)
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """The tensor's bytes in order, a few megabytes at a time."""
+        info = self.tensors[name]
+        for start in range(info.start, info.end, PIECE_BYTES):
+            yield read_range(info.file, start, min(start + PIECE_BYTES, info.end))
+
+    def numpy(self, name: str) -> np.ndarray:
+        """The tensor as stored; bfloat16 has no numpy dtype: use `torch` for it."""
+        return read_array(self.tensors[name])
+
+    def torch(self, name: str) -> "torch.Tensor":
+        """The tensor as stored, any floating dtype or uint8."""
+        return _as_torch(self.raw(name), self.tensors[name].dtype).reshape(self.tensors[name].shape)
+
+    def torch_row(self, name: str, number: int) -> "torch.Tensor":
+        """Element `number` of the tensor's first dimension: of a stack of experts, one."""
+        info = self.tensors[name]
+        size = info.bytes // info.shape[0]
+        start = info.start + number * size
+        return _as_torch(read_range(info.file, start, start + size), info.dtype).reshape(info.shape[1:])
+
+    def torch_pieces(self, name: str) -> "Iterator[torch.Tensor]":
+        """The tensor's values in order, flat, a few megabytes at a time."""
+        return (_as_torch(piece, self.tensors[name].dtype) for piece in self.pieces(name))
+
+    def forget(self, names: list[str]) -> None:
+        """Tell the system that these tensors need no place in its page cache any more.
+
+        Source and result together are larger than the memory of many machines; the result is read again, by DVC.
+        """
+        for file in self.weight_files:
+            with file.open("rb") as stream:
+                for info in (self.tensors[name] for name in names):
+                    if info.file == file:
+                        os.posix_fadvise(stream.fileno(), info.start, info.bytes, os.POSIX_FADV_DONTNEED)
+
+
+def _as_torch(data: np.ndarray, dtype: str) -> "torch.Tensor":
+    import torch
+
+    return torch.from_numpy(data).view(getattr(torch, TORCH_DTYPES[dtype]))

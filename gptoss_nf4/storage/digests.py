@@ -1,0 +1,65 @@
+"""Digests of a finished checkpoint, in the format of `sha256sum`: recorded once it is proved, checked on request."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.fetch.budget import cores
+from gptoss_nf4.storage.reading import read_text
+from gptoss_nf4.storage.writing import sha256_of, write_text
+
+LINE = re.compile(r"([0-9a-f]{64})  ([^/\0]+)")
+
+
+def write_digests(checkpoint: Path, target: Path) -> None:
+    """Write a line for each file of `checkpoint`; `cd checkpoint && sha256sum -c ../checkpoint.sha256` checks them too."""
+    write_text(target, "".join(f"{digest}  {name}\n" for name, digest in _digests(checkpoint).items()))
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    # A name that starts with a dot is none of ours: DVC puts .gitignore files beside its outputs.
+    files = sorted(path for path in checkpoint.iterdir() if path.is_file() and not path.name.startswith("."))
+    with ThreadPoolExecutor(cores()) as pool:  # hashlib lets go of the interpreter lock
+        return dict(zip((path.name for path in files), pool.map(sha256_of, files), strict=True))
+
+
+def verify(checkpoint: Path, recorded: Path, next_step: str) -> int:
+    """The number of files in `checkpoint`, all of which are as `recorded` says; UserError for the first that is not."""
+
+    def differs(name: str, got: str, expected: str) -> UserError:
+        return UserError(
+            "checkpoint changed",
+            where=checkpoint / name,
+            got=got,
+            expected=expected,
+            next_step=next_step,
+        )
+
+    if not recorded.is_file():
+        raise UserError(
+            "missing digest list",
+            where=recorded,
+            got="no such file",
+            expected="a list as `sha256sum` writes it",
+            next_step="make one, or name another",
+        )
+    lines = [LINE.fullmatch(line) for line in read_text(recorded).splitlines()]
+    if not lines or None in lines:
+        raise UserError(
+            "damaged digest list",
+            where=recorded,
+            got=f"line {lines.index(None) + 1 if lines else 0}",
+            expected="lines of sha256sum",
+            next_step="make it again",
+        )
+    expected = {match[2]: match[1] for match in lines}
+    found = _digests(checkpoint)
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            raise differs(
+                name,
+                f"SHA-256 {found[name]}" if name in found else "no such file",
+                f"SHA-256 {expected[name]}" if name in expected else "no such file",
+            )
+    return len(found)

@@ -1,0 +1,103 @@
+"""Reading files that somebody else wrote: errors in one line, sizes bounded, nothing outside the directory."""
+
+import json
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gptoss_nf4.errors import UserError
+
+# Of the files beside the weights, which are read whole: gpt-oss's tokenizer.json is 28 MB.
+MAX_SIDE_FILE_BYTES = 128 << 20
+SIDE_FILE_SUFFIXES = (".json", ".jinja")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the system says against reading `path` into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            "cannot read",
+            where=path,
+            got=error.strerror or error,
+            expected="a file that can be read",
+            next_step="make it readable, or check the disk, and run the command again",
+        ) from None
+
+
+def require_plain_files(directory: Path) -> None:
+    """Refuse a downloaded directory with links out of it, devices or pipes, or side files too large to be any.
+
+    One place outside is allowed: the hub's cache links from models--x/snapshots/commit/ to models--x/blobs/.
+    """
+    root = directory.resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    with reading(directory):
+        for path in sorted(directory.iterdir()):
+            target = path.resolve()
+            if not any(target.is_relative_to(place) for place in allowed):
+                raise UserError(
+                    "link out of the checkpoint",
+                    where=path,
+                    got=f"one to {target}",
+                    expected="a file in the directory",
+                    next_step="put a copy of the file there if you trust it",
+                )
+            if not path.exists() or path.is_dir():
+                continue
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise UserError(
+                    "not a file",
+                    where=path,
+                    got="a device, pipe or socket",
+                    expected="files only",
+                    next_step="do not use this checkpoint",
+                )
+            if path.suffix in SIDE_FILE_SUFFIXES and found.st_size > MAX_SIDE_FILE_BYTES:
+                raise UserError(
+                    "file too large",
+                    where=path,
+                    got=f"{found.st_size} bytes",
+                    expected=f"at most {MAX_SIDE_FILE_BYTES}",
+                    next_step="do not use this checkpoint",
+                )
+
+
+def read_bytes(path: Path) -> bytes:
+    with reading(path):
+        return path.read_bytes()
+
+
+def read_text(path: Path) -> str:
+    """The text in `path`; UserError where it cannot be read or is not UTF-8."""
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise UserError("not text", where=path, got=error, expected="UTF-8", next_step="fetch the model again") from None
+
+
+def read_json_object(path: Path) -> dict:
+    """The JSON object in `path`, or a UserError that names the file."""
+    if not path.exists():
+        raise UserError(
+            "missing file", where=path.parent, got=f"no {path.name}", expected="one", next_step="fetch the model again"
+        )
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            "not JSON", where=path, got=error, expected="a JSON object", next_step="fetch the model again"
+        ) from None
+    if not isinstance(value, dict):
+        raise UserError(
+            "not a JSON object",
+            where=path,
+            got=type(value).__name__,
+            expected="an object",
+            next_step="fetch the model again",
+        )
+    return value

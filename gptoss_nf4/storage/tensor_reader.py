@@ -1,0 +1,128 @@
+"""One safetensors file: what it declares, checked, and the bytes of its tensors.
+
+Reading raw bytes keeps torch out of the per-layer stages: numpy has no bfloat16, and those stages need none.
+Format: https://github.com/huggingface/safetensors#format (8-byte header length, JSON header, data).
+"""
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.storage.reading import reading
+
+# Three times what a gpt-oss-120b in one file would need, where the safetensors library allows 100 MB: a header of empty
+# lists takes twenty times its size once it is parsed.
+MAX_HEADER_BYTES = 1 << 25
+
+ITEM_BYTES = {"U8": 1, "I8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
+NUMPY_DTYPES = {"U8": np.uint8, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+FLOATING = frozenset({"F16", "BF16", "F32", "F64"})
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `start` and `end` are byte offsets from the beginning of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def floating(self) -> bool:
+        return self.dtype in FLOATING
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Every tensor that a safetensors file declares, checked to lie inside the file and to fill its shape."""
+
+    def damaged(got: str, expected: str) -> UserError:
+        return UserError("damaged shard", where=file, got=got, expected=expected, next_step="fetch the file again")
+
+    with reading(file), file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise damaged(f"{size} bytes", "a safetensors file")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise damaged(f"a header of {length} bytes in a file of {size}", "a header inside the file")
+        try:
+            header = json.loads(stream.read(length), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise damaged(f"a header that is not JSON ({error})", "a JSON header") from None
+    if not isinstance(header, dict):
+        raise damaged("a header that is no JSON object", "a JSON object")
+
+    tensors = {}
+    data_start = 8 + length
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            expected_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+            inside = 0 <= start <= end <= size - data_start and all(type(n) is int and n >= 0 for n in (start, *shape))
+        except (KeyError, TypeError, ValueError):
+            raise damaged(f"tensor {name} with header {str(entry)[:80]}", "a known dtype, shape and data_offsets") from None
+        if not inside:
+            raise damaged(f"tensor {name} at {start}:{end} of {size - data_start} data bytes", "it inside the file")
+        if end - start != expected_bytes:
+            raise damaged(f"tensor {name} with {end - start} bytes", f"{expected_bytes} for {dtype} {list(shape)}")
+        tensors[name] = TensorInfo(name, dtype, shape, file, data_start + start, data_start + end)
+    place = data_start
+    for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):  # the format allows no holes either
+        if info.start != place:
+            raise damaged(f"tensor {info.name} at byte {info.start}", f"it at {place}, where the one before ends")
+        place = info.end
+    if place != size:
+        raise damaged(f"{size - place} bytes after the last tensor", "none")
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object of `pairs`; ValueError where a key comes twice, of which Python would keep the last."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key that comes twice")
+    return result
+
+
+def read_range(file: Path, start: int, end: int) -> np.ndarray:
+    """Bytes of a file, uint8 [end - start].
+
+    Not mapped: mapped pages count as a process's memory, and a read error would be a signal.
+    """
+    data = np.empty(end - start, np.uint8)
+    with reading(file), file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        view = memoryview(data)
+        while view:
+            count = stream.readinto(view)
+            if not count:
+                raise UserError(
+                    "damaged shard",
+                    where=file,
+                    got=f"an end at byte {end - len(view)}",
+                    expected=f"{end} bytes or more",
+                    next_step="fetch the file again",
+                )
+            view = view[count:]
+    return data
+
+
+def read_array(info: TensorInfo) -> np.ndarray:
+    """The tensor as stored; bfloat16 has no numpy dtype."""
+    return read_range(info.file, info.start, info.end).view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)

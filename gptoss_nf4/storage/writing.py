@@ -1,0 +1,82 @@
+"""Writing files: always beside the target, then renamed.
+
+A stage must never write into an existing file: DVC links outputs to its cache, and writing in place through such a
+link changes the cached copy without a word. A rename replaces the link and leaves the cache alone.
+"""
+
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.storage.reading import reading
+
+CHUNK_BYTES = 1 << 22
+
+
+def write_file(target: Path, write: Callable[[Path], None]) -> None:
+    """Call `write(temporary path)`, flush it to disk and rename it to `target`; on any error leave `target` as it was.
+
+    A process that is killed leaves its temporary file; the next that writes the same target removes it.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
+        # A name of its own for each process, so that two runs at once never write into one file.
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
+        with temporary.open("w+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # held until closed, or until the process is gone
+            try:
+                write(temporary)
+                os.fsync(file.fileno())
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            "cannot write",
+            where=target,
+            got=error.strerror or str(error),
+            expected="a file of ours there",
+            next_step="make room or give permission there, then run the command again",
+        ) from None
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Delete temporary files of `target` whose writer is gone: nobody holds their lock."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        try:
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+        except (BlockingIOError, FileNotFoundError):
+            continue
+
+
+def write_bytes(target: Path, data: bytes) -> None:
+    write_file(target, lambda path: path.write_bytes(data))
+
+
+def write_text(target: Path, text: str) -> None:
+    write_bytes(target, text.encode())
+
+
+def write_json(target: Path, value: object) -> None:
+    """Write `value` as indented JSON; keys keep the order in which they were built."""
+    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    with reading(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_file(path: Path) -> dict:
+    """Name, size and digest of a file, as manifests and reports record it."""
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
