@@ -16,11 +16,11 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from gptoss_nf4.convert.assemble import FORMAT_VERSION, QUANT_METHOD
 from gptoss_nf4.format import names
 from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.quant_state import QuantState
+from gptoss_nf4.format.result import FORMAT_VERSION, QUANT_METHOD
 from gptoss_nf4.format.rows import INTERLEAVED
 from gptoss_nf4.samples.embedded import model_config
 from gptoss_nf4.storage.checkpoint import INDEX_FILE

@@ -2,21 +2,12 @@
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import names
-from gptoss_nf4.format.quant_state import DTYPES, QuantState
+from gptoss_nf4.format.dtypes import FLOATING, SAFETENSORS_NAMES
+from gptoss_nf4.format.quant_state import QuantState
 from gptoss_nf4.storage.checkpoint import Checkpoint
-from gptoss_nf4.storage.tensor_reader import FLOATING
 
-SAFETENSORS_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 # Quantization data, not weights: float32 whatever the model's dtype.
 QUANTIZATION_SIDECARS = (".absmax", ".quant_map")
-
-
-def check_dtype(dtype: str) -> str:
-    if dtype not in DTYPES:
-        raise UserError(
-            "bad setting", where="dtype", got=repr(dtype), expected=f"one of {DTYPES}", next_step="pass dtype=float16"
-        )
-    return dtype
 
 
 def audit(checkpoint: Checkpoint, dtype: str) -> dict[str, int]:

@@ -9,18 +9,18 @@ from functools import partial
 import torch
 from bitsandbytes.functional import QuantState
 
-from gptoss_nf4.convert.normalize import cast
 from gptoss_nf4.convert.plan import EXACT, RequantOptions, Target, plan_layer
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch.budget import cores
 from gptoss_nf4.format import names
 from gptoss_nf4.format.bnb import dequantize_float32
+from gptoss_nf4.format.cast import cast
 from gptoss_nf4.format.quant_state import QUANT_TYPES
 from gptoss_nf4.format.residual import scale_of, writes_to_stream
 from gptoss_nf4.format.rows import INTERLEAVED, interleaved_rows
 from gptoss_nf4.source.split import Module, SplitSource
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.checkpoint import Checkpoint
+from gptoss_nf4.storage.machine import cores
 
 
 @dataclass(frozen=True)

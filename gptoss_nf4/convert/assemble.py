@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from gptoss_nf4.check.audit import audit, check_dtype
+from gptoss_nf4.check.audit import audit
 from gptoss_nf4.check.fitting import require_fitting
 from gptoss_nf4.convert.plan import RequantOptions, plan_layer
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import residual
+from gptoss_nf4.format.dtypes import check_dtype
+from gptoss_nf4.format.result import FORMAT_VERSION, QUANT_METHOD
 from gptoss_nf4.source.split import SplitSource
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.checkpoint import INDEX_FILE, Checkpoint
@@ -14,8 +16,6 @@ from gptoss_nf4.storage.reading import read_bytes, read_json_object, read_text
 from gptoss_nf4.storage.tensor_reader import read_header
 from gptoss_nf4.storage.writing import write_bytes, write_json, write_text
 
-QUANT_METHOD = "gptoss_nf4"
-FORMAT_VERSION = 1
 # The dtype is ours to say, and code that a source brings along has no place beside the result.
 DROPPED = ("torch_dtype", "dtype", "auto_map", "custom_pipelines")
 NO_TEMPLATE = "{{ raise_exception('this fine-tune was saved without a chat template') }}\n"

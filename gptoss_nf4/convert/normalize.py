@@ -7,38 +7,15 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from gptoss_nf4.check.audit import SAFETENSORS_NAMES, check_dtype
 from gptoss_nf4.convert.plan import RequantOptions, Target, plan_layer
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import names, residual
-from gptoss_nf4.format.counts import Counts
+from gptoss_nf4.format.cast import CastCounts, cast
+from gptoss_nf4.format.dtypes import SAFETENSORS_NAMES, check_dtype
 from gptoss_nf4.format.rows import w13_rows
 from gptoss_nf4.source.split import SplitSource
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.tensor_writer import Stream, whole, write_tensors
-
-
-@dataclass
-class CastCounts(Counts):
-    """Values that a cast lost: finite ones that became infinite, non-zero ones that became zero, and bad ones."""
-
-    values: int = 0
-    overflow: int = 0
-    underflow: int = 0
-    non_finite: int = 0
-
-
-def cast(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, CastCounts]:
-    """`tensor` (any floating dtype and shape) in `dtype`, and what was lost."""
-    after = tensor.to(dtype)
-    counts = CastCounts(values=tensor.numel())
-    if not torch.isfinite(after).all():  # finite results have finite origins: one look at most tensors
-        finite = torch.isfinite(tensor)
-        counts.non_finite = int((~finite).sum())
-        counts.overflow = int((finite & ~torch.isfinite(after)).sum())
-    if tensor.dtype != dtype:
-        counts.underflow = int(torch.count_nonzero(tensor) - torch.count_nonzero(after))
-    return after, counts
 
 
 @dataclass(frozen=True)

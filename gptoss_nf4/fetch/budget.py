@@ -1,15 +1,11 @@
 """What a conversion will take, from headers alone: disk, memory and time, before the first byte is written."""
 
-import os
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
-from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.format.dtypes import ITEM_BYTES
 from gptoss_nf4.source.split import SplitSource
 from gptoss_nf4.storage.artifacts import Artifacts
-from gptoss_nf4.storage.tensor_reader import ITEM_BYTES
 
 MARGIN = 1.02  # headers, JSON files, DVC's records
 # stages/parallel.py took 53 to 59 s where hashing the source had taken 4.3 to 5 (24 layers of the 20b, 2 cores): bytes are
@@ -61,22 +57,3 @@ def synthetic_bytes(d: Dimensions) -> int:
     """Of a source in the split layout: half a byte a weight, an absmax byte for 64, 16-bit embeddings."""
     weights = d.layers * d.hidden * (2 * d.q_rows + 2 * d.kv_rows + 3 * d.intermediate * d.experts)
     return int(MARGIN * (weights * (1 / 2 + 1 / 64) + 2 * 2 * d.vocabulary * d.hidden))
-
-
-def require_disk(needed: int, directory: Path, purpose: str) -> None:
-    """Raise a UserError where the file system of `directory` has fewer than `needed` bytes for us."""
-    existing = next(path for path in (directory, *directory.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise UserError(
-            "disk too small",
-            where=existing,
-            got=f"{free / 1e9:.1f} GB free",
-            expected=f"{needed / 1e9:.1f} GB for {purpose}",
-            next_step="make room there, then run the command again",
-        )
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch import hub
-from gptoss_nf4.fetch.budget import WORK_BY_HASHING, budget, cores, require_disk, synthetic_bytes
+from gptoss_nf4.fetch.budget import WORK_BY_HASHING, budget, synthetic_bytes
 from gptoss_nf4.fetch.tensor_digests import Described, describe
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.names import FUSIONS, NESTED_SIDECARS, SIDECARS
 from gptoss_nf4.source.split import SplitSource
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.digests import verify
+from gptoss_nf4.storage.machine import cores, require_disk
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import describe_file, write_json
 

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch.budget import require_disk
+from gptoss_nf4.storage.machine import require_disk
 from gptoss_nf4.storage.writing import CHUNK_BYTES, sha256_of
 
 # What a conversion reads; pickled weights and code are never downloaded.

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch.budget import cores
 from gptoss_nf4.storage.checkpoint import Checkpoint
+from gptoss_nf4.storage.machine import cores
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import write_json
 

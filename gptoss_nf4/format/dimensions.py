@@ -5,10 +5,12 @@ from pathlib import Path
 
 from gptoss_nf4.errors import UserError
 
+# gpt-oss's clamped SwiGLU (transformers `modeling_gpt_oss.py` GptOssExperts; openai/gpt-oss `swiglu`).
+SWIGLU_ALPHA = 1.702
+SWIGLU_LIMIT = 7.0
 # vLLM 0.32.0 builds these into its gpt-oss (models/gpt_oss.py: RMSNorm(eps=1e-5), `layer_idx % 2 == 0`;
 # layers/activation.py: SwigluOAIAndMul(limit=7.0)); a checkpoint with others would be served wrongly in silence.
 RMS_NORM_EPS = 1e-5
-SWIGLU_LIMIT = 7.0
 LAYER_TYPES = ("sliding_attention", "full_attention")
 
 # Far beyond any gpt-oss, and small enough that a hostile config.json costs no memory: names are made from these two.

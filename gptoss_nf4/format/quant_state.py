@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptoss_nf4.errors import UserError
+from gptoss_nf4.format.dtypes import DTYPES
 
 QUANT_TYPES = ("nf4", "fp4")
-DTYPES = ("float16", "bfloat16", "float32")
 MAX_STATE_BYTES = 1 << 16  # bitsandbytes writes some 200
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 `dequantize_4bit`
 

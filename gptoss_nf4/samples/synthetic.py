@@ -17,9 +17,9 @@ import numpy as np
 from gptoss_nf4.format import names
 from gptoss_nf4.format.codec import NF4_MAP
 from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.format.dtypes import ITEM_BYTES
 from gptoss_nf4.samples import embedded
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
-from gptoss_nf4.storage.tensor_reader import ITEM_BYTES
 from gptoss_nf4.storage.tensor_writer import Stream, whole, write_tensors
 from gptoss_nf4.storage.writing import write_json
 

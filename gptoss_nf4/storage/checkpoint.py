@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gptoss_nf4.errors import UserError
+from gptoss_nf4.format.dtypes import TORCH_DTYPES
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.tensor_reader import TensorInfo, read_array, read_header, read_range
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "model.safetensors.index.json"
 PIECE_BYTES = 1 << 23  # a multiple of every item's size
-TORCH_DTYPES = {"U8": "uint8", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 class Checkpoint:

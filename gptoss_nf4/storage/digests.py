@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch.budget import cores
+from gptoss_nf4.storage.machine import cores
 from gptoss_nf4.storage.reading import read_text
 from gptoss_nf4.storage.writing import sha256_of, write_text
 

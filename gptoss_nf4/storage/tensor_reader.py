@@ -14,15 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from gptoss_nf4.errors import UserError
+from gptoss_nf4.format.dtypes import FLOATING, ITEM_BYTES, NUMPY_DTYPES
 from gptoss_nf4.storage.reading import reading
 
 # Three times what a gpt-oss-120b in one file would need, where the safetensors library allows 100 MB: a header of empty
 # lists takes twenty times its size once it is parsed.
 MAX_HEADER_BYTES = 1 << 25
-
-ITEM_BYTES = {"U8": 1, "I8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
-NUMPY_DTYPES = {"U8": np.uint8, "F16": np.float16, "F32": np.float32, "F64": np.float64}
-FLOATING = frozenset({"F16", "BF16", "F32", "F64"})
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptoss_nf4.storage.tensor_reader import ITEM_BYTES
+from gptoss_nf4.format.dtypes import ITEM_BYTES
 from gptoss_nf4.storage.writing import write_file
 
 ALIGNMENT = 8  # of the data, as the safetensors library has it

@@ -2,9 +2,7 @@
 
 import torch
 
-# transformers `modeling_gpt_oss.py` GptOssExperts; openai/gpt-oss `swiglu`.
-SWIGLU_ALPHA = 1.702
-SWIGLU_LIMIT = 7.0
+from gptoss_nf4.format.dimensions import SWIGLU_ALPHA, SWIGLU_LIMIT
 
 
 def clamped_swiglu(gate_up: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper
 
 from gptoss_nf4.check.fitting import require_fitting
-from gptoss_nf4.convert.assemble import FORMAT_VERSION, QUANT_METHOD
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.quant_state import BLOCKSIZES, QUANT_TYPES
 from gptoss_nf4.format.residual import scale_of
+from gptoss_nf4.format.result import FORMAT_VERSION, QUANT_METHOD
 from gptoss_nf4.format.rows import W13_ORDERS
 from gptoss_nf4.storage.checkpoint import INDEX_FILE, Checkpoint
 from gptoss_nf4.vllm.linear import Nf4LinearMethod

@@ -3,7 +3,7 @@
 import logging
 from functools import cache
 
-from gptoss_nf4.convert.assemble import QUANT_METHOD
+from gptoss_nf4.format.result import QUANT_METHOD
 
 TESTED_VERSIONS = ("0.32.0",)
 logger = logging.getLogger("vllm.gptoss_nf4")

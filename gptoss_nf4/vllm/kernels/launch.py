@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from gptoss_nf4.vllm.activation import SWIGLU_ALPHA, SWIGLU_LIMIT
+from gptoss_nf4.format.dimensions import SWIGLU_ALPHA, SWIGLU_LIMIT
 from gptoss_nf4.vllm.kernels import dense, large, small
 from gptoss_nf4.vllm.kernels.codebook import SHARED_BYTES, Codebook, codebook
 from gptoss_nf4.vllm.kernels.combine import sum_slots

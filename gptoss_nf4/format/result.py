@@ -1,0 +1,38 @@
+"""What a converted checkpoint is: the tensors that it holds, told from its config.json alone."""
+
+from pathlib import Path
+
+from gptoss_nf4.format import names
+from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.format.dtypes import FLOATING, SAFETENSORS_NAMES
+
+QUANT_METHOD = "gptoss_nf4"  # of config.json's quantization_config: by it vLLM selects the plugin
+FORMAT_VERSION = 1
+Expected = tuple[frozenset[str], tuple[int, ...] | None]  # dtypes that may be, and the shape; None is any
+
+
+def expected_tensors(config: dict, where: Path) -> dict[str, Expected]:
+    """Every tensor of a converted checkpoint with this config.json: safetensors dtypes and shape by name."""
+    d, quantization = Dimensions.from_config(config, where), config["quantization_config"]
+    dense_modules, blocksize = set(quantization["modules_to_not_convert"]), quantization["blocksize"]
+    state = f"{names.STATE_PREFIX}{quantization['quant_type']}"
+    floating = frozenset({SAFETENSORS_NAMES[config["dtype"]]}) if config.get("dtype") in SAFETENSORS_NAMES else FLOATING
+    expected: dict[str, Expected] = {name: (floating, shape) for name, shape in names.outside_shapes(d).items()}
+    for layer in range(d.layers):
+        for old, shape in names.renamed_shapes(d).items():
+            expected[names.prefix(layer) + names.RENAMED[old]] = (floating, shape)
+        shapes: dict[names.Fusion, list[tuple[int, int]]] = {}
+        for fusion, _, shape in names.source_modules(d, layer):
+            shapes.setdefault(fusion, []).append(shape)
+        for fusion in names.FUSIONS:
+            target, (*rows, columns) = names.target_of(fusion, layer), names.fused_shape(fusion, shapes[fusion])
+            weight = f"{target}.weight"
+            expected[f"{target}.bias"] = (floating, tuple(rows))
+            if target in dense_modules:
+                expected[weight] = (floating, (*rows, columns))
+                continue
+            expected[weight] = (frozenset({"U8"}), (*rows, columns // 2))
+            expected[f"{weight}.absmax"] = (frozenset({"F32"}), (*rows, columns // blocksize))
+            expected[f"{weight}.quant_map"] = (frozenset({"F32"}), (16,))
+            expected[f"{weight}.{state}"] = (frozenset({"U8"}), None)
+    return expected

@@ -1,0 +1,26 @@
+"""This machine: room on its disks, and its cores."""
+
+import os
+import shutil
+from pathlib import Path
+
+from gptoss_nf4.errors import UserError
+
+
+def require_disk(needed: int, directory: Path, purpose: str) -> None:
+    """Raise a UserError where the file system of `directory` has fewer than `needed` bytes for us."""
+    existing = next(path for path in (directory, *directory.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            "disk too small",
+            where=existing,
+            got=f"{free / 1e9:.1f} GB free",
+            expected=f"{needed / 1e9:.1f} GB for {purpose}",
+            next_step="make room there, then run the command again",
+        )
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0))
