@@ -22,11 +22,11 @@ from benchmarks.tables import markdown
 from gptoss_nf4.check import reference
 from gptoss_nf4.check.agreement import Agreement, Generation
 from gptoss_nf4.convert.plan import RequantOptions
-from gptoss_nf4.fetch.fetch import Model
 from gptoss_nf4.flow import convert
 from gptoss_nf4.format.residual import AUTO, AUTO_FLOAT16
 from gptoss_nf4.samples import embedded
-from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.source.layouts import open_checkpoint
+from gptoss_nf4.source.model import Model
 from gptoss_nf4.storage.artifacts import Artifacts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,7 +90,7 @@ def serve(jobs: list[tuple[str, dict]]) -> None:
 
 def agreements(source: Path, directory: Path, engine: dict, cases: tuple[Case, ...] = CASES) -> Agreements:
     """Agreement with transformers in float32 by case; None where vLLM ends or is not finite."""
-    model, found = reference.build(SplitSource(source)), {}
+    model, found = reference.build(open_checkpoint(source)), {}
     jobs = [(converted(source, directory, case), engine | {"dtype": case[0]}) for case in cases]
     for case, generations in zip(cases, served(jobs), strict=True):
         found[case] = None

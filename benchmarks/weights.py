@@ -87,9 +87,9 @@ class Maker:
     def dense(self, layer: int) -> dict[str, torch.Tensor]:
         """Router, norms and sinks of a layer, under the names that both checkpoints use."""
         tensors = {}
-        for key, shape in names.renamed_shapes(self.d).items():
-            name, norm = names.prefix(layer) + names.RENAMED[key], key.endswith("layernorm.weight")
-            std = 0.1 if norm else 0.02 if key == "mlp.router.linear.weight" else 0.1
+        for key, shape in names.kept_shapes(self.d).items():
+            name, norm = names.prefix(layer) + key, key.endswith("layernorm.weight")
+            std = 0.1 if norm else 0.02 if key == "mlp.router.weight" else 0.1
             tensors[name] = self.normal(name, shape, std, mean=1.0 if norm else 0.0)
         return tensors
 

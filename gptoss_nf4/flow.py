@@ -2,13 +2,16 @@
 
 from dataclasses import asdict
 
+from gptoss_nf4.check.audit import audit
 from gptoss_nf4.check.proof import compare
 from gptoss_nf4.convert.assemble import assemble
-from gptoss_nf4.convert.layers import dequant_step, requant_step
+from gptoss_nf4.convert.dequant import dequant
 from gptoss_nf4.convert.normalize import normalize
 from gptoss_nf4.convert.plan import RequantOptions
-from gptoss_nf4.fetch.fetch import Model, fetch, open_source
+from gptoss_nf4.convert.requant import requant
+from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.format.residual import AUTO
+from gptoss_nf4.source.model import Model, open_source
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.checkpoint import Checkpoint
 
@@ -25,9 +28,11 @@ def convert(
     fetch(model, artifacts)
     source = open_source(model, artifacts)
     for layer in range(source.dimensions.layers):
-        dequant_step(source, artifacts, layer)
-        requant_step(source, artifacts, layer, options, device)
+        dequant(source, artifacts, layer)
+        requant(source, artifacts, layer, options, device)
     normalize(source, artifacts, options, dtype, residual_scale)
-    floating = assemble(source, artifacts, options, dtype, residual_scale)
-    proof = compare(source, Checkpoint(artifacts.checkpoint), options, dtype)
+    assemble(source, artifacts, options, dtype, residual_scale)
+    checkpoint = Checkpoint(artifacts.checkpoint)
+    floating = audit(checkpoint, dtype)
+    proof = compare(source, checkpoint, options, dtype)
     return {**asdict(proof), "floating_tensors": floating}

@@ -3,16 +3,19 @@
 from common import model_of, stage
 from omegaconf import DictConfig
 
+from gptoss_nf4.check.audit import audit
 from gptoss_nf4.convert.assemble import assemble
 from gptoss_nf4.convert.plan import RequantOptions
-from gptoss_nf4.fetch.fetch import open_source
+from gptoss_nf4.source.model import open_source
+from gptoss_nf4.storage.checkpoint import Checkpoint
 
 
 @stage
 def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
     options = RequantOptions.of(cfg.requant)
-    floating = assemble(open_source(model, artifacts), artifacts, options, cfg.dtype, cfg.residual_scale)
+    assemble(open_source(model, artifacts), artifacts, options, cfg.dtype, cfg.residual_scale)
+    floating = audit(Checkpoint(artifacts.checkpoint), cfg.dtype)
     return f"{artifacts.checkpoint}, {sum(floating.values())} tensors in {cfg.dtype}"
 
 

@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.source.split import layer_count, safe_model_name
+from gptoss_nf4.source.layouts import layer_count
+from gptoss_nf4.source.model import safe_model_name
 from gptoss_nf4.storage.writing import write_text
 
 HEADER = "# Made from conf/ by `python stages/configure.py`; change values there, or pass them to it.\n"

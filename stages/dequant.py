@@ -3,15 +3,15 @@
 from common import layer_of, model_of, stage
 from omegaconf import DictConfig
 
-from gptoss_nf4.convert.layers import dequant_step
-from gptoss_nf4.fetch.fetch import open_source
+from gptoss_nf4.convert.dequant import dequant
+from gptoss_nf4.source.model import open_source
 
 
 @stage
 def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
     layer = layer_of(cfg)
-    size = dequant_step(open_source(model, artifacts), artifacts, layer)
+    size = dequant(open_source(model, artifacts), artifacts, layer)
     return f"layer {layer}, {size / 1e9:.3f} GB"
 
 

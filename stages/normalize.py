@@ -5,7 +5,7 @@ from omegaconf import DictConfig
 
 from gptoss_nf4.convert.normalize import normalize
 from gptoss_nf4.convert.plan import RequantOptions
-from gptoss_nf4.fetch.fetch import open_source
+from gptoss_nf4.source.model import open_source
 from gptoss_nf4.storage.writing import write_json
 
 

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from gptoss_nf4.check.proof import compare, require_exact
 from gptoss_nf4.convert.plan import RequantOptions
-from gptoss_nf4.fetch.fetch import open_source
+from gptoss_nf4.source.model import open_source
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.digests import write_digests
 from gptoss_nf4.storage.writing import write_json

@@ -3,9 +3,9 @@
 from common import layer_of, model_of, stage
 from omegaconf import DictConfig
 
-from gptoss_nf4.convert.layers import requant_step
 from gptoss_nf4.convert.plan import EXACT, RequantOptions
-from gptoss_nf4.fetch.fetch import open_source
+from gptoss_nf4.convert.requant import requant
+from gptoss_nf4.source.model import open_source
 
 
 def device_of(setting: str, mode: str) -> str:
@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
     layer, options = layer_of(cfg), RequantOptions.of(cfg.requant)
     device = device_of(cfg.requant.device, options.mode)
-    size = requant_step(open_source(model, artifacts), artifacts, layer, options, device)
+    size = requant(open_source(model, artifacts), artifacts, layer, options, device)
     return f"layer {layer}, mode {options.mode}, {size / 1e9:.3f} GB"
 
 

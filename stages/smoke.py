@@ -10,9 +10,9 @@ from gptoss_nf4.check import reference
 from gptoss_nf4.check.agreement import Agreement, Generation
 from gptoss_nf4.engine.generate import generate
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch.fetch import open_source
 from gptoss_nf4.format.residual import AUTO_FLOAT16, SMALLEST, scale_of
-from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.source.interface import Source
+from gptoss_nf4.source.model import open_source
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import write_json
 
@@ -40,7 +40,7 @@ def advice(checkpoint: Path) -> str:
     return f"residual_scale is {scale!r}: configure with {more_room}, or with dtype=bfloat16, and run `dvc repro`"
 
 
-def compare(source: SplitSource, generations: list[Generation], limit_gib: float) -> dict:
+def compare(source: Source, generations: list[Generation], limit_gib: float) -> dict:
     """Agreement with the reference, or why it was skipped."""
     needed = reference.float32_bytes(source.dimensions) / GIB
     if needed > limit_gib:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptoss_nf4.fetch.fetch import Model
 from gptoss_nf4.samples import embedded
+from gptoss_nf4.source.model import Model
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
 

@@ -16,7 +16,7 @@ import gptoss_nf4.vllm.ops
 from gptoss_nf4.check import reference
 from gptoss_nf4.check.agreement import Agreement
 from gptoss_nf4.engine.generate import generate
-from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.source.layouts import open_checkpoint
 
 
 def main(source: str, checkpoint: str) -> None:
@@ -37,7 +37,7 @@ def main(source: str, checkpoint: str) -> None:
     engine = {"dtype": "float16", "max_model_len": 32, "max_num_batched_tokens": 32, "max_num_seqs": 1}
     engine["enforce_eager"] = True
     generations = generate(Path(checkpoint), ["2 + 2 ="], 2, engine)
-    model, result = reference.build(SplitSource(Path(source))), Agreement()
+    model, result = reference.build(open_checkpoint(Path(source))), Agreement()
     for generation in generations:
         result.add(generation, reference.log_probabilities(model, generation.token_ids))
     print(json.dumps(result.as_dict() | {"dtypes": dtypes}))

@@ -7,16 +7,16 @@ from conftest import edit_shard, local, make_dense
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from gptoss_nf4.check.proof import source_weight
 from gptoss_nf4.check.reference import state_dict
+from gptoss_nf4.check.weights import stored_weight
 from gptoss_nf4.convert.plan import NF4, RequantOptions
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch.fetch import open_source
 from gptoss_nf4.flow import convert
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.rows import CONCATENATED, INTERLEAVED, interleaved_rows, w13_rows
 from gptoss_nf4.samples import embedded
-from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.source.layouts import open_checkpoint
+from gptoss_nf4.source.model import open_source
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.vllm.experts import run_used_experts
@@ -31,7 +31,7 @@ def result_of(directory, tmp_path, dtype="float16", **options) -> tuple[Checkpoi
 @pytest.mark.parametrize("order", [INTERLEAVED, CONCATENATED])
 def test_exact_changes_no_weight(tiny, tmp_path, order):
     result, report = result_of(tiny, tmp_path, w13_order=order)
-    d = SplitSource(tiny).dimensions
+    d = open_checkpoint(tiny).dimensions
     weights = d.layers * d.hidden * (2 * d.q_rows + 2 * d.kv_rows + 3 * d.intermediate * d.experts)
     assert report["compared"] == weights
     assert report["different"] == 0
@@ -63,7 +63,7 @@ def test_bitsandbytes_reads_every_weight_of_the_result(tiny, tmp_path, dtype):
     marker = ".quant_state.bitsandbytes__nf4"
     weights = sorted(name.removesuffix(marker) for name in result.tensors if name.endswith(marker))
     assert len(weights) == 4 * 2
-    experts = state_dict(SplitSource(tiny))
+    experts = state_dict(open_checkpoint(tiny))
     for weight in weights:
         sidecars = {name: result.torch(name) for name in result.tensors if name.startswith(f"{weight}.")}
         state = bnb.QuantState.from_dict(dict(sidecars), device=torch.device("cpu"))
@@ -89,12 +89,12 @@ def test_fused_experts_equal_transformers_experts(tiny, tmp_path, order):
         )
     )
     prefix = "model.layers.1.mlp.experts."
-    stored = state_dict(SplitSource(tiny))
+    stored = state_dict(open_checkpoint(tiny))
     theirs.load_state_dict({key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)})
 
     x = torch.randn(7, d.hidden)
     weights, ids = torch.rand(7, d.experts).softmax(-1).topk(d.experts_per_token)
-    w13, w2 = source_weight(result, f"{prefix}w13.weight"), source_weight(result, f"{prefix}w2.weight")
+    w13, w2 = stored_weight(result, f"{prefix}w13.weight"), stored_weight(result, f"{prefix}w2.weight")
     b13, b2 = result.torch(f"{prefix}w13.bias"), result.torch(f"{prefix}w2.bias")
     rows = torch.from_numpy(interleaved_rows(order, w13.shape[1]))
     got = run_used_experts(x, weights, ids, None, lambda e: w13[e][rows], b13[:, rows], lambda e: w2[e], b2)
@@ -119,15 +119,15 @@ def test_row_orders():
 def test_mode_nf4_quantizes_as_bitsandbytes_and_reports_the_error(tiny, tmp_path, quant_type, blocksize):
     result, report = result_of(tiny, tmp_path, mode=NF4, quant_type=quant_type, blocksize=blocksize)
     source, weight = Checkpoint(tiny), "model.layers.0.mlp.experts.gate_up_projs.3.weight"
-    before = source_weight(source, weight)
+    before = stored_weight(source, weight)
     packed, state = bnb.quantize_4bit(before, blocksize=blocksize, quant_type=quant_type)
     fused = "model.layers.0.mlp.experts.w13.weight"
     assert torch.equal(result.torch(fused)[3].flatten(), packed.flatten())
     assert torch.equal(result.torch(f"{fused}.absmax")[3].flatten(), state.absmax)
     layer = read_json_object(tmp_path / "artifacts/reports/layer-0.json")
     error = layer["targets"]["model.layers.0.mlp.experts.w13"]["added_error"]
-    all_before = torch.stack([source_weight(source, weight.replace(".3.", f".{e}.")) for e in range(8)])
-    after = source_weight(result, fused)
+    all_before = torch.stack([stored_weight(source, weight.replace(".3.", f".{e}.")) for e in range(8)])
+    after = stored_weight(result, fused)
     expected = ((after - all_before).double().norm() / all_before.double().norm()).item()
     assert error["relative_rms_error"] == pytest.approx(expected, rel=1e-6, abs=1e-12)
     assert report["different"] > 0 if (quant_type, blocksize) != ("nf4", 64) else error["relative_rms_error"] < 1e-6
@@ -147,7 +147,7 @@ def test_q_k_v_that_differ_are_joined_dense_and_reported(source_copy, tmp_path):
     edit_shard(source_copy, 1, lambda t: make_dense(t, "model.layers.1.self_attn.k_proj"))
     result, report = result_of(source_copy, tmp_path)
     source, prefix = Checkpoint(source_copy), "model.layers.1.self_attn."
-    expected = torch.cat([source_weight(source, f"{prefix}{x}_proj.weight") for x in "qkv"])
+    expected = torch.cat([stored_weight(source, f"{prefix}{x}_proj.weight") for x in "qkv"])
     assert torch.equal(result.torch(f"{prefix}qkv_proj.weight"), expected.half())
     layer = read_json_object(tmp_path / "artifacts/reports/layer-1.json")
     assert layer["targets"][f"{prefix}qkv_proj"]["joined_dense"] is True
@@ -176,5 +176,5 @@ def test_rows_that_are_not_whole_blocks_name_the_mode_that_works(tmp_path):
     # Against the weights that the model was drawn with: two quantizations, no more.
     name = "model.layers.0.mlp.experts.gate_up_projs.1.weight"
     drawn = embedded.random_tensor(name, (320, 96), std=2.0 / 96**0.5)
-    converted = source_weight(result, "model.layers.0.mlp.experts.w13.weight")[1]
+    converted = stored_weight(result, "model.layers.0.mlp.experts.w13.weight")[1]
     assert (converted - drawn).norm() < 0.15 * drawn.norm()

@@ -13,13 +13,15 @@ import pytest
 from mutations import CONTENT, MUTATIONS, WHY_HARMLESS, edit_config, flip, lose_a_file
 
 from gptoss_nf4.convert.assemble import assemble
-from gptoss_nf4.convert.layers import dequant_step, requant_step
+from gptoss_nf4.convert.dequant import dequant
 from gptoss_nf4.convert.normalize import normalize
 from gptoss_nf4.convert.plan import RequantOptions
+from gptoss_nf4.convert.requant import requant
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch.fetch import Model, fetch, open_source
+from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.samples import embedded
+from gptoss_nf4.source.model import Model, open_source
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.digests import write_digests
@@ -44,8 +46,8 @@ def converted(directory: Path, root: Path, expected: Path | None = None) -> dict
     fetch(model, artifacts)
     source = open_source(model, artifacts)
     for layer in range(source.dimensions.layers):
-        dequant_step(source, artifacts, layer)
-        requant_step(source, artifacts, layer, options, "cpu")
+        dequant(source, artifacts, layer)
+        requant(source, artifacts, layer, options, "cpu")
     normalize(source, artifacts, options, "float16")
     assemble(source, artifacts, options, "float16")
     return {file.name: file.read_bytes() for file in artifacts.checkpoint.iterdir()}

@@ -8,9 +8,10 @@ from gptoss_nf4.check.audit import audit
 from gptoss_nf4.convert.normalize import normalize
 from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch.fetch import fetch, open_source
+from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.flow import convert
 from gptoss_nf4.format.cast import cast
+from gptoss_nf4.source.model import open_source
 from gptoss_nf4.storage.checkpoint import Checkpoint
 
 

@@ -26,7 +26,8 @@ import re, sys
 from pathlib import Path
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch.fetch import Model, fetch
+from gptoss_nf4.fetch.fetch import fetch
+from gptoss_nf4.source.model import Model
 try:
     fetch(Model(name="m", kind="local", path=sys.argv[1]), Artifacts(Path(sys.argv[2])))
 except UserError as error:

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 from project_imports import ROOT
 
-from gptoss_nf4.fetch.hub import PATTERNS, git_blob_sha1
+from gptoss_nf4.fetch.hub import git_blob_sha1
+from gptoss_nf4.source.model import HUB_PATTERNS
 
 REPOSITORY, COMMIT = "someone/tiny-gpt-oss", "0123456789abcdef0123456789abcdef01234567"
 SCRIPT = """
 import json, sys
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch.fetch import Model, fetch, open_source
+from gptoss_nf4.fetch.fetch import fetch
+from gptoss_nf4.source.model import Model, open_source
 from gptoss_nf4.storage.artifacts import Artifacts
 from pathlib import Path
 model = Model(name="tiny", kind="hub", repository=sys.argv[1], revision=None)
@@ -114,7 +116,7 @@ def test_a_hub_model_is_downloaded_once_and_its_commit_recorded(hub, tmp_path):
     origin, layout = json.loads(done.stdout)
     assert origin == {"kind": "hub", "repository": REPOSITORY, "commit": COMMIT}
     assert layout == "split"
-    assert "pytorch_model.bin" not in hub.served, PATTERNS
+    assert "pytorch_model.bin" not in hub.served, HUB_PATTERNS
     assert len([name for name in hub.served if name.endswith(".safetensors")]) == 3
     assert run_fetch(tmp_path).returncode == 0
     assert len([name for name in hub.served if name.endswith(".safetensors")]) == 3

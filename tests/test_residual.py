@@ -17,11 +17,12 @@ from gptoss_nf4.check.proof import compare
 from gptoss_nf4.convert.normalize import normalize
 from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch.fetch import fetch, open_source
+from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.flow import convert
 from gptoss_nf4.format.residual import AUTO_FLOAT16, resolve, scaling_loss, writes_to_stream
 from gptoss_nf4.samples import embedded
-from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.source.layouts import open_checkpoint
+from gptoss_nf4.source.model import open_source
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import write_json
@@ -118,7 +119,7 @@ def test_another_scale_changes_no_weight_and_the_proof_multiplies_by_it(massive,
     config["quantization_config"]["residual_scale"] = 0.3
     write_json(made["auto"] / "config.json", config)
     with pytest.raises(UserError, match="bad residual_scale"):
-        compare(SplitSource(massive), Checkpoint(made["auto"]), RequantOptions(), "float16")
+        compare(open_checkpoint(massive), Checkpoint(made["auto"]), RequantOptions(), "float16")
 
 
 @pytest.mark.slow

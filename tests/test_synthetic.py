@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from benchmarks.weights import configured
-from gptoss_nf4.check.proof import source_weight
+from gptoss_nf4.check.weights import stored_weight
 from gptoss_nf4.convert.plan import RequantOptions
-from gptoss_nf4.fetch.fetch import Model, fetch
+from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.flow import convert
 from gptoss_nf4.format import names
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.samples import synthetic
 from gptoss_nf4.samples.embedded import TINY
-from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.source.layouts import open_checkpoint
+from gptoss_nf4.source.model import Model
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.writing import sha256_of
 
@@ -32,10 +33,10 @@ def test_writing_twice_gives_the_same_bytes(tmp_path):
 
 def test_it_is_valid_and_bitsandbytes_reads_what_we_read(tmp_path):
     synthetic.write_checkpoint(tmp_path, TINY)
-    source = SplitSource(tmp_path)
+    source = open_checkpoint(tmp_path)
     source.validate()
     for module in source.modules(0, names.FUSIONS[0]):
-        theirs = source_weight(source.checkpoint, module.weight)
+        theirs = stored_weight(source.checkpoint, module.weight)
         assert torch.equal(torch.from_numpy(source.dequantized(module)), theirs)
         assert (source.absmax(module) > 0).all()
         assert theirs.std() > 0
@@ -64,11 +65,11 @@ def test_it_has_as_many_tensors_and_bytes_as_the_published_one(size, tensors, gi
     d = configured(f"synthetic_{size}")
     one = Dimensions(**(d.as_dict() | {"experts": 1, "vocabulary": 8}))
     nested_map = np.zeros(256, np.float32)
-    layer = {stream.name: stream.bytes for stream in synthetic.layer_tensors(one, 0, nested_map)}
+    layer = {made.declared.name: made.declared.bytes for made in synthetic.layer_tensors(one, 0, nested_map)}
     expert = {name: size for name, size in layer.items() if ".experts." in name}
     rest = {name: size for name, size in layer.items() if name not in expert and "router" not in name}
     router = 2 * (d.hidden + 1) * d.experts
-    total = d.layers * (len(expert) * d.experts + len(rest) + 2) + len(names.OUTSIDE_LAYERS)
+    total = d.layers * (len(expert) * d.experts + len(rest) + 2) + len(names.outside_shapes(d))
     assert total == tensors
     size_of = sum(expert.values()) * d.experts + sum(rest.values())
     outside = 2 * (2 * d.vocabulary * d.hidden + d.hidden)

@@ -25,7 +25,8 @@ from gptoss_nf4.flow import convert
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.rows import CONCATENATED
 from gptoss_nf4.samples import embedded
-from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.source.interface import Source
+from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
 from gptoss_nf4.storage.reading import read_json_object
@@ -35,14 +36,14 @@ ENGINE = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "enforce_
 
 
 @pytest.fixture(scope="module")
-def converted(tiny, tmp_path_factory) -> tuple[SplitSource, Artifacts]:
+def converted(tiny, tmp_path_factory) -> tuple[Source, Artifacts]:
     model, artifacts = local(tiny, tmp_path_factory.mktemp("converted"))
     convert(model, artifacts, RequantOptions(), "float32")
-    return SplitSource(tiny), artifacts
+    return open_checkpoint(tiny), artifacts
 
 
 @pytest.fixture(scope="module")
-def dynamic(tiny, tmp_path_factory) -> tuple[SplitSource, Artifacts]:
+def dynamic(tiny, tmp_path_factory) -> tuple[Source, Artifacts]:
     """Unsloth's dynamic quantization: o_proj dense in one layer, k_proj dense in the other; w13 concatenated."""
     root = tmp_path_factory.mktemp("dynamic")
     directory = root / "source"
@@ -51,10 +52,10 @@ def dynamic(tiny, tmp_path_factory) -> tuple[SplitSource, Artifacts]:
     edit_shard(directory, 1, lambda t: make_dense(t, "model.layers.1.self_attn.k_proj"))
     model, artifacts = local(directory, root / "artifacts")
     convert(model, artifacts, RequantOptions(w13_order=CONCATENATED), "float32")
-    return SplitSource(directory), artifacts
+    return open_checkpoint(directory), artifacts
 
 
-def agreement(source: SplitSource, generations: list) -> Agreement:
+def agreement(source: Source, generations: list) -> Agreement:
     model, result = reference.build(source), Agreement()
     for generation in generations:
         assert generation.finite

@@ -1,5 +1,6 @@
-"""The finished checkpoint's dtypes: one for every floating tensor, quantization data apart."""
+"""The audit of a finished checkpoint: whole, and one dtype for every floating tensor."""
 
+from gptoss_nf4.check.fitting import require_fitting
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import names
 from gptoss_nf4.format.dtypes import FLOATING, SAFETENSORS_NAMES
@@ -11,7 +12,11 @@ QUANTIZATION_SIDECARS = (".absmax", ".quant_map")
 
 
 def audit(checkpoint: Checkpoint, dtype: str) -> dict[str, int]:
-    """Count the checkpoint's floating tensors by dtype; UserError if any is not `dtype` (quantization data apart)."""
+    """Check that the checkpoint holds what its config.json says, and one dtype; returns its floating tensors by dtype.
+
+    Quantization data apart: absmax and codebooks are float32 whatever the model's dtype is. UserError names the tensor.
+    """
+    require_fitting(checkpoint)
     expected, found = SAFETENSORS_NAMES[dtype], {}
     for name, info in checkpoint.tensors.items():
         stored = info.dtype

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from bitsandbytes.functional import QuantState
 
-from gptoss_nf4.convert.plan import EXACT, RequantOptions, Target, plan_layer
+from gptoss_nf4.check.weights import source_weight, stored_state, stored_weight
+from gptoss_nf4.convert.plan import EXACT, DenseTarget, RequantOptions, Target, plan_layer
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import names
 from gptoss_nf4.format.bnb import dequantize_float32
 from gptoss_nf4.format.cast import cast
-from gptoss_nf4.format.quant_state import QUANT_TYPES
 from gptoss_nf4.format.residual import scale_of, writes_to_stream
 from gptoss_nf4.format.rows import INTERLEAVED, interleaved_rows
-from gptoss_nf4.source.split import Module, SplitSource
+from gptoss_nf4.source.interface import Module, Source
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.machine import cores
@@ -39,25 +38,7 @@ class Comparison:
         )
 
 
-def read_state(checkpoint: Checkpoint, weight: str, scale: float = 1.0) -> QuantState:
-    """bitsandbytes' own QuantState of `weight`, read by its `from_dict`; with float32 absmax times `scale`."""
-    states = (names.STATE_PREFIX + quant_type for quant_type in QUANT_TYPES)
-    kinds = (*names.SIDECARS, *names.NESTED_SIDECARS, *states)
-    stored = [name for kind in kinds if (name := f"{weight}.{kind}") in checkpoint.tensors]
-    state = QuantState.from_dict({name: checkpoint.torch(name) for name in stored}, device=torch.device("cpu"))
-    if scale != 1:
-        state.absmax = state.absmax * scale
-    return state
-
-
-def source_weight(checkpoint: Checkpoint, weight: str, scale: float = 1.0) -> torch.Tensor:
-    """A weight in float32 [rows, in_features]; a 4-bit one dequantized by bitsandbytes, with absmax times `scale`."""
-    if f"{weight}.absmax" not in checkpoint.tensors:
-        return checkpoint.torch(weight).float()
-    return dequantize_float32(checkpoint.torch(weight), read_state(checkpoint, weight, scale))
-
-
-def compare(source: SplitSource, result: Checkpoint, options: RequantOptions, dtype: str) -> Comparison:
+def compare(source: Source, result: Checkpoint, options: RequantOptions, dtype: str) -> Comparison:
     """Compare every weight of attention and experts, 4-bit or carried dense, on all cores.
 
     What is served dense (a module left in 16 bit, or q, k and v that differ) is compared after rounding to `dtype`. What
@@ -77,14 +58,15 @@ def compare(source: SplitSource, result: Checkpoint, options: RequantOptions, dt
 
 
 def _compare_layer(
-    source: SplitSource, result: Checkpoint, options: RequantOptions, dtype: str, residual_scale: float, layer: int
+    source: Source, result: Checkpoint, options: RequantOptions, dtype: str, residual_scale: float, layer: int
 ) -> Comparison:
     total = Comparison()
     for target in plan_layer(source, layer, options):
-        scale = residual_scale if target.quantized and writes_to_stream(f"{target.name}.weight") else 1.0
+        dense = isinstance(target, DenseTarget)
+        scale = residual_scale if not dense and writes_to_stream(target.weight) else 1.0
         for part, after in _result_parts(result, target, options.w13_order, scale):
-            before = source_weight(source.checkpoint, part.weight)
-            if not target.quantized:
+            before = source_weight(source, part)
+            if dense:
                 before = cast(before, getattr(torch, dtype))[0].float()
             if scale != 1:
                 before *= scale
@@ -103,18 +85,17 @@ def _result_parts(
 
     Experts are read one at a time, so that the memory needed is one expert's.
     """
-    weight = f"{target.name}.weight"
     if not target.fusion.stacked:
         rows = [part.shape[0] for part in target.parts]
-        whole = source_weight(result, weight, scale)
+        whole = stored_weight(result, target.weight, scale)
         yield from zip(target.parts, whole.split(rows), strict=True)
         return
-    state = read_state(result, weight, scale)
+    state = stored_state(result, target.weight, scale)
     absmax = state.absmax
     for number, part in enumerate(target.parts):
         state.absmax, state.shape = absmax[number].contiguous(), torch.Size(part.shape)
-        values = dequantize_float32(result.torch_row(weight, number), state)
-        reorder = target.is_w13 and w13_order != INTERLEAVED
+        values = dequantize_float32(result.torch_row(target.weight, number), state)
+        reorder = target.fusion == names.W13 and w13_order != INTERLEAVED
         yield part, values[torch.from_numpy(interleaved_rows(w13_order, len(values)))] if reorder else values
 
 

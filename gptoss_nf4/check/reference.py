@@ -2,10 +2,10 @@
 
 import torch
 
-from gptoss_nf4.check.proof import source_weight
+from gptoss_nf4.check.weights import source_weight
 from gptoss_nf4.format import names
 from gptoss_nf4.format.dimensions import Dimensions
-from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.source.interface import Source
 
 FLOAT32_BYTES = 4
 
@@ -13,12 +13,12 @@ FLOAT32_BYTES = 4
 def float32_bytes(d: Dimensions) -> int:
     """Memory of all weights in float32."""
     attention_and_experts = sum(
-        rows * columns for layer in range(d.layers) for _, _, (rows, columns) in names.source_modules(d, layer)
+        rows * columns for layer in range(d.layers) for _, _, (rows, columns) in names.modules_of(d, layer)
     )
     return FLOAT32_BYTES * (attention_and_experts + 2 * d.vocabulary * d.hidden)
 
 
-def build(source: SplitSource):
+def build(source: Source):
     """transformers' GptOssForCausalLM in float32; uses none of our fusing, only bitsandbytes and torch.
 
     bitsandbytes dequantizes to float32 here: left alone it rounds to the state's dtype.
@@ -33,29 +33,28 @@ def build(source: SplitSource):
     return model
 
 
-def state_dict(source: SplitSource) -> dict[str, torch.Tensor]:
+def state_dict(source: Source) -> dict[str, torch.Tensor]:
     """transformers' own names: experts [E, in, out] with gate and up interleaved in the last dimension."""
-    checkpoint, d, tensors = source.checkpoint, source.dimensions, {}
-    for name in names.OUTSIDE_LAYERS:
-        tensors[name] = checkpoint.torch(name).float()
+    d = source.dimensions
+    tensors = {name: _float32(source, name) for name in names.outside_shapes(d)}
     for layer in range(d.layers):
         prefix = names.prefix(layer)
-        for key in ("input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.sinks"):
-            tensors[prefix + key] = checkpoint.torch(prefix + key).float()
-        for kind in ("weight", "bias"):
-            tensors[f"{prefix}mlp.router.{kind}"] = checkpoint.torch(f"{prefix}mlp.router.linear.{kind}").float()
-        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            module = f"{prefix}self_attn.{projection}"
-            tensors[f"{module}.weight"] = source_weight(checkpoint, f"{module}.weight")
-            tensors[f"{module}.bias"] = checkpoint.torch(f"{module}.bias").float()
-        for stored, target in (("gate_up_projs", "gate_up_proj"), ("down_projs", "down_proj")):
-            modules = [f"{prefix}mlp.experts.{stored}.{expert}" for expert in range(d.experts)]
-            weights = [source_weight(checkpoint, f"{module}.weight").T for module in modules]
-            tensors[f"{prefix}mlp.experts.{target}"] = torch.stack(weights)
-            tensors[f"{prefix}mlp.experts.{target}_bias"] = torch.stack(
-                [checkpoint.torch(f"{module}.bias").float() for module in modules]
-            )
+        tensors |= {prefix + name: _float32(source, prefix + name) for name in names.kept_shapes(d)}
+        stacks: dict[str, list[torch.Tensor]] = {}
+        for fusion, name, shape in names.modules_of(d, layer):
+            weight, bias = source_weight(source, source.module(name, shape)), _float32(source, f"{name}.bias")
+            if fusion.stacked:  # `...experts.gate_up_projs.3` is expert 3 of `...experts.gate_up_proj`
+                stack = name.rsplit("s.", 1)[0]
+                stacks.setdefault(stack, []).append(weight.T)
+                stacks.setdefault(f"{stack}_bias", []).append(bias)
+            else:
+                tensors |= {f"{name}.weight": weight, f"{name}.bias": bias}
+        tensors |= {name: torch.stack(each) for name, each in stacks.items()}
     return tensors
+
+
+def _float32(source: Source, name: str) -> torch.Tensor:
+    return source.floating(name).tensor().float()
 
 
 @torch.inference_mode()

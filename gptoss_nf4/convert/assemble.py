@@ -1,17 +1,18 @@
-"""The files that make the layers' tensors one checkpoint: index, config, tokenizer, templates. No tensor is written."""
+"""Stage assemble: the files that make the layers' tensors one checkpoint. No tensor is written.
+
+They are the index, config.json, the generation config, the tokenizer and its chat template.
+"""
 
 from pathlib import Path
 
-from gptoss_nf4.check.audit import audit
-from gptoss_nf4.check.fitting import require_fitting
-from gptoss_nf4.convert.plan import RequantOptions, plan_layer
+from gptoss_nf4.convert.plan import QuantizedTarget, RequantOptions, plan_layer
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import residual
 from gptoss_nf4.format.dtypes import check_dtype
 from gptoss_nf4.format.result import FORMAT_VERSION, QUANT_METHOD
-from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.source.interface import Source
 from gptoss_nf4.storage.artifacts import Artifacts
-from gptoss_nf4.storage.checkpoint import INDEX_FILE, Checkpoint
+from gptoss_nf4.storage.checkpoint import INDEX_FILE
 from gptoss_nf4.storage.reading import read_bytes, read_json_object, read_text
 from gptoss_nf4.storage.tensor_reader import read_header
 from gptoss_nf4.storage.writing import write_bytes, write_json, write_text
@@ -22,12 +23,9 @@ NO_TEMPLATE = "{{ raise_exception('this fine-tune was saved without a chat templ
 
 
 def assemble(
-    source: SplitSource, artifacts: Artifacts, options: RequantOptions, dtype: str, residual_scale: object = residual.AUTO
-) -> dict[str, int]:
-    """Write the checkpoint's own files (which ones is fixed, since dvc.yaml has to name them) and audit its dtypes.
-
-    Returns the number of floating tensors by dtype, which is one.
-    """
+    source: Source, artifacts: Artifacts, options: RequantOptions, dtype: str, residual_scale: object = residual.AUTO
+) -> None:
+    """Write the checkpoint's own files. Which ones is fixed, since dvc.yaml has to name them."""
     check_dtype(dtype)
     directory, origin = artifacts.checkpoint, source.checkpoint.directory
     write_json(directory / INDEX_FILE, build_index(weight_files(source, artifacts)))
@@ -37,12 +35,9 @@ def assemble(
     write_text(directory / "chat_template.jinja", chat_template(origin, tokenizer_config))
     write_json(directory / "tokenizer_config.json", tokenizer_config)
     write_json(directory / "generation_config.json", build_generation_config(source))
-    checkpoint = Checkpoint(directory)
-    require_fitting(checkpoint)
-    return audit(checkpoint, dtype)
 
 
-def weight_files(source: SplitSource, artifacts: Artifacts) -> list[Path]:
+def weight_files(source: Source, artifacts: Artifacts) -> list[Path]:
     files = [
         artifacts.require(artifacts.layer_weights(layer), f"requant@{layer}") for layer in range(source.dimensions.layers)
     ]
@@ -58,10 +53,10 @@ def build_index(files: list[Path]) -> dict:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def build_config(source: SplitSource, options: RequantOptions, dtype: str, residual_scale: float) -> dict:
+def build_config(source: Source, options: RequantOptions, dtype: str, residual_scale: float) -> dict:
     """The source's config.json with the dtype and the quantization_config by which vLLM selects the plugin."""
     targets = [t for layer in range(source.dimensions.layers) for t in plan_layer(source, layer, options)]
-    quantized = next(target for target in targets if target.quantized)
+    quantized = next(target for target in targets if isinstance(target, QuantizedTarget))
     config = {key: value for key, value in source.checkpoint.config.items() if key not in DROPPED}
     return config | {
         "architectures": ["GptOssForCausalLM"],
@@ -74,7 +69,7 @@ def build_config(source: SplitSource, options: RequantOptions, dtype: str, resid
             "w13_order": options.w13_order,
             "requant_mode": options.mode,
             residual.KEY: residual_scale,
-            "modules_to_not_convert": [target.name for target in targets if not target.quantized],
+            "modules_to_not_convert": [target.name for target in targets if not isinstance(target, QuantizedTarget)],
         },
     }
 
@@ -96,7 +91,7 @@ def chat_template(origin: Path, tokenizer_config: dict) -> str:
     return inside if isinstance(inside, str) else NO_TEMPLATE
 
 
-def build_generation_config(source: SplitSource) -> dict:
+def build_generation_config(source: Source) -> dict:
     """generation_config.json, or its essentials from config.json where the save has none."""
     path = source.checkpoint.directory / "generation_config.json"
     if path.exists():

@@ -1,159 +1,166 @@
-"""Bringing every floating tensor to one dtype, counting what that loses."""
+"""Stage normalize: bringing every tensor that is not 4-bit to one dtype, counting what that loses."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 
-from gptoss_nf4.convert.plan import RequantOptions, Target, plan_layer
+from gptoss_nf4.convert.plan import DenseTarget, QuantizedTarget, RequantOptions, Target, plan_layer
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import names, residual
 from gptoss_nf4.format.cast import CastCounts, cast
 from gptoss_nf4.format.dtypes import SAFETENSORS_NAMES, check_dtype
-from gptoss_nf4.format.rows import w13_rows
-from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.format.residual import ScalingLoss
+from gptoss_nf4.source.interface import Floating, Source
 from gptoss_nf4.storage.artifacts import Artifacts
-from gptoss_nf4.storage.tensor_writer import Stream, whole, write_tensors
+from gptoss_nf4.storage.tensor_writer import Declared, TensorWriter, writing_tensors
 
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """A tensor of the result that is not 4-bit: the source tensors it comes from, and its values in pieces."""
+    """A tensor of the result that is not 4-bit.
+
+    `origins` are the floating tensors that it is made of, `dequantized` the number of 4-bit weights beside them. `read`
+    gives its values in order, in pieces, in the dtype that they have in the source.
+    """
 
     name: str
-    origins: list[str]
     shape: tuple[int, ...]
-    pieces: Callable[[], Iterator[torch.Tensor]]
+    origins: list[Floating]
+    read: Callable[[], Iterator[torch.Tensor]]
+    dequantized: int = 0
 
 
 def normalize(
-    source: SplitSource, artifacts: Artifacts, options: RequantOptions, dtype: str, residual_scale: object = residual.AUTO
+    source: Source, artifacts: Artifacts, options: RequantOptions, dtype: str, residual_scale: object = residual.AUTO
 ) -> dict:
     """Write every tensor that is not 4-bit in `dtype`, and the quantization states with it; returns the report.
 
     Raises a UserError that names the tensor where a value overflows or is not finite, or where `residual_scale`, which
-    the plugin will apply, would lose too much; nothing is left written then.
+    the plugin will apply, would lose too much. Nothing is left written then.
     """
     scale = residual.resolve(residual_scale, dtype)
-    stored = SAFETENSORS_NAMES[check_dtype(dtype)]
+    stored_dtype = SAFETENSORS_NAMES[check_dtype(dtype)]
+    plans = [plan_layer(source, layer, options) for layer in range(source.dimensions.layers)]
+    targets = [target for plan in plans for target in plan]
+    dense = list(_dense_tensors(source, plans, options.w13_order))
+    states = {
+        f"{target.weight}.{names.STATE_PREFIX}{target.quant_type}": target.state(dtype).to_json()
+        for target in targets
+        if isinstance(target, QuantizedTarget)
+    }
+    declared = [Declared(tensor.name, stored_dtype, tensor.shape) for tensor in dense]
+    declared += [Declared(name, "U8", state.shape) for name, state in states.items()]
     counts: dict[str, CastCounts] = {}
-    losses: dict[str, residual.ScalingLoss] = {}
-    dense = list(dense_tensors(source, options))
-    streams = [Stream(each.name, stored, each.shape, _cast(source, each, dtype, scale, counts, losses)) for each in dense]
-    joined_dense = []
-    for layer in range(source.dimensions.layers):
-        for target in plan_layer(source, layer, options):
-            if target.quantized:
-                state = target.state(dtype).to_json()
-                streams.append(whole(f"{target.name}.weight.{names.STATE_PREFIX}{target.quant_type}", "U8", state))
-            elif target.joined_dense:
-                joined_dense.append(target.name)
-    write_tensors(artifacts.dense_weights, streams)
-    origins = Counter(source.checkpoint.tensors[origin].dtype for each in dense for origin in each.origins)
+    losses: dict[str, ScalingLoss] = {}
+    with writing_tensors(artifacts.dense_weights, declared) as out:
+        for tensor in dense:
+            counts[tensor.name], loss = _write_cast(out, tensor, dtype, scale)
+            if loss is not None:
+                losses[tensor.name] = residual.require_small(loss, tensor.name, scale)
+        for name, state in states.items():
+            out.append(name, state)
     return {
         "dtype": dtype,
-        "source_dtypes": dict(sorted(origins.items())),
+        "source_dtypes": _dtypes_of_origins(dense),
         **asdict(sum(counts.values(), CastCounts())),
         "underflow_by_tensor": {
             name: {"values": c.values, "underflow": c.underflow} for name, c in counts.items() if c.underflow
         },
-        "joined_dense": joined_dense,
+        "joined_dense": [target.name for target in targets if isinstance(target, DenseTarget) and target.joined],
         "scaling": residual.report(losses, scale),
     }
 
 
-def _cast(
-    source: SplitSource,
-    tensor: DenseTensor,
-    dtype: str,
-    scale: float,
-    counts: dict[str, CastCounts],
-    losses: dict[str, residual.ScalingLoss],
-) -> Iterator[np.ndarray]:
-    """The bytes of `tensor` in `dtype`, piece by piece; fills `counts[tensor.name]`, and `losses` where it is scaled."""
-    total, lost_by_scaling = CastCounts(), residual.ScalingLoss()
-    scaled = scale != 1 and residual.writes_to_stream(tensor.name)
-    for piece in tensor.pieces():
-        values, lost = cast(piece, getattr(torch, dtype))
+def _dtypes_of_origins(dense: list[DenseTensor]) -> dict[str, int]:
+    """How many of the source's tensors have which dtype, by its safetensors name."""
+    counted = Counter(origin.dtype for tensor in dense for origin in tensor.origins)
+    counted += Counter({"U8": sum(tensor.dequantized for tensor in dense)})
+    return dict(sorted(counted.items()))
+
+
+def _write_cast(out: TensorWriter, tensor: DenseTensor, dtype: str, scale: float) -> tuple[CastCounts, ScalingLoss | None]:
+    """Write `tensor` in `dtype`; returns what casting lost, and what `scale` will lose if the tensor is one to scale."""
+    torch_dtype = getattr(torch, dtype)
+    counts = CastCounts()
+    loss = ScalingLoss() if scale != 1 and residual.writes_to_stream(tensor.name) else None
+    for piece in tensor.read():
+        values, lost = cast(piece, torch_dtype)
         if lost.overflow or lost.non_finite:
             kind = "overflow" if lost.overflow else "values that are not finite"
             raise UserError(
                 f"{kind} in {dtype}",
-                where=_culprit(source, tensor.origins, getattr(torch, dtype)) or tensor.name,
+                where=_culprit(tensor.origins, torch_dtype) or tensor.name,
                 got=f"{lost.overflow or lost.non_finite} of {lost.values}",
                 expected="none",
                 next_step="use dtype=bfloat16 or dtype=float32" if lost.overflow else "repair the source",
             )
-        total += lost
-        if scaled:
-            lost_by_scaling += residual.scaling_loss(values, scale)
-        yield values.contiguous().view(-1).view(torch.uint8).numpy()
-    counts[tensor.name] = total
-    if scaled:
-        losses[tensor.name] = residual.require_small(lost_by_scaling, tensor.name, scale)
+        counts += lost
+        if loss is not None:
+            loss += residual.scaling_loss(values, scale)
+        out.append(tensor.name, values.contiguous().view(-1).view(torch.uint8).numpy())
+    return counts, loss
 
 
-def _culprit(source: SplitSource, origins: list[str], dtype: torch.dtype) -> str | None:
-    """The first of the source tensors that does not fit `dtype`; None where it is a 4-bit one."""
+def _culprit(origins: list[Floating], dtype: torch.dtype) -> str | None:
+    """Stored name of the first origin that does not fit `dtype`; None where the misfit came from a 4-bit weight."""
     for origin in origins:
-        if source.checkpoint.tensors[origin].floating:
-            for piece in source.checkpoint.torch_pieces(origin):
-                _, counts = cast(piece, dtype)
-                if counts.overflow or counts.non_finite:
-                    return origin
+        for piece in origin.read():
+            _, counts = cast(piece, dtype)
+            if counts.overflow or counts.non_finite:
+                return origin.stored
     return None
 
 
-def dense_tensors(source: SplitSource, options: RequantOptions) -> Iterator[DenseTensor]:
-    """Everything of the result that is not 4-bit."""
-    checkpoint, dimensions = source.checkpoint, source.dimensions
+def _dense_tensors(source: Source, plans: list[list[Target]], w13_order: str) -> Iterator[DenseTensor]:
+    """Everything of the result that is not 4-bit: first what lies outside the layers, then layer by layer."""
 
-    def kept(old: str, new: str) -> DenseTensor:
-        return DenseTensor(new, [old], checkpoint.tensors[old].shape, lambda: checkpoint.torch_pieces(old))
+    def kept(name: str) -> DenseTensor:
+        origin = source.floating(name)
+        return DenseTensor(name, origin.shape, [origin], origin.read)
 
-    for name in names.OUTSIDE_LAYERS:
-        yield kept(name, name)
-    for layer in range(dimensions.layers):
-        for old, new in names.RENAMED.items():
-            yield kept(names.prefix(layer) + old, names.prefix(layer) + new)
-        for target in plan_layer(source, layer, options):
-            yield DenseTensor(
-                f"{target.name}.bias",
-                [f"{part.name}.bias" for part in target.parts],
-                target.shape[:-1],
-                lambda target=target: iter([_fused_bias(source, target, options.w13_order)]),
-            )
-            if not target.quantized:
-                yield DenseTensor(
-                    f"{target.name}.weight",
-                    [part.weight for part in target.parts],
-                    target.shape,
-                    lambda target=target: iter([_joined_weight(source, target)]),
-                )
+    for name in names.outside_shapes(source.dimensions):
+        yield kept(name)
+    for layer, targets in enumerate(plans):
+        for name in names.kept_shapes(source.dimensions):
+            yield kept(names.prefix(layer) + name)
+        for target in targets:
+            yield _fused_bias(source, target, w13_order)
+            if isinstance(target, DenseTarget):
+                yield _joined_weight(source, target)
 
 
-def _fused_bias(source: SplitSource, target: Target, w13_order: str) -> torch.Tensor:
-    """[experts, rows] where experts are stacked, else [rows]; parts stored in several dtypes meet in float32."""
-    biases = _one_dtype([source.checkpoint.torch(f"{part.name}.bias") for part in target.parts])
-    if not target.fusion.stacked:
-        return torch.cat(biases)
-    stacked = torch.stack(biases)
-    return stacked[:, torch.from_numpy(w13_rows(w13_order, stacked.shape[1]))] if target.is_w13 else stacked
+def _fused_bias(source: Source, target: Target, w13_order: str) -> DenseTensor:
+    """[experts, rows] where experts are stacked, else [rows]."""
+    origins = [source.floating(part.bias) for part in target.parts]
+
+    def read() -> Iterator[torch.Tensor]:
+        biases = _one_dtype([origin.tensor() for origin in origins])
+        if target.fusion.stacked:
+            yield torch.stack(biases)[:, target.row_order(w13_order)]
+        else:
+            yield torch.cat(biases)
+
+    return DenseTensor(target.bias, target.shape[:-1], origins, read)
 
 
-def _joined_weight(source: SplitSource, target: Target) -> torch.Tensor:
+def _joined_weight(source: Source, target: DenseTarget) -> DenseTensor:
     """[rows, in_features]: dense parts as stored, 4-bit parts dequantized to float32."""
-    return torch.cat(
-        _one_dtype(
-            [
-                torch.from_numpy(source.dequantized(part)) if part.state else source.checkpoint.torch(part.weight)
-                for part in target.parts
-            ]
-        )
+    origins = {part: source.floating(part.weight) for part in target.parts if part.state is None}
+
+    def read() -> Iterator[torch.Tensor]:
+        parts = [
+            origins[part].tensor() if part in origins else torch.from_numpy(source.dequantized(part))
+            for part in target.parts
+        ]
+        yield torch.cat(_one_dtype(parts))
+
+    return DenseTensor(
+        target.weight, target.shape, list(origins.values()), read, dequantized=len(target.parts) - len(origins)
     )
 
 
 def _one_dtype(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`parts` as they are if they share a dtype, else all in float32."""
     return parts if len({part.dtype for part in parts}) == 1 else [part.float() for part in parts]

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
 
+import numpy as np
+
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import names
 from gptoss_nf4.format.quant_state import BLOCKSIZES, QUANT_TYPES, QuantState
-from gptoss_nf4.format.rows import INTERLEAVED, W13_ORDERS
-from gptoss_nf4.source.split import Module, SplitSource
+from gptoss_nf4.format.rows import INTERLEAVED, W13_ORDERS, w13_rows
+from gptoss_nf4.source.interface import INPUTS, Module, Source
 
 EXACT = "exact"
 NF4 = "nf4"
@@ -44,45 +46,62 @@ class RequantOptions:
 
 @dataclass(frozen=True)
 class Target:
-    """One module of the fused checkpoint. `quant_type` is None where it is carried dense."""
+    """One module of the fused checkpoint, and the modules of the source that make it, in order."""
 
     name: str
     fusion: names.Fusion
     parts: tuple[Module, ...]
-    quant_type: str | None = None
-    blocksize: int | None = None
 
     @property
-    def quantized(self) -> bool:
-        return self.quant_type is not None
+    def weight(self) -> str:
+        return f"{self.name}.weight"
 
     @property
-    def joined_dense(self) -> bool:
-        """4-bit and 16-bit parts in one module: all of it is served dense."""
-        return not self.quantized and any(part.state for part in self.parts)
-
-    @property
-    def is_w13(self) -> bool:
-        return self.fusion == names.W13
+    def bias(self) -> str:
+        return f"{self.name}.bias"
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Logical [experts, rows, in_features] or [rows, in_features]."""
         return names.fused_shape(self.fusion, [part.shape for part in self.parts])
 
+    def row_order(self, w13_order: str) -> np.ndarray | slice:
+        """Index that brings one part's rows into the target's order; a slice, which copies nothing, where they stay."""
+        if self.fusion != names.W13 or w13_order == INTERLEAVED:
+            return slice(None)
+        return w13_rows(w13_order, self.parts[0].shape[0])
+
+
+@dataclass(frozen=True)
+class QuantizedTarget(Target):
+    """A target in 4 bit."""
+
+    quant_type: str
+    blocksize: int
+
     def state(self, dtype: str) -> QuantState:
         return QuantState(self.quant_type, self.blocksize, dtype, self.shape)
 
 
-def plan_layer(source: SplitSource, layer: int, options: RequantOptions) -> list[Target]:
+@dataclass(frozen=True)
+class DenseTarget(Target):
+    """A target that is carried and served in the checkpoint's dtype."""
+
+    @property
+    def joined(self) -> bool:
+        """Whether 4-bit parts had to be dequantized, since others of the same module are not 4-bit."""
+        return any(part.state for part in self.parts)
+
+
+def plan_layer(source: Source, layer: int, options: RequantOptions) -> list[Target]:
     """The targets of one layer, in the order of `names.FUSIONS`; UserError where the mode cannot make one."""
     return [_plan_target(source, layer, fusion, options) for fusion in names.FUSIONS]
 
 
-def _plan_target(source: SplitSource, layer: int, fusion: names.Fusion, options: RequantOptions) -> Target:
+def _plan_target(source: Source, layer: int, fusion: names.Fusion, options: RequantOptions) -> Target:
     name, parts = names.target_of(fusion, layer), tuple(source.modules(layer, fusion))
     if not fusion.stacked and any(part.state is None for part in parts):
-        return Target(name, fusion, parts)
+        return DenseTarget(name, fusion, parts)
     if options.mode == NF4:
         quant_type, blocksize = options.quant_type, options.blocksize
     else:
@@ -96,10 +115,10 @@ def _plan_target(source: SplitSource, layer: int, fusion: names.Fusion, options:
             expected="a blocksize that divides in_features, since rows are moved whole",
             next_step=_advice(source),
         )
-    return Target(name, fusion, parts, quant_type, blocksize)
+    return QuantizedTarget(name, fusion, parts, quant_type, blocksize)
 
 
-def _stored_quantization(source: SplitSource, name: str, parts: tuple[Module, ...]) -> tuple[str, int]:
+def _stored_quantization(source: Source, name: str, parts: tuple[Module, ...]) -> tuple[str, int]:
     """(quant_type, blocksize) that all parts of a target and the rest of the model share; UserError where they do not."""
     dense = [part for part in parts if part.state is None]
     if dense:
@@ -110,7 +129,16 @@ def _stored_quantization(source: SplitSource, name: str, parts: tuple[Module, ..
             expected="4-bit experts only in mode exact",
             next_step="use requant.mode=nf4, which quantizes them and reports the error",
         )
-    states = {(part.state.quant_type, part.state.blocksize) for part in parts} | _states_of_model(source)
+    across = [part for part in parts if part.blocks_along != INPUTS]
+    if across:
+        raise UserError(
+            "blocks run across rows",
+            where=across[0].name,
+            got=f"blocks of neighbouring {across[0].blocks_along}",
+            expected="blocks along the inputs in mode exact, since rows are moved whole",
+            next_step="use requant.mode=nf4, which quantizes again and reports the error",
+        )
+    states = {(part.state.quant_type, part.state.blocksize) for part in parts if part.state} | _states_of_model(source)
     if len(states) != 1:
         raise UserError(
             "mixed quantization",
@@ -122,13 +150,13 @@ def _stored_quantization(source: SplitSource, name: str, parts: tuple[Module, ..
     return states.pop()
 
 
-def _states_of_model(source: SplitSource) -> set[tuple[str, int]]:
-    """(quant_type, blocksize) of the first expert of layer 0: what every other module must match."""
+def _states_of_model(source: Source) -> set[tuple[str, int]]:
+    """(quant_type, blocksize) of the first expert of layer 0, which every other module must match."""
     state = source.modules(0, names.W13)[0].state
     return {(state.quant_type, state.blocksize)} if state else set()
 
 
-def _advice(source: SplitSource) -> str:
+def _advice(source: Source) -> str:
     widths = gcd(*(shape[1] for shape in names.weight_shapes(source.dimensions).values()))
     fitting = [size for size in BLOCKSIZES if widths % size == 0]
     if fitting:

@@ -1,15 +1,27 @@
-"""Making the fused 4-bit tensors of one layer, exactly or by quantizing again."""
+"""Stage requant: making one layer's fused 4-bit tensors, by moving rows or by quantizing again.
 
-from collections.abc import Iterator
+In mode exact no torch is imported: 48 stages that import it would take minutes.
+"""
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gptoss_nf4.convert.plan import EXACT, RequantOptions, Target
+from gptoss_nf4.convert.plan import EXACT, DenseTarget, QuantizedTarget, RequantOptions, Target, plan_layer
 from gptoss_nf4.format.codec import CODEBOOKS
-from gptoss_nf4.format.rows import INTERLEAVED, rows_of_blocks, w13_rows
-from gptoss_nf4.source.split import Module, SplitSource
-from gptoss_nf4.storage.tensor_writer import Stream, whole
+from gptoss_nf4.format.rows import rows_of_blocks
+from gptoss_nf4.source.interface import Module, Source
+from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.tensor_reader import read_array, read_header
+from gptoss_nf4.storage.tensor_writer import Declared, writing_tensors
+from gptoss_nf4.storage.writing import write_json
+
+if TYPE_CHECKING:
+    import torch
+
+# Rows of one module: codes uint8 [rows, in_features / 2] and absmax float32 [rows, in_features / blocksize].
+Rows = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass
@@ -21,8 +33,8 @@ class AddedError:
     squared_weight: float = 0.0
     largest: float = 0.0
 
-    def add(self, before, after) -> None:
-        """`before` and `after`: float32 tensors of one shape."""
+    def add(self, before: "torch.Tensor", after: "torch.Tensor") -> None:
+        """`before` and `after`: float32 of one shape."""
         difference = (after - before).double()
         self.weights += before.numel()
         self.squared_error += float(difference.square().sum())
@@ -34,72 +46,69 @@ class AddedError:
         return {"weights": self.weights, "relative_rms_error": relative, "largest_error": self.largest}
 
 
-def requant_layer(
-    source: SplitSource, absmax: dict[str, np.ndarray], targets: list[Target], options: RequantOptions, device: str
-) -> tuple[list[Stream], dict[str, AddedError]]:
-    """The 4-bit tensors of a layer, made expert by expert while they are written.
+def requant(source: Source, artifacts: Artifacts, layer: int, options: RequantOptions, device: str) -> int:
+    """Write the layer's fused 4-bit tensors and its report; returns the bytes of the tensors' file.
 
-    Args:
-        absmax: de-nested float32 absmax by source weight name (stage dequant).
-        device: torch device for mode nf4; mode exact needs neither torch nor a device.
-
-    Returns:
-        `<target>.weight` uint8 [..., rows, in/2], `.absmax` float32 [..., rows, in/blocksize], `.quant_map` float32
-        [16] for each quantized target; and in mode nf4 what quantizing again changed by target, filled by writing.
+    Written for each quantized target, expert by expert: `<target>.weight` uint8 [..., rows, in / 2], then its `.absmax`
+    float32 [..., rows, in / blocksize] and `.quant_map` float32 [16]. absmax is an eighth of the codes' size at most, and
+    is kept in memory until the codes of its target are written. `device`: of torch, for mode nf4 alone.
     """
-    streams: list[Stream] = []
+    targets = plan_layer(source, layer, options)
+    quantized = [target for target in targets if isinstance(target, QuantizedTarget)]
+    absmax = _read_absmax(artifacts, layer)
     errors: dict[str, AddedError] = {}
-    for target in targets:
-        if not target.quantized:
-            continue
-        if options.mode == EXACT:
-            parts = _moved(source, absmax, target)
-        else:
-            parts = _requantized(source, absmax, target, device, errors.setdefault(target.name, AddedError()))
-        streams += _fused(target, parts, options.w13_order)
-    return streams, errors
+    declared = [tensor for target in quantized for tensor in _declared(target)]
+    with writing_tensors(artifacts.layer_weights(layer), declared) as out:
+        for target in quantized:
+            order = target.row_order(options.w13_order)
+            scales = []
+            for part in target.parts:
+                if options.mode == EXACT:
+                    codes, scale = rows_of_blocks(source.codes(part), absmax[part.weight], part.shape)
+                else:
+                    error = errors.setdefault(target.name, AddedError())
+                    codes, scale = _quantized_again(source, part, absmax.get(part.weight), target, device, error)
+                out.append(target.weight, codes[order])
+                scales.append(scale[order])
+            out.append(f"{target.weight}.absmax", *scales)
+            out.append(f"{target.weight}.quant_map", CODEBOOKS[target.quant_type])
+    source.forget(layer)
+    report = {target.name: _describe(target, errors.get(target.name)) for target in targets}
+    write_json(artifacts.report(layer), {"layer": layer, "mode": options.mode, "targets": report})
+    return out.size
 
 
-def _fused(target: Target, parts: Iterator[tuple[np.ndarray, np.ndarray]], w13_order: str) -> list[Stream]:
-    """Codes part by part, then the absmax that came with them: an eighth of the codes' size, kept until then."""
-    scales: list[np.ndarray] = []
+def _read_absmax(artifacts: Artifacts, layer: int) -> dict[str, np.ndarray]:
+    """What stage dequant wrote: float32 [blocks] by the canonical name of the weight."""
+    stored = read_header(artifacts.require(artifacts.absmax(layer), f"dequant@{layer}"))
+    return {name: read_array(info) for name, info in stored.items()}
 
-    def codes() -> Iterator[np.ndarray]:
-        for packed, absmax in parts:
-            order = w13_rows(w13_order, len(packed)) if target.is_w13 and w13_order != INTERLEAVED else slice(None)
-            scales.append(absmax[order])
-            yield packed[order]
 
-    weight, (*rows, columns) = f"{target.name}.weight", target.shape
+def _declared(target: QuantizedTarget) -> list[Declared]:
+    *rows, columns = target.shape
     return [
-        Stream(weight, "U8", (*rows, columns // 2), codes()),
-        Stream(f"{weight}.absmax", "F32", (*rows, columns // target.blocksize), scales),
-        whole(f"{weight}.quant_map", "F32", CODEBOOKS[target.quant_type]),
+        Declared(target.weight, "U8", (*rows, columns // 2)),
+        Declared(f"{target.weight}.absmax", "F32", (*rows, columns // target.blocksize)),
+        Declared(f"{target.weight}.quant_map", "F32", CODEBOOKS[target.quant_type].shape),
     ]
 
 
-def _moved(source: SplitSource, absmax: dict[str, np.ndarray], target: Target) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for part in target.parts:
-        yield rows_of_blocks(source.packed(part), absmax[part.weight], part.shape)
-
-
-def _requantized(
-    source: SplitSource, absmax: dict[str, np.ndarray], target: Target, device: str, error: AddedError
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Dequantize and quantize again with bitsandbytes, one module at a time; `error` gathers what that changed."""
+def _quantized_again(
+    source: Source, part: Module, absmax: np.ndarray | None, target: QuantizedTarget, device: str, error: AddedError
+) -> Rows:
+    """`part` dequantized and quantized with bitsandbytes as `target` asks; `error` gathers what that changed."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    for part in target.parts:
-        before = dense_weight(source, part, absmax.get(part.weight), device)
-        packed, state = quantize_4bit(before, blocksize=target.blocksize, quant_type=target.quant_type)
-        error.add(before, dequantize_4bit(packed, state))
-        yield rows_of_blocks(packed.cpu().numpy(), state.absmax.float().cpu().numpy(), part.shape)
+    before = _float32_weight(source, part, absmax, device)
+    packed, state = quantize_4bit(before, blocksize=target.blocksize, quant_type=target.quant_type)
+    error.add(before, dequantize_4bit(packed, state))
+    return rows_of_blocks(packed.cpu().numpy(), state.absmax.float().cpu().numpy(), part.shape)
 
 
-def dense_weight(source: SplitSource, part: Module, absmax: np.ndarray | None, device: str):
-    """The weight of one module as float32 tensor [rows, in_features] on `device`.
+def _float32_weight(source: Source, part: Module, absmax: np.ndarray | None, device: str) -> "torch.Tensor":
+    """The weight of one module, float32 [rows, in_features] on `device`.
 
-    `absmax`: float32, de-nested; None for a module that the source left dense.
+    `absmax`: float32, free of double quantization; None for a module that the source left dense.
     """
     import torch
     from bitsandbytes.functional import QuantState
@@ -107,7 +116,7 @@ def dense_weight(source: SplitSource, part: Module, absmax: np.ndarray | None, d
     from gptoss_nf4.format.bnb import dequantize_float32
 
     if part.state is None:
-        return source.checkpoint.torch(part.weight).to(device, torch.float32)
+        return source.floating(part.weight).tensor().to(device, torch.float32)
     state = QuantState(
         absmax=torch.from_numpy(absmax).to(device),
         shape=torch.Size(part.shape),
@@ -115,4 +124,13 @@ def dense_weight(source: SplitSource, part: Module, absmax: np.ndarray | None, d
         blocksize=part.state.blocksize,
         quant_type=part.state.quant_type,
     )
-    return dequantize_float32(source.checkpoint.torch(part.weight).to(device), state)
+    return dequantize_float32(torch.from_numpy(source.codes(part)).to(device), state)
+
+
+def _describe(target: Target, error: AddedError | None) -> dict:
+    described: dict = {"shape": target.shape, "quant_type": None, "blocksize": None}
+    if isinstance(target, QuantizedTarget):
+        described |= {"quant_type": target.quant_type, "blocksize": target.blocksize}
+    if isinstance(target, DenseTarget):
+        described["joined_dense"] = target.joined
+    return described | ({"added_error": error.as_dict()} if error else {})

@@ -1,10 +1,12 @@
 """What a conversion will take, from headers alone: disk, memory and time, before the first byte is written."""
 
+import math
 from dataclasses import dataclass
 
+from gptoss_nf4.format import names
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.dtypes import ITEM_BYTES
-from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.source.interface import Source
 from gptoss_nf4.storage.artifacts import Artifacts
 
 MARGIN = 1.02  # headers, JSON files, DVC's records
@@ -24,7 +26,7 @@ class Budget:
         return f"{self.disk_bytes / 1e9:.1f} GB of disk, {self.memory_bytes / 2**30:.1f} GiB of memory"
 
 
-def budget(source: SplitSource, artifacts: Artifacts) -> Budget:
+def budget(source: Source, artifacts: Artifacts) -> Budget:
     """Of converting `source`; what lies there from an earlier run counts as written."""
     missing = largest = 0
     for layer in range(source.dimensions.layers):
@@ -34,23 +36,29 @@ def budget(source: SplitSource, artifacts: Artifacts) -> Budget:
         missing += (not artifacts.layer_weights(layer).exists()) * (codes + absmax)
         missing += (not artifacts.dense_weights.exists()) * dense
         largest = max(largest, 2 * absmax)
-    outside = source.tensors_by_layer.get(None, [])
-    missing += (not artifacts.dense_weights.exists()) * sum(source.checkpoint.tensors[name].bytes for name in outside)
+    outside = sum(_bytes(source, name) for name in names.outside_shapes(source.dimensions))
+    missing += (not artifacts.dense_weights.exists()) * outside
     return Budget(int(missing * MARGIN), largest + (400 << 20))  # 400 MiB: Python with torch
 
 
-def _layer_sizes(source: SplitSource, layer: int) -> tuple[int, int, int]:
+def _layer_sizes(source: Source, layer: int) -> tuple[int, int, int]:
     """(bytes of codes, blocks, bytes of everything that is not 4-bit)."""
-    codes = blocks = dense = 0
-    for name in source.tensors_by_layer[layer]:
-        info = source.checkpoint.tensors[name]
-        if name.endswith(".weight") and info.dtype == "U8":
-            codes += info.bytes
-        elif name.endswith(".weight.absmax"):
-            blocks += info.bytes // ITEM_BYTES[info.dtype]
-        elif info.floating and ".weight." not in name:
-            dense += info.bytes
+    codes = blocks = 0
+    dense = sum(_bytes(source, names.prefix(layer) + name) for name in names.kept_shapes(source.dimensions))
+    for fusion in names.FUSIONS:
+        for module in source.modules(layer, fusion):
+            dense += _bytes(source, module.bias)
+            if module.state is None:
+                dense += _bytes(source, module.weight)
+            else:
+                codes += module.state.elements // 2
+                blocks += module.state.blocks
     return codes, blocks, dense
+
+
+def _bytes(source: Source, name: str) -> int:
+    tensor = source.floating(name)
+    return math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
 
 
 def synthetic_bytes(d: Dimensions) -> int:

@@ -1,7 +1,9 @@
-"""Making a source available and describing it: a manifest, and one digest file per layer that its stages depend on."""
+"""Stage fetch: making a source available, and describing it.
+
+The description is a manifest, and one digest file per layer, on which that layer's stages depend.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from gptoss_nf4.errors import UserError
@@ -9,16 +11,16 @@ from gptoss_nf4.fetch import hub
 from gptoss_nf4.fetch.budget import WORK_BY_HASHING, budget, synthetic_bytes
 from gptoss_nf4.fetch.tensor_digests import Described, describe
 from gptoss_nf4.format.dimensions import Dimensions
-from gptoss_nf4.format.names import FUSIONS, NESTED_SIDECARS, SIDECARS
-from gptoss_nf4.source.split import SplitSource
+from gptoss_nf4.format.names import FUSIONS
+from gptoss_nf4.source.interface import Source
+from gptoss_nf4.source.layouts import open_checkpoint
+from gptoss_nf4.source.model import EMBEDDED_KINDS, KINDS, Model
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.digests import verify
 from gptoss_nf4.storage.machine import cores, require_disk
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import describe_file, write_json
 
-KINDS = ("embedded", "embedded_massive", "synthetic", "hub", "local")
-OWN_KINDS = ("embedded", "embedded_massive", "synthetic")  # written by fetch itself, below the artifacts
 # Beside the weights, these decide what the finished checkpoint says.
 SIDE_FILES = (
     "config.json",
@@ -30,42 +32,28 @@ SIDE_FILES = (
 )
 
 
-@dataclass(frozen=True)
-class Model:
-    """The `model` section of params.yaml; which fields count depends on `kind`."""
-
-    name: str
-    kind: str
-    path: str | None = None
-    repository: str | None = None
-    revision: str | None = None
-    dimensions: Dimensions | None = None
-    expected: str | None = None  # a `sha256sum` list of the source's files, made before
-
-
 def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambda line: None) -> dict:
     """Bring the source, validate all of it, write digests and manifest; returns the manifest.
 
-    `say` is told what the conversion will take.
-
-    Nothing is written before the source is valid, and the bytes stay where they are.
+    `say` is told what the conversion will take. Nothing is written before the source is valid. The source's own bytes
+    stay where they are.
     """
     directory, origin = _make_available(model, artifacts)
     if model.expected:
         verify(directory, Path(model.expected), next_step="fetch the model again")
-    source = SplitSource(directory)
+    source = open_checkpoint(directory)
     source.validate()
     plan = budget(source, artifacts)
     require_disk(plan.disk_bytes, artifacts.root, "the converted checkpoint")
-    described = describe(source.checkpoint, list(source.tensors_by_layer.values()), artifacts.seen)
+    described = describe(source.checkpoint, list(source.stored_by_layer.values()), artifacts.seen)
     digests, size = described.groups, sum(file.stat().st_size for file in source.checkpoint.weight_files)
     rough = f"about {_seconds(size, described):.0f} s on {cores()} cores, " if described.hashed_bytes > size / 10 else ""
     say(f"to convert {size / 1e9:.1f} GB: {rough}{plan.line()}")
-    for layer, digest in zip(source.tensors_by_layer, digests, strict=True):
+    for layer, digest in zip(source.stored_by_layer, digests, strict=True):
         write_json(artifacts.digest(layer), digest)
     moved = _moved_as_codes(source)
     write_json(artifacts.dense_digests, {name: d[name] for d in digests for name in d if name not in moved})
-    for stale in set(artifacts.digests.glob("layer-*.json")) - {artifacts.digest(k) for k in source.tensors_by_layer}:
+    for stale in set(artifacts.digests.glob("layer-*.json")) - {artifacts.digest(k) for k in source.stored_by_layer}:
         stale.unlink()  # a longer model of the same name was here before
     manifest = {
         "model": model.name,
@@ -84,26 +72,9 @@ def _seconds(size: int, described: Described) -> float:
     return WORK_BY_HASHING * described.seconds * size / described.hashed_bytes
 
 
-def open_source(model: Model, artifacts: Artifacts) -> SplitSource:
-    """The fetched source, for every later stage."""
-    manifest = read_json_object(artifacts.require(artifacts.manifest, "fetch"))
-    if model.kind == "hub":
-        return SplitSource(hub.cached(model.repository, manifest["source"]["commit"]))
-    directory = artifacts.source if model.kind in OWN_KINDS else Path(model.path)
-    if not directory.is_dir():
-        raise UserError(
-            "missing source",
-            where=directory,
-            got="no such directory",
-            expected=f"the checkpoint of model {model.name}",
-            next_step="run `dvc repro -s -f fetch`",
-        )
-    return SplitSource(directory)
-
-
 def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
     """(directory, how the manifest records its origin)."""
-    if model.kind in ("embedded", "embedded_massive"):
+    if model.kind in EMBEDDED_KINDS:
         from gptoss_nf4.samples import embedded
 
         massive = model.kind == "embedded_massive"
@@ -113,6 +84,8 @@ def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
     if model.kind == "synthetic":
         from gptoss_nf4.samples import synthetic
 
+        if model.dimensions is None:
+            raise ValueError("a synthetic model has dimensions")
         if not _holds(artifacts.source, model.dimensions):
             require_disk(synthetic_bytes(model.dimensions), artifacts.source, "the synthetic source")
             synthetic.write_checkpoint(artifacts.source, model.dimensions)
@@ -145,15 +118,15 @@ def _holds(directory: Path, dimensions: Dimensions) -> bool:
     return config.is_file() and Dimensions.from_config(read_json_object(config), config) == dimensions
 
 
-def _describe_files(source: SplitSource) -> list[dict]:
+def _describe_files(source: Source) -> list[dict]:
     """Weight files by size, since every tensor in them has its own digest; the files beside them by digest."""
     weights = [{"name": path.name, "bytes": path.stat().st_size} for path in source.checkpoint.weight_files]
     side = (source.checkpoint.directory / name for name in SIDE_FILES)
     return [*weights, *(describe_file(path) for path in side if path.is_file())]
 
 
-def _moved_as_codes(source: SplitSource) -> set[str]:
-    """Tensors whose content stage normalize never reads: those of modules that stay 4-bit, but for their states."""
+def _moved_as_codes(source: Source) -> set[str]:
+    """Stored tensors whose content stage normalize never reads: those of modules that stay 4-bit, but for their states."""
     moved: set[str] = set()
     for layer in range(source.dimensions.layers):
         for fusion in FUSIONS:
@@ -161,5 +134,5 @@ def _moved_as_codes(source: SplitSource) -> set[str]:
             if fusion.stacked or all(part.state for part in parts):
                 for part in parts:
                     if part.state:
-                        moved |= {part.weight, *(f"{part.weight}.{kind}" for kind in (*SIDECARS, *NESTED_SIDECARS))}
+                        moved |= {name for kind, name in source.stored(part).items() if kind != "quant_state"}
     return moved

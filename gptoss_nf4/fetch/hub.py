@@ -4,11 +4,9 @@ import hashlib
 from pathlib import Path
 
 from gptoss_nf4.errors import UserError
+from gptoss_nf4.source.model import HUB_PATTERNS
 from gptoss_nf4.storage.machine import require_disk
 from gptoss_nf4.storage.writing import CHUNK_BYTES, sha256_of
-
-# What a conversion reads; pickled weights and code are never downloaded.
-PATTERNS = ("*.safetensors", "*.json", "chat_template.jinja")
 
 
 def download(repository: str, revision: str | None) -> tuple[Path, str]:
@@ -24,7 +22,7 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
         _require_room(info, repository)
-        directory = Path(snapshot_download(repository, revision=info.sha, allow_patterns=list(PATTERNS)))
+        directory = Path(snapshot_download(repository, revision=info.sha, allow_patterns=list(HUB_PATTERNS)))
     except RepositoryNotFoundError:
         raise UserError(
             "no such repository",
@@ -52,29 +50,12 @@ def _require_room(info, repository: str) -> None:
     """Refuse a download that the cache's file system cannot hold; files that are there already count as room."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    wanted = [f for f in info.siblings if f.size and any(Path(f.rfilename).match(pattern) for pattern in PATTERNS)]
+    wanted = [f for f in info.siblings if f.size and any(Path(f.rfilename).match(pattern) for pattern in HUB_PATTERNS)]
     there = {
         f.rfilename for f in wanted if isinstance(try_to_load_from_cache(repository, f.rfilename, revision=info.sha), str)
     }
     needed = sum(f.size for f in wanted if f.rfilename not in there)
     require_disk(needed, Path(constants.HF_HUB_CACHE), f"the download of {repository}")
-
-
-def cached(repository: str, commit: str) -> Path:
-    """The snapshot directory of a commit that `download` brought, without asking the network."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, revision=commit, allow_patterns=list(PATTERNS), local_files_only=True))
-    except LocalEntryNotFoundError:
-        raise UserError(
-            "missing source",
-            where="the Hugging Face cache",
-            got=f"no {repository} at {commit}",
-            expected="its snapshot",
-            next_step="run `dvc repro -s -f fetch`",
-        ) from None
 
 
 def git_blob_sha1(path: Path) -> str:

@@ -1,6 +1,13 @@
-"""The one table of names: which modules of the split layout make which module of the fused checkpoint.
+"""The one table of names: what the tensors of a gpt-oss are called here, and which of them make which fused tensor.
 
-Every name here is relative to `model.layers.{layer}.`; `{e}` stands for an expert's number.
+Three kinds of names meet in a conversion:
+
+- *canonical* names, used by everything between reading and writing. They are those of the published split layout, with
+  the router where transformers has it now: `mlp.experts.gate_up_projs.3`, `self_attn.q_proj`, `mlp.router.weight`.
+- *stored* names, under which a source keeps these tensors. Only the reader of that layout knows them (`source/`).
+- *fused* names, under which the converted checkpoint keeps them: `mlp.experts.w13`, `self_attn.qkv_proj`.
+
+Names in this table are relative to `model.layers.{layer}.`; `{e}` stands for an expert's number.
 """
 
 from collections.abc import Iterator, Sequence
@@ -8,6 +15,7 @@ from dataclasses import dataclass
 
 from gptoss_nf4.format.dimensions import Dimensions
 
+# Beside a 4-bit weight, as bitsandbytes names them; the nested ones with double quantization only.
 SIDECARS = ("absmax", "quant_map")
 NESTED_SIDECARS = ("nested_absmax", "nested_quant_map")
 STATE_PREFIX = "quant_state.bitsandbytes__"
@@ -15,7 +23,7 @@ STATE_PREFIX = "quant_state.bitsandbytes__"
 
 @dataclass(frozen=True)
 class Fusion:
-    """`sources` become `target`: stacked along a new first dimension (experts) or joined along rows (q, k, v)."""
+    """`sources` become `target`: stacked along a new first dimension (experts), or joined along rows (q, k, v)."""
 
     target: str
     sources: tuple[str, ...]
@@ -31,40 +39,31 @@ FUSIONS = (
     W2,
 )
 
-# Floating tensors that keep their shape: source name -> name in the fused checkpoint.
-RENAMED = {
-    "mlp.router.linear.weight": "mlp.router.weight",
-    "mlp.router.linear.bias": "mlp.router.bias",
-    "self_attn.sinks": "self_attn.sinks",
-    "input_layernorm.weight": "input_layernorm.weight",
-    "post_attention_layernorm.weight": "post_attention_layernorm.weight",
-}
-OUTSIDE_LAYERS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-
 
 def prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to, None for those outside the layers."""
+    """The layer that a tensor belongs to; None for those outside the layers."""
     parts = name.split(".")
     return int(parts[2]) if parts[:2] == ["model", "layers"] and parts[2:3] and parts[2].isdecimal() else None
 
 
 def parts_of(fusion: Fusion, layer: int, experts: int) -> list[str]:
-    """Full names of the source modules that make `fusion` in `layer`, in order."""
+    """Canonical names of the modules that make `fusion` in `layer`, in order."""
     if fusion.stacked:
         return [prefix(layer) + fusion.sources[0].format(e=e) for e in range(experts)]
     return [prefix(layer) + source for source in fusion.sources]
 
 
 def target_of(fusion: Fusion, layer: int) -> str:
+    """The fused name of what `fusion` makes in `layer`."""
     return prefix(layer) + fusion.target
 
 
 def weight_shapes(d: Dimensions) -> dict[str, tuple[int, int]]:
-    """Logical [out_features, in_features] of every source module that a fusion takes."""
+    """Logical [out_features, in_features] of every module that a fusion takes."""
     return {
         "self_attn.q_proj": (d.q_rows, d.hidden),
         "self_attn.k_proj": (d.kv_rows, d.hidden),
@@ -81,11 +80,11 @@ def fused_shape(fusion: Fusion, shapes: Sequence[tuple[int, int]]) -> tuple[int,
     return (len(shapes), rows, columns) if fusion.stacked else (sum(rows for rows, _ in shapes), columns)
 
 
-def renamed_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in RENAMED, by source name."""
+def kept_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
+    """Shape of a layer's floating tensors that keep shape and name: neither weights of modules nor their biases."""
     return {
-        "mlp.router.linear.weight": (d.experts, d.hidden),
-        "mlp.router.linear.bias": (d.experts,),
+        "mlp.router.weight": (d.experts, d.hidden),
+        "mlp.router.bias": (d.experts,),
         "self_attn.sinks": (d.heads,),
         "input_layernorm.weight": (d.hidden,),
         "post_attention_layernorm.weight": (d.hidden,),
@@ -93,7 +92,7 @@ def renamed_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
 
 
 def outside_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in OUTSIDE_LAYERS."""
+    """Shape of the tensors outside the layers, by full name."""
     return {
         "model.embed_tokens.weight": (d.vocabulary, d.hidden),
         "model.norm.weight": (d.hidden,),
@@ -101,8 +100,8 @@ def outside_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
     }
 
 
-def source_modules(d: Dimensions, layer: int) -> Iterator[tuple[Fusion, str, tuple[int, int]]]:
-    """(fusion, full source module name, logical shape) of one layer."""
+def modules_of(d: Dimensions, layer: int) -> Iterator[tuple[Fusion, str, tuple[int, int]]]:
+    """(fusion, full canonical name, logical shape) of every module of one layer that a fusion takes."""
     shapes = weight_shapes(d)
     for fusion in FUSIONS:
         for number, name in enumerate(parts_of(fusion, layer, d.experts)):

@@ -19,10 +19,10 @@ def expected_tensors(config: dict, where: Path) -> dict[str, Expected]:
     floating = frozenset({SAFETENSORS_NAMES[config["dtype"]]}) if config.get("dtype") in SAFETENSORS_NAMES else FLOATING
     expected: dict[str, Expected] = {name: (floating, shape) for name, shape in names.outside_shapes(d).items()}
     for layer in range(d.layers):
-        for old, shape in names.renamed_shapes(d).items():
-            expected[names.prefix(layer) + names.RENAMED[old]] = (floating, shape)
+        for name, shape in names.kept_shapes(d).items():
+            expected[names.prefix(layer) + name] = (floating, shape)
         shapes: dict[names.Fusion, list[tuple[int, int]]] = {}
-        for fusion, _, shape in names.source_modules(d, layer):
+        for fusion, _, shape in names.modules_of(d, layer):
             shapes.setdefault(fusion, []).append(shape)
         for fusion in names.FUSIONS:
             target, (*rows, columns) = names.target_of(fusion, layer), names.fused_shape(fusion, shapes[fusion])

@@ -16,6 +16,7 @@ import torch
 
 from gptoss_nf4.format import names
 from gptoss_nf4.format.dimensions import LAYER_TYPES, RMS_NORM_EPS, SWIGLU_LIMIT, Dimensions
+from gptoss_nf4.source import split
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
 from gptoss_nf4.storage.writing import write_file, write_json, write_text
 
@@ -115,11 +116,11 @@ def split_tensors(d: Dimensions, blocksize: int = 64, massive: bool = False) -> 
     """
     for layer in range(d.layers):
         tensors: dict[str, torch.Tensor] = {}
-        for _, module, (rows, columns) in names.source_modules(d, layer):
+        for _, module, (rows, columns) in names.modules_of(d, layer):
             weight = random_tensor(f"{module}.weight", (rows, columns), std=2.0 / math.sqrt(columns))
             tensors |= quantized(f"{module}.weight", weight, blocksize)
             tensors[f"{module}.bias"] = random_tensor(f"{module}.bias", (rows,), std=0.2).to(OTHER_DTYPE)
-        for key, shape in names.renamed_shapes(d).items():
+        for key, shape in split.kept_shapes(d).items():
             name, norm = names.prefix(layer) + key, key.endswith("layernorm.weight")
             dtype = ROUTER_DTYPE if "router" in key else OTHER_DTYPE
             # Spread routing: logits of about unit size, from normalized activations.

@@ -8,8 +8,9 @@ Codes depend on the tensor's name alone, so writing twice gives the same bytes.
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ from gptoss_nf4.format.codec import NF4_MAP
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.dtypes import ITEM_BYTES
 from gptoss_nf4.samples import embedded
+from gptoss_nf4.source import split
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
-from gptoss_nf4.storage.tensor_writer import Stream, whole, write_tensors
+from gptoss_nf4.storage.tensor_writer import Declared, writing_tensors
 from gptoss_nf4.storage.writing import write_json
 
 BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256  # of the published checkpoints
@@ -36,11 +38,15 @@ def write_checkpoint(directory: Path, d: Dimensions) -> None:
     weight_map, total = {}, 0
 
     def write_shard(layer: int) -> tuple[str, dict[str, int]]:
-        streams = layer_tensors(d, layer, nested_map) if layer < d.layers else outside_tensors(d)
+        tensors = layer_tensors(d, layer, nested_map) if layer < d.layers else outside_tensors(d)
         file = f"model-{layer + 1:05d}-of-{d.layers + 1:05d}.safetensors"
         # Four-byte values first, texts last, so that all are aligned.
-        write_tensors(directory / file, sorted(streams, key=lambda each: -ITEM_BYTES[each.dtype]))
-        return file, {stream.name: stream.bytes for stream in streams}
+        tensors.sort(key=lambda tensor: -ITEM_BYTES[tensor.declared.dtype])
+        with writing_tensors(directory / file, [tensor.declared for tensor in tensors]) as out:
+            for tensor in tensors:
+                for piece in tensor.pieces():
+                    out.append(tensor.declared.name, piece)
+        return file, {tensor.declared.name: tensor.declared.bytes for tensor in tensors}
 
     # Two at once: random numbers and the disk each take part of a core.
     with ThreadPoolExecutor(2) as pool:
@@ -53,21 +59,33 @@ def write_checkpoint(directory: Path, d: Dimensions) -> None:
     write_json(directory / "config.json", config)  # last: its presence says that the checkpoint is whole
 
 
+@dataclass(frozen=True)
+class Made:
+    """A tensor of the source, and how its bytes are made: in order, in pieces."""
+
+    declared: Declared
+    pieces: Callable[[], Iterator[np.ndarray]]
+
+
+def _whole(name: str, dtype: str, array: np.ndarray) -> Made:
+    return Made(Declared(name, dtype, array.shape), lambda: iter([array]))
+
+
 def _generator(name: str) -> np.random.Generator:
     return np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
 
 
-def random_bytes(name: str, shape: tuple[int, ...]) -> Stream:
+def random_bytes(name: str, shape: tuple[int, ...]) -> Made:
     """A uint8 tensor; drawn as whole 64-bit numbers, the fastest that NumPy draws."""
 
     def pieces() -> Iterator[np.ndarray]:
         count = math.prod(shape)
         yield _generator(name).integers(0, 1 << 64, -(-count // 8), dtype=np.uint64).view(np.uint8)[:count]
 
-    return Stream(name, "U8", shape, pieces())
+    return Made(Declared(name, "U8", shape), pieces)
 
 
-def bfloat16(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> Stream:
+def bfloat16(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> Made:
     """Normal values, some megabytes at a time."""
 
     def pieces() -> Iterator[np.ndarray]:
@@ -76,10 +94,10 @@ def bfloat16(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -
             values = generator.standard_normal(min(PIECE_VALUES, count - start), dtype=np.float32)
             yield ((values * np.float32(std) + np.float32(mean)).view(np.uint32) >> 16).astype(np.uint16)
 
-    return Stream(name, "BF16", shape, pieces())
+    return Made(Declared(name, "BF16", shape), pieces)
 
 
-def quantized(name: str, shape: tuple[int, int], nested_map: np.ndarray) -> list[Stream]:
+def quantized(name: str, shape: tuple[int, int], nested_map: np.ndarray) -> list[Made]:
     """A 4-bit weight and its sidecars, as bitsandbytes stores them with double quantization."""
     elements = math.prod(shape)
     blocks = -(-elements // BLOCKSIZE)
@@ -96,25 +114,25 @@ def quantized(name: str, shape: tuple[int, int], nested_map: np.ndarray) -> list
     return [
         random_bytes(name, (elements // 2, 1)),
         random_bytes(f"{name}.absmax", (blocks,)),
-        whole(f"{name}.nested_absmax", "F32", nested),
-        whole(f"{name}.quant_map", "F32", NF4_MAP),
-        whole(f"{name}.nested_quant_map", "F32", nested_map),
-        whole(f"{name}.{names.STATE_PREFIX}nf4", "U8", np.frombuffer(json.dumps(state).encode(), np.uint8)),
+        _whole(f"{name}.nested_absmax", "F32", nested),
+        _whole(f"{name}.quant_map", "F32", NF4_MAP),
+        _whole(f"{name}.nested_quant_map", "F32", nested_map),
+        _whole(f"{name}.{names.STATE_PREFIX}nf4", "U8", np.frombuffer(json.dumps(state).encode(), np.uint8)),
     ]
 
 
-def layer_tensors(d: Dimensions, layer: int, nested_map: np.ndarray) -> list[Stream]:
-    streams: list[Stream] = []
-    for _, module, shape in names.source_modules(d, layer):
-        streams += quantized(f"{module}.weight", shape, nested_map)
-        streams.append(bfloat16(f"{module}.bias", shape[:1], 0.02))
-    for key, shape in names.renamed_shapes(d).items():
+def layer_tensors(d: Dimensions, layer: int, nested_map: np.ndarray) -> list[Made]:
+    tensors: list[Made] = []
+    for _, module, shape in names.modules_of(d, layer):
+        tensors += quantized(f"{module}.weight", shape, nested_map)
+        tensors.append(bfloat16(f"{module}.bias", shape[:1], 0.02))
+    for key, shape in split.kept_shapes(d).items():
         norm = key.endswith("layernorm.weight")
-        streams.append(bfloat16(names.prefix(layer) + key, shape, 0.1 if norm else 0.02, mean=1.0 if norm else 0.0))
-    return streams
+        tensors.append(bfloat16(names.prefix(layer) + key, shape, 0.1 if norm else 0.02, mean=1.0 if norm else 0.0))
+    return tensors
 
 
-def outside_tensors(d: Dimensions) -> list[Stream]:
+def outside_tensors(d: Dimensions) -> list[Made]:
     return [
         bfloat16(name, shape, 0.1 if "norm" in name else 0.02, mean=1.0 if "norm" in name else 0.0)
         for name, shape in names.outside_shapes(d).items()

@@ -1,11 +1,17 @@
-"""Telling layouts of gpt-oss checkpoints apart by their keys, and saying what to do with those we do not convert."""
+"""The layouts of gpt-oss checkpoints: those that are read, and what to do with the others."""
 
 import re
+from pathlib import Path
 
 from gptoss_nf4.errors import UserError
+from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.source.interface import Source
+from gptoss_nf4.source.split import SplitSource
 from gptoss_nf4.storage.checkpoint import Checkpoint
+from gptoss_nf4.storage.reading import read_json_object, require_plain_files
 
-SPLIT = "split"
+# Each reads one layout. The first that recognises a checkpoint opens it.
+LAYOUTS: tuple[type[Source], ...] = (SplitSource,)
 
 # (name, a key that only this layout has, what to do), first match wins.
 _OTHER_LAYOUTS = (
@@ -36,14 +42,22 @@ _OTHER_LAYOUTS = (
     ),
 )
 _FUSED_EXPERTS = re.compile(r"\.experts\.gate_up_proj$")
-_SPLIT_EXPERTS = re.compile(r"\.mlp\.experts\.gate_up_projs\.\d+\.weight$")
 
 
-def require_split(checkpoint: Checkpoint) -> str:
-    """Return "split", or raise a UserError that names the layout found and what to do with it."""
+def open_checkpoint(directory: Path) -> Source:
+    """The checkpoint in `directory` through the reader of its layout; UserError where no reader takes it."""
+    if directory.is_dir():
+        require_plain_files(directory)
+    checkpoint = Checkpoint(directory)
+    for layout in LAYOUTS:
+        if layout.recognises(checkpoint):
+            return layout(checkpoint)
+    raise _unsupported(checkpoint)
+
+
+def _unsupported(checkpoint: Checkpoint) -> UserError:
+    """Names the layout found, and what to do with it."""
     keys = checkpoint.tensors
-    if any(_SPLIT_EXPERTS.search(key) for key in keys) and not any(".lora_" in key for key in keys):
-        return SPLIT
     found, next_step = "an unknown layout", "convert a checkpoint in Unsloth's split layout"
     for name, pattern, advice in _OTHER_LAYOUTS:
         if any(pattern.search(key) for key in keys):
@@ -53,10 +67,16 @@ def require_split(checkpoint: Checkpoint) -> str:
     if fused and fused[0].dtype == "U8" and f"{fused[0].name}.absmax" not in keys:
         found = "fused 4-bit experts without a quantization state"
         next_step = "the scales are lost and the weights cannot be recovered; save the fine-tune again"
-    raise UserError(
+    return UserError(
         "unsupported layout",
         where=checkpoint.directory,
         got=found,
         expected="the split layout (mlp.experts.gate_up_projs.<e>.weight)",
         next_step=next_step,
     )
+
+
+def layer_count(directory: Path) -> int:
+    """Number of layers of the checkpoint in `directory`, from its config.json alone."""
+    path = directory / "config.json"
+    return Dimensions.from_config(read_json_object(path), path).layers

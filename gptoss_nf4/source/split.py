@@ -1,88 +1,88 @@
-"""A checkpoint in the split layout: validated once, here, before any work; read by every layer stage afterwards."""
+"""The published layout: each expert's projections are 4-bit weights of their own ("split").
+
+Keys are those of `format/names.py`, but for the router, which was wrapped when this layout was made. Beside a weight lie
+bitsandbytes' sidecars: `weight.absmax`, `weight.quant_map`, `weight.quant_state.bitsandbytes__nf4` and, with double
+quantization, `weight.nested_absmax` and `weight.nested_quant_map`.
+"""
 
 import re
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import names
-from gptoss_nf4.format.codec import CODEBOOKS, denest_absmax, dequantize
+from gptoss_nf4.format.codec import CODEBOOKS, denest_absmax
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.quant_state import MAX_STATE_BYTES, QUANT_TYPES, QuantState
-from gptoss_nf4.source import layouts as layout
+from gptoss_nf4.source.interface import Floating, Module, Source
 from gptoss_nf4.storage.checkpoint import Checkpoint
-from gptoss_nf4.storage.reading import read_json_object, require_plain_files
 from gptoss_nf4.storage.tensor_reader import TensorInfo
 
+# Canonical name within a layer -> stored one, where they differ.
+STORED_NAMES = {
+    "mlp.router.weight": "mlp.router.linear.weight",
+    "mlp.router.bias": "mlp.router.linear.bias",
+}
+_EXPERTS = re.compile(r"\.mlp\.experts\.gate_up_projs\.\d+\.weight$")
+_ADAPTER = ".lora_"
 # Largest distance between neighbours of bitsandbytes' dynamic 8-bit map, of values up to 1.
 NESTED_ROUNDING = 0.02
 MAX_ABSMAX = 65504.0  # beyond it not even float16 holds the weight
 
 
-@dataclass(frozen=True)
-class Module:
-    """One weight of the source: `state` is None where it was left in 16 or 32 bit."""
-
-    name: str
-    shape: tuple[int, int]
-    state: QuantState | None
-
-    @property
-    def weight(self) -> str:
-        return f"{self.name}.weight"
+def kept_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
+    """`names.kept_shapes` by stored name."""
+    return {STORED_NAMES.get(name, name): shape for name, shape in names.kept_shapes(d).items()}
 
 
-class SplitSource:
-    """The source by modules instead of tensors."""
+class SplitSource(Source):
+    layout = "split"
 
-    def __init__(self, directory: Path):
-        if directory.is_dir():
-            require_plain_files(directory)
-        self.checkpoint = Checkpoint(directory)
-        self.layout = layout.require_split(self.checkpoint)
-        self.dimensions = Dimensions.from_config(self.checkpoint.config, directory / "config.json")
+    @classmethod
+    def recognises(cls, checkpoint: Checkpoint) -> bool:
+        keys = checkpoint.tensors
+        return any(_EXPERTS.search(key) for key in keys) and not any(_ADAPTER in key for key in keys)
 
-    @cached_property
-    def tensors_by_layer(self) -> dict[int | None, list[str]]:
-        """Tensor names of every layer, sorted; under None those outside the layers."""
-        found: dict[int | None, list[str]] = {}
-        for name in sorted(self.checkpoint.tensors):
-            found.setdefault(names.layer_of(name), []).append(name)
-        return found
+    def module(self, name: str, shape: tuple[int, int]) -> Module:
+        return Module(name, shape, self._state(name))
 
-    def modules(self, layer: int, fusion: names.Fusion) -> list[Module]:
-        """The modules that `fusion` takes in `layer`, in order."""
-        return [
-            Module(name, shape, self._state(name))
-            for other, name, shape in names.source_modules(self.dimensions, layer)
-            if other == fusion
-        ]
-
-    def packed(self, module: Module) -> np.ndarray:
-        """Codes, uint8 [rows * in_features / 2]."""
+    def codes(self, module: Module) -> np.ndarray:
         return self.checkpoint.raw(module.weight)
 
     def absmax(self, module: Module) -> np.ndarray:
-        """De-nested absmax, float32 [rows * in_features / blocksize]."""
-        nested = module.state.nested
-
-        def sidecar(kind: str) -> np.ndarray:
-            return self.checkpoint.numpy(f"{module.weight}.{kind}")
-
-        if nested is None:
-            return sidecar("absmax")
+        state = _quantized(module)
+        absmax = self.checkpoint.numpy(f"{module.weight}.absmax")
+        if state.nested is None:
+            return absmax
         return denest_absmax(
-            sidecar("absmax"), sidecar("nested_quant_map"), sidecar("nested_absmax"), nested.blocksize, nested.offset
+            absmax,
+            self.checkpoint.numpy(f"{module.weight}.nested_quant_map"),
+            self.checkpoint.numpy(f"{module.weight}.nested_absmax"),
+            state.nested.blocksize,
+            state.nested.offset,
         )
 
-    def dequantized(self, module: Module) -> np.ndarray:
-        """The 4-bit weight in float32 [rows, in_features]."""
-        state = module.state
-        codebook = CODEBOOKS[state.quant_type]
-        return dequantize(self.packed(module), self.absmax(module), codebook, state.blocksize, module.shape)
+    def floating(self, name: str) -> Floating:
+        stored = self._stored_name(name)
+        info = self.checkpoint.tensors[stored]
+        return Floating(name, stored, info.dtype, info.shape, lambda: self.checkpoint.torch_pieces(stored))
+
+    def stored(self, module: Module) -> dict[str, str]:
+        state = _quantized(module)
+        kinds = (*names.SIDECARS, *(names.NESTED_SIDECARS if state.nested else ()))
+        return {
+            "weight": module.weight,
+            **{kind: f"{module.weight}.{kind}" for kind in kinds},
+            "quant_state": f"{module.weight}.{names.STATE_PREFIX}{state.quant_type}",
+        }
+
+    @staticmethod
+    def _stored_name(name: str) -> str:
+        layer = names.layer_of(name)
+        if layer is None:
+            return name
+        within = name.removeprefix(names.prefix(layer))
+        return names.prefix(layer) + STORED_NAMES.get(within, within)
 
     def _state_key(self, module: str) -> str | None:
         """Name of the module's quant_state tensor; None where the module is not quantized."""
@@ -105,21 +105,20 @@ class SplitSource:
         return QuantState.from_json(self.checkpoint.raw(key).tobytes(), key)
 
     def validate(self) -> None:
-        """Check every tensor's presence, dtype and shape against config.json; raise a UserError for the first fault."""
         known: set[str] = set()
         for layer in range(self.dimensions.layers):
-            for _, name, shape in names.source_modules(self.dimensions, layer):
+            for _, name, shape in names.modules_of(self.dimensions, layer):
                 known |= self._validate_module(name, shape)
-            for name, shape in names.renamed_shapes(self.dimensions).items():
-                known.add(self._require_floating(names.prefix(layer) + name, shape))
-        for name, shape in names.outside_shapes(self.dimensions).items():
-            known.add(self._require_floating(name, shape))
+            for stored, kept in kept_shapes(self.dimensions).items():
+                known.add(self._require_floating(names.prefix(layer) + stored, kept))
+        for stored, outside in names.outside_shapes(self.dimensions).items():
+            known.add(self._require_floating(stored, outside))
         extra = sorted(set(self.checkpoint.tensors) - known)
         if extra:
             raise UserError(
                 "unknown tensor",
                 where=self.checkpoint.tensors[extra[0]].file.name,
-                got=f"{extra[0]} ({len(extra)} in all)",
+                got=f"{extra[0]} ({len(extra)} unknown in all)",
                 expected="only tensors of the split layout",
                 next_step="remove what does not belong to the model, or report the layout",
             )
@@ -128,8 +127,8 @@ class SplitSource:
         """Check one module and return the names of its tensors."""
         weight, rows = f"{name}.weight", shape[0]
         bias = self._require_floating(f"{name}.bias", (rows,))
-        key = self._state_key(name)
-        if key is None:
+        state = self._state(name)
+        if state is None:
             sidecars = [k for k in (f"{weight}.{kind}" for kind in names.SIDECARS) if k in self.checkpoint.tensors]
             if sidecars:
                 raise UserError(
@@ -140,45 +139,48 @@ class SplitSource:
                     next_step="fetch the model again",
                 )
             return {bias, self._require_floating(weight, shape)}
-        state = self._state(name)
+        stored = self.stored(Module(name, shape, state))
         if state.shape != shape:
             raise UserError(
                 "wrong shape",
-                where=key,
+                where=stored["quant_state"],
                 got=list(state.shape),
                 expected=f"{list(shape)} from config.json",
                 next_step="fetch the model again",
             )
-        expected = {weight: ("U8", state.elements // 2), f"{weight}.quant_map": ("F32", 16)}
+        expected = {"weight": ("U8", state.elements // 2), "quant_map": ("F32", 16)}
         if state.nested is None:
-            expected[f"{weight}.absmax"] = ("F32", state.blocks)
+            expected["absmax"] = ("F32", state.blocks)
         else:
-            expected[f"{weight}.absmax"] = ("U8", state.blocks)
-            expected[f"{weight}.nested_quant_map"] = ("F32", 256)
-            expected[f"{weight}.nested_absmax"] = ("F32", -(-state.blocks // state.nested.blocksize))
-        for tensor, (dtype, elements) in expected.items():
-            info = self._require(tensor)
+            expected["absmax"] = ("U8", state.blocks)
+            expected["nested_quant_map"] = ("F32", 256)
+            expected["nested_absmax"] = ("F32", -(-state.blocks // state.nested.blocksize))
+        for kind, (dtype, elements) in expected.items():
+            info = self._require(stored[kind])
             if info.dtype != dtype or int(np.prod(info.shape)) != elements:
                 raise UserError(
                     "wrong tensor",
-                    where=tensor,
+                    where=stored[kind],
                     got=f"{info.dtype} {list(info.shape)}",
                     expected=f"{dtype} with {elements} elements",
                     next_step="fetch the model again",
                 )
-        if not np.array_equal(self.checkpoint.numpy(f"{weight}.quant_map"), CODEBOOKS[state.quant_type]):
+        if not np.array_equal(self.checkpoint.numpy(stored["quant_map"]), CODEBOOKS[state.quant_type]):
             raise UserError(
                 "foreign codebook",
-                where=f"{weight}.quant_map",
+                where=stored["quant_map"],
                 got="other values than bitsandbytes' own",
                 expected=f"the {state.quant_type} codebook, which every kernel has built in",
                 next_step="fetch the model again",
             )
         self._require_scales(Module(name, shape, state))
-        return {bias, key, *expected}
+        return {bias, *stored.values()}
 
     def _require_scales(self, module: Module) -> None:
-        """Numbers that absmax can be made of, and absmax from 0 to MAX_ABSMAX (a little below 0 by rounding)."""
+        """Check the numbers that absmax is made of, and that absmax lies from 0 to MAX_ABSMAX.
+
+        De-nesting rounds, so a little below 0 passes.
+        """
 
         def require(kind: str, values: np.ndarray, smallest: float, largest: float, rising: bool = False) -> None:
             got = float(values.min()), float(values.max())  # NaN if any is
@@ -187,12 +189,12 @@ class SplitSource:
                     "bad absmax",
                     where=f"{module.weight}.{kind}",
                     got=f"values from {got[0]:g} to {got[1]:g}",
-                    expected=f"{'rising' if rising else 'finite'} ones from {smallest:g} to {largest:g}",
+                    expected=f"{'rising' if rising else 'finite'} values from {smallest:g} to {largest:g}",
                     next_step="fetch the model again",
                 )
 
         rounding = 0.0
-        if module.state.nested:
+        if _quantized(module).nested:
             require("nested_quant_map", self.checkpoint.numpy(f"{module.weight}.nested_quant_map"), -1, 1, rising=True)
             nested = self.checkpoint.numpy(f"{module.weight}.nested_absmax")
             require("nested_absmax", nested, 0, MAX_ABSMAX)
@@ -206,7 +208,7 @@ class SplitSource:
                 "missing tensor",
                 where=self.checkpoint.directory,
                 got=f"no {name}",
-                expected="one",
+                expected="this tensor in one of the files",
                 next_step="fetch the model again",
             )
         return info
@@ -224,12 +226,8 @@ class SplitSource:
         return name
 
 
-def layer_count(directory: Path) -> int:
-    """Number of layers of the checkpoint in `directory`, from its config.json alone."""
-    path = directory / "config.json"
-    return Dimensions.from_config(read_json_object(path), path).layers
-
-
-def safe_model_name(text: str) -> str:
-    """`text` as a directory name for the artifacts: letters, digits, dot, dash and underscore."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "model"
+def _quantized(module: Module) -> QuantState:
+    """The state of a module that is 4-bit; asking another for codes or absmax is a bug of ours."""
+    if module.state is None:
+        raise ValueError(f"{module.name} is not 4-bit")
+    return module.state

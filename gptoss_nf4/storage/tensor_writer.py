@@ -1,80 +1,105 @@
-"""Writing safetensors piece by piece: the header first, then every tensor's bytes as they are made.
+"""Writing a safetensors file piece by piece: the header first, then each tensor's bytes as they are made.
 
 The safetensors library wants all tensors in memory at once. A layer of gpt-oss-120b is 2.3 GB, the embeddings of any of
-them 1.2 GB; written in pieces a conversion needs the memory of one expert.
+them 1.2 GB. Written in pieces, a conversion needs the memory of one expert.
 Format: https://github.com/huggingface/safetensors#format.
 """
 
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from gptoss_nf4.format.dtypes import ITEM_BYTES
-from gptoss_nf4.storage.writing import write_file
+from gptoss_nf4.storage.writing import replacing
 
 ALIGNMENT = 8  # of the data, as the safetensors library has it
 
 
 @dataclass(frozen=True)
-class Stream:
-    """One tensor to be written: `pieces` are arrays whose bytes, joined, are the tensor's, in row-major order."""
+class Declared:
+    """A tensor that is to be written. `dtype` is a safetensors name."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    pieces: Iterable[np.ndarray]
 
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-def whole(name: str, dtype: str, array: np.ndarray) -> Stream:
-    """A tensor that is in memory already."""
-    return Stream(name, dtype, array.shape, [array])
+@contextmanager
+def writing_tensors(target: Path, declared: Sequence[Declared]) -> Iterator["TensorWriter"]:
+    """A safetensors file whose tensors are declared first, then filled in that order.
 
+    >>> with writing_tensors(path, [Declared("w", "U8", (4, 2)), Declared("s", "F32", (4,))]) as out:
+    ...     for rows in np.split(codes, 2):
+    ...         out.append("w", rows)
+    ...     out.append("s", scales)
 
-def write_tensors(target: Path, streams: list[Stream]) -> int:
-    """Write `streams` in their order, with a bar on a terminal; returns the file's bytes.
-
-    Pieces are taken from one stream after the other, so a later stream's may depend on an earlier one having been read.
-    `format: pt` in the header is what transformers and vLLM expect.
+    The file appears under its name when the block ends without an error and every tensor is whole. On a terminal a bar
+    shows how far it is.
     """
-    header = _header(streams)
-    size = sum(stream.bytes for stream in streams)
+    from tqdm import tqdm
 
-    def write(path: Path) -> None:
-        from tqdm import tqdm
-
-        # disable=None: no bar where stderr is not a terminal.
-        with path.open("wb") as file, tqdm(total=size, desc=target.name, unit="B", unit_scale=True, disable=None) as bar:
-            file.write(header)
-            for stream in streams:
-                written = 0
-                for piece in stream.pieces:
-                    file.write(memoryview(np.ascontiguousarray(piece)).cast("B"))
-                    written += piece.nbytes
-                    bar.update(piece.nbytes)
-                if written != stream.bytes:
-                    raise ValueError(f"{stream.name}: {written} bytes written, {stream.bytes} announced")
-
-    write_file(target, write)
-    return len(header) + size
+    header = _header(declared)
+    size = len(header) + sum(tensor.bytes for tensor in declared)
+    # disable=None: no bar where stderr is not a terminal.
+    bar = tqdm(total=size, desc=target.name, unit="B", unit_scale=True, disable=None)
+    with replacing(target) as file, bar:
+        file.write(header)
+        out = TensorWriter(file, bar, declared, size)
+        yield out
+        out.require_whole()
 
 
-def _header(streams: list[Stream]) -> bytes:
+class TensorWriter:
+    """Takes the bytes of declared tensors, one tensor after the other. `size` is the whole file's, in bytes."""
+
+    def __init__(self, file: BinaryIO, bar, declared: Sequence[Declared], size: int):
+        self.size = size
+        self._file, self._bar = file, bar
+        self._waiting = deque(declared)
+        self._missing = self._waiting[0].bytes if declared else 0  # of the first that waits
+
+    def append(self, name: str, *pieces: np.ndarray) -> None:
+        """Write the next bytes of tensor `name`: arrays whose bytes, joined in row-major order, are the tensor's."""
+        for piece in pieces:
+            if not self._waiting or self._waiting[0].name != name or piece.nbytes > self._missing:
+                raise ValueError(f"{piece.nbytes} bytes of {name} appended, but {self._expected()}")
+            self._file.write(memoryview(np.ascontiguousarray(piece)).cast("B"))
+            self._bar.update(piece.nbytes)
+            self._missing -= piece.nbytes
+            if not self._missing:
+                self._waiting.popleft()
+                self._missing = self._waiting[0].bytes if self._waiting else 0
+
+    def require_whole(self) -> None:
+        if self._waiting:
+            raise ValueError(f"the file is not whole: {self._expected()}")
+
+    def _expected(self) -> str:
+        return f"{self._missing} bytes of {self._waiting[0].name} come next" if self._waiting else "all is written"
+
+
+def _header(declared: Sequence[Declared]) -> bytes:
+    """Length, JSON and padding. `format: pt` is what transformers and vLLM expect."""
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for stream in streams:
-        if start % ITEM_BYTES[stream.dtype]:
-            raise ValueError(f"{stream.name} would not be aligned at byte {start}")
-        entries[stream.name] = {"dtype": stream.dtype, "shape": stream.shape, "data_offsets": (start, start + stream.bytes)}
-        start += stream.bytes
+    for tensor in declared:
+        if start % ITEM_BYTES[tensor.dtype]:
+            raise ValueError(f"{tensor.name} would not be aligned at byte {start}")
+        end = start + tensor.bytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (start, end)}
+        start = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text

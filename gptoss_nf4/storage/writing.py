@@ -10,8 +10,10 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.storage.reading import reading
@@ -19,20 +21,23 @@ from gptoss_nf4.storage.reading import reading
 CHUNK_BYTES = 1 << 22
 
 
-def write_file(target: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary path)`, flush it to disk and rename it to `target`; on any error leave `target` as it was.
+@contextmanager
+def replacing(target: Path) -> Iterator[BinaryIO]:
+    """A new file beside `target`, open for writing; at the end it is flushed to disk and renamed to `target`.
 
-    A process that is killed leaves its temporary file; the next that writes the same target removes it.
+    On any error `target` stays as it was. A process that is killed leaves its temporary file; the next that writes the
+    same target removes it.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
-        # A name of its own for each process, so that two runs at once never write into one file.
+        # A name of its own for each process and thread, so that two runs at once never write into one file.
         temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
         with temporary.open("w+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # held until closed, or until the process is gone
             try:
-                write(temporary)
+                yield file
+                file.flush()
                 os.fsync(file.fileno())
                 temporary.replace(target)
             finally:
@@ -47,6 +52,12 @@ def write_file(target: Path, write: Callable[[Path], None]) -> None:
         ) from None
 
 
+def write_file(target: Path, write: Callable[[Path], None]) -> None:
+    """`replacing` for a library that wants a path: `write(temporary path)` fills it."""
+    with replacing(target) as file:
+        write(Path(file.name))
+
+
 def _remove_abandoned(target: Path) -> None:
     """Delete temporary files of `target` whose writer is gone: nobody holds their lock."""
     for path in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
@@ -59,7 +70,8 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def write_bytes(target: Path, data: bytes) -> None:
-    write_file(target, lambda path: path.write_bytes(data))
+    with replacing(target) as file:
+        file.write(data)
 
 
 def write_text(target: Path, text: str) -> None:

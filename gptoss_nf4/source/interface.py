@@ -1,0 +1,137 @@
+"""The one face that every source has, whatever layout its files are in.
+
+A stage asks for modules and floating tensors by canonical names (`format/names.py`) and never for a stored one. A reader
+of another layout is a subclass of `Source` in a file of its own, and one line in `layouts.LAYOUTS`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gptoss_nf4.format import names
+from gptoss_nf4.format.codec import CODEBOOKS, dequantize
+from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.format.quant_state import QuantState
+from gptoss_nf4.storage.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+# Along which dimension of a weight the neighbours lie that share an absmax.
+INPUTS = "inputs"
+OUTPUTS = "outputs"
+
+
+@dataclass(frozen=True)
+class Module:
+    """One weight matrix and where its quantization runs.
+
+    `name` is canonical and full. `shape` is logical: [out_features, in_features]. `state` is None where the source left
+    the weight in 16 or 32 bit. `blocks_along` counts for 4-bit weights only.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    state: QuantState | None
+    blocks_along: str = INPUTS
+
+    @property
+    def weight(self) -> str:
+        return f"{self.name}.weight"
+
+    @property
+    def bias(self) -> str:
+        return f"{self.name}.bias"
+
+
+@dataclass(frozen=True)
+class Floating:
+    """A tensor that is not 4-bit.
+
+    `name` is canonical; `stored` says where it comes from, for messages. `dtype` is a safetensors name such as "BF16".
+    `read` gives its values in order, flat, some megabytes at a time.
+    """
+
+    name: str
+    stored: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], "Iterator[torch.Tensor]"]
+
+    def tensor(self) -> "torch.Tensor":
+        """All of it, as stored."""
+        import torch
+
+        return torch.cat(list(self.read())).reshape(self.shape)
+
+
+class Source(ABC):
+    """A gpt-oss checkpoint that somebody else wrote. Nothing of it is read before it is asked for."""
+
+    layout: str  # its name in manifests and messages
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self.dimensions = Dimensions.from_config(checkpoint.config, checkpoint.directory / "config.json")
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, checkpoint: Checkpoint) -> bool:
+        """Whether `checkpoint` is in this layout, by the names of its tensors."""
+
+    @abstractmethod
+    def validate(self) -> None:
+        """Check presence, dtype and shape of every tensor against config.json; raise a UserError for the first fault."""
+
+    @abstractmethod
+    def module(self, name: str, shape: tuple[int, int]) -> Module:
+        """The module of that canonical name."""
+
+    @abstractmethod
+    def codes(self, module: Module) -> np.ndarray:
+        """4-bit codes, uint8 [elements / 2], the first element in the high nibble."""
+
+    @abstractmethod
+    def absmax(self, module: Module) -> np.ndarray:
+        """Scales of a 4-bit module, float32 [blocks], free of double quantization."""
+
+    @abstractmethod
+    def floating(self, name: str) -> Floating:
+        """The tensor of that canonical name: a bias, a norm, the router, a module's weight that is not 4-bit."""
+
+    @abstractmethod
+    def stored(self, module: Module) -> dict[str, str]:
+        """Stored names of a 4-bit module's tensors by what they are.
+
+        Keys: "weight", "absmax", "quant_map", "quant_state"; with double quantization also "nested_absmax" and
+        "nested_quant_map".
+        """
+
+    def modules(self, layer: int, fusion: names.Fusion) -> list[Module]:
+        """The modules that `fusion` takes in `layer`, in order."""
+        return [
+            self.module(name, shape) for other, name, shape in names.modules_of(self.dimensions, layer) if other == fusion
+        ]
+
+    def dequantized(self, module: Module) -> np.ndarray:
+        """The weight of a 4-bit module, float32 of its shape."""
+        if module.state is None:
+            raise ValueError(f"{module.name} is not 4-bit")
+        codebook = CODEBOOKS[module.state.quant_type]
+        return dequantize(self.codes(module), self.absmax(module), codebook, module.state.blocksize, module.shape)
+
+    @cached_property
+    def stored_by_layer(self) -> dict[int | None, list[str]]:
+        """Stored tensor names of every layer, sorted; under None those outside the layers."""
+        found: dict[int | None, list[str]] = {}
+        for name in sorted(self.checkpoint.tensors):
+            found.setdefault(names.layer_of(name), []).append(name)
+        return found
+
+    def forget(self, layer: int) -> None:
+        """Tell the system that a layer is done with: see `Checkpoint.forget`."""
+        self.checkpoint.forget(self.stored_by_layer[layer])

@@ -1,0 +1,77 @@
+"""The `model` section of the settings, and opening the source that stage fetch brought for it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.source.interface import Source
+from gptoss_nf4.source.layouts import open_checkpoint
+from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.reading import read_json_object
+
+EMBEDDED_KINDS = ("embedded", "embedded_massive")
+SAMPLE_KINDS = (*EMBEDDED_KINDS, "synthetic")  # written by fetch itself, below the artifacts
+KINDS = (*SAMPLE_KINDS, "hub", "local")
+
+# What a conversion reads of a repository; pickled weights and code are never downloaded.
+HUB_PATTERNS = ("*.safetensors", "*.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which source to convert. Which fields count depends on `kind`."""
+
+    name: str
+    kind: str
+    path: str | None = None
+    repository: str | None = None
+    revision: str | None = None
+    dimensions: Dimensions | None = None
+    expected: str | None = None  # a `sha256sum` list of the source's files, made before
+
+
+def open_source(model: Model, artifacts: Artifacts) -> Source:
+    """The source that stage fetch brought and validated, for every later stage."""
+    manifest = read_json_object(artifacts.require(artifacts.manifest, "fetch"))
+    directory = _directory(model, artifacts, manifest)
+    if not directory.is_dir():
+        raise UserError(
+            "missing source",
+            where=directory,
+            got="no such directory",
+            expected=f"the checkpoint of model {model.name}",
+            next_step="run `dvc repro -s -f fetch`",
+        )
+    return open_checkpoint(directory)
+
+
+def _directory(model: Model, artifacts: Artifacts, manifest: dict) -> Path:
+    if model.kind == "hub":
+        return hub_snapshot(str(model.repository), manifest["source"]["commit"])
+    return artifacts.source if model.kind in SAMPLE_KINDS else Path(str(model.path))
+
+
+def hub_snapshot(repository: str, commit: str) -> Path:
+    """The directory of a commit that was downloaded into the hub's cache, without asking the network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(repository, revision=commit, allow_patterns=list(HUB_PATTERNS), local_files_only=True)
+        )
+    except LocalEntryNotFoundError:
+        raise UserError(
+            "missing source",
+            where="the Hugging Face cache",
+            got=f"no {repository} at {commit}",
+            expected="its snapshot",
+            next_step="run `dvc repro -s -f fetch`",
+        ) from None
+
+
+def safe_model_name(text: str) -> str:
+    """`text` as a directory name for the artifacts: letters, digits, dot, dash and underscore."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "model"
