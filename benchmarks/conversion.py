@@ -47,7 +47,7 @@ def run(directory: Path, *command: str) -> Run:
     seconds = time.monotonic() - started
     if process.returncode:
         sys.exit(f"error: {' '.join(command)}: got status {process.returncode}, expected 0; its message stands above")
-    ran = re.findall(r"^(fetch|code|dequant|requant|normalize|assemble|prove):(?: layer (\d+))?", output, re.M)
+    ran = re.findall(r"^(fetch|dequant|requant|normalize|assemble|prove):(?: layer (\d+))?", output, re.M)
     stages = list(dict.fromkeys(f"{name}@{layer}" if layer else name for name, layer in ran))
     return Run(seconds, usage.ru_maxrss * 1024, stages)
 

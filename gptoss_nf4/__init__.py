@@ -1,6 +1,18 @@
 """Exact conversion of Unsloth NF4 gpt-oss checkpoints into fused 4-bit checkpoints that vLLM serves.
 
-The library (everything outside `gptoss_nf4.vllm`) imports neither DVC, Hydra nor vLLM.
-"""
+`flow.py` shows the whole conversion in one function. The rooms, from the ground up; each may import those before it:
 
-__version__ = "0.1.0"
+    errors.py    the one exception that a user is meant to see
+    format/      what the bytes mean: dimensions, names, the NF4 codec; pure
+    storage/     files: reading what strangers wrote, writing beside and renaming
+    source/      the layouts that can be read, behind one face
+    samples/     sources that need no download
+    fetch/       bringing a source and describing it
+    convert/     the conversion, a module a stage
+    check/       the proof and other checks of the result
+    flow.py      all of it in order
+
+Beside them stand `vllm/`, the plugin that serves the result, and `engine/`, which drives vLLM for smoke and benchmark.
+Nothing else here imports vLLM, and nothing at all imports DVC, Hydra or OmegaConf: the stages do. The contracts in
+pyproject.toml say the same to import-linter.
+"""

@@ -27,8 +27,8 @@ import hydra  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from gptoss_nf4.errors import UserError  # noqa: E402
-from gptoss_nf4.fetch.fetch import Model  # noqa: E402
 from gptoss_nf4.format.dimensions import Dimensions  # noqa: E402
+from gptoss_nf4.source.model import Model  # noqa: E402
 from gptoss_nf4.storage.artifacts import Artifacts  # noqa: E402
 
 METRICS = Path("metrics")

@@ -58,7 +58,7 @@ class Scripts:
         self._failed, self._lock = threading.Event(), threading.Lock()
         # Imports take as long as a layer: a server does them once, and forks for each command.
         self._server = multiprocessing.get_context("forkserver")
-        self._server.set_forkserver_preload(["common", "gptoss_nf4.convert.layers"])
+        self._server.set_forkserver_preload(["common", "gptoss_nf4.convert.requant"])
 
     def start(self, stage: str) -> Future:
         """A future of whether the stage ran and succeeded."""
@@ -119,7 +119,7 @@ def record(done: dict[str, list[str]], kinds: dict[str, list[str]]) -> None:
 def repro(targets: list[str]) -> int:
     """Run what is out of date, and the status of the `dvc repro` that it ends in."""
     layers = yaml.safe_load(Path("params.yaml").read_text())["model"]["layers"]
-    print(dvc("repro", "--single-item", "fetch", "code"), end="", flush=True)
+    print(dvc("repro", "--single-item", "fetch"), end="", flush=True)
     changed = set(json.loads(dvc("status", "--json", *KINDS) or "{}"))  # by kind: DVC looks at all for each target
     if kinds := kinds_of_stages(layers, changed):
         run_stages(kinds, len(os.sched_getaffinity(0)))

@@ -22,7 +22,7 @@ ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
 KILLS, SEED = 100, 20260102
 LAYER_STAGES = [[name, f"layer={layer}"] for name in ("dequant", "requant") for layer in (0, 1)]
 VLLM_STAGES = [["smoke"], ["benchmark"]]
-STAGES = [["fetch"], ["code"], *LAYER_STAGES, ["normalize"], ["assemble"], ["prove"]]
+STAGES = [["fetch"], *LAYER_STAGES, ["normalize"], ["assemble"], ["prove"]]
 
 
 def start(project: Path, name: str, *arguments: str, **options) -> subprocess.Popen:

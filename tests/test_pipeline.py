@@ -26,7 +26,7 @@ def project(tmp_path_factory, tiny) -> Path:
     shutil.copytree(tiny, root / "my-finetune")
     run(checkout, "python", "stages/configure.py", "model=local", f"model.path={root / 'my-finetune'}")
     ran = repro(checkout, "assemble")
-    assert ran == {"fetch", "code", "dequant@0", "dequant@1", "requant@0", "requant@1", "normalize", "assemble"}
+    assert ran == {"fetch", "dequant@0", "dequant@1", "requant@0", "requant@1", "normalize", "assemble"}
     return checkout
 
 

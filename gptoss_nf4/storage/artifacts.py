@@ -29,11 +29,6 @@ class Artifacts:
         return self.root / "seen.json"
 
     @property
-    def code(self) -> Path:
-        """Digests of the code that the layers' stages run."""
-        return self.root / "code.json"
-
-    @property
     def digests(self) -> Path:
         return self.root / "digests"
 
