@@ -210,26 +210,35 @@ def test_a_foreign_quantization_config_is_refused(converted):
 
 
 def test_untested_versions_get_one_warning(monkeypatch):
-    from gptoss_nf4.vllm import register
+    from gptoss_nf4.vllm import versions
 
     messages = []
-    monkeypatch.setattr(register.logger, "warning", lambda text, *arguments: messages.append(text % arguments))
-    assert not register.warn_if_untested("0.32.0+cpu")
+    monkeypatch.setattr(versions.logger, "warning", lambda text, *arguments: messages.append(text % arguments))
+    assert not versions.warn_if_untested("0.32.0+cpu")
     assert messages == []
-    assert register.warn_if_untested("0.99.1")
-    assert register.warn_if_untested("0.99.1")
+    assert versions.warn_if_untested("0.99.1")
+    assert versions.warn_if_untested("0.99.1")
     assert len(messages) == 1
     assert "0.99.1" in messages[0]
 
 
-def test_a_missing_seam_is_one_clear_error_and_harms_no_other_model(monkeypatch):
-    import sys
+def a_missing_module(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gptoss_nf4.vllm.config", None)
 
+
+def a_registry_that_changed(monkeypatch):
+    from vllm.model_executor.layers import quantization
+
+    monkeypatch.setattr(quantization, "QUANTIZATION_METHODS", None)
+
+
+@pytest.mark.parametrize("break_it", [a_missing_module, a_registry_that_changed])
+def test_whatever_goes_wrong_is_one_line_and_harms_no_other_model(monkeypatch, break_it):
     from gptoss_nf4.vllm import register
 
     messages = []
     monkeypatch.setattr(register.logger, "error", lambda text, *arguments: messages.append(text % arguments))
-    monkeypatch.setitem(sys.modules, "gptoss_nf4.vllm.config", None)
+    break_it(monkeypatch)
     register.register()
     assert len(messages) == 1
     assert "no place for the plugin" in messages[0]

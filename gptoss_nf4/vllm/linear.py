@@ -1,7 +1,5 @@
 """NF4 attention projections (qkv_proj, o_proj) in vLLM."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.nn.functional import linear, pad
 from vllm.model_executor.layers.linear import LinearMethodBase
@@ -17,16 +15,14 @@ from gptoss_nf4.vllm.loading import (
     require_packable,
     runs_on_kernels,
 )
-
-if TYPE_CHECKING:
-    from gptoss_nf4.vllm.config import GptOssNf4Config
+from gptoss_nf4.vllm.settings import Settings
 
 
 class Nf4LinearMethod(LinearMethodBase):
     """Keeps codes and absmax in rows, so that vLLM's own column, row and q/k/v sharding cuts both alike."""
 
-    def __init__(self, config: "GptOssNf4Config", prefix: str):
-        self.config = config
+    def __init__(self, settings: Settings, prefix: str):
+        self.settings = settings
         self.prefix = prefix
 
     def create_weights(
@@ -43,13 +39,13 @@ class Nf4LinearMethod(LinearMethodBase):
     ) -> None:
         """Register `weight` uint8 [out, in / 2] and `absmax` float32 [out, in / blocksize], both of this rank."""
         rows = sum(output_partition_sizes)
-        blocksize = blocksize_of_shard(self.config.blocksize, input_size_per_partition, self.prefix)
+        blocksize = blocksize_of_shard(self.settings.blocksize, input_size_per_partition, self.prefix)
         layer.nf4_blocksize = blocksize
         layer.nf4_rows = rows
         layer.nf4_packed = runs_on_kernels(params_dtype)
 
         def load_absmax(parameter: torch.nn.Parameter, tensor: torch.Tensor, *args) -> None:
-            weight_loader(parameter, repeat_absmax(tensor, self.config.blocksize, blocksize), *args)
+            weight_loader(parameter, repeat_absmax(tensor, self.settings.blocksize, blocksize), *args)
 
         dims = {"output_dim": 0, "input_dim": 1, **extra_weight_attrs}
         codes, absmax = (rows, input_size_per_partition // 2), (rows, input_size_per_partition // blocksize)
@@ -68,7 +64,7 @@ class Nf4LinearMethod(LinearMethodBase):
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out] in x's dtype."""
         if not layer.nf4_packed:
-            weight = dequantize(layer.weight, layer.absmax, layer.nf4_blocksize, self.config.quant_type, x.dtype)
+            weight = dequantize(layer.weight, layer.absmax, layer.nf4_blocksize, self.settings.quant_type, x.dtype)
             return linear(x, weight, bias)
         if bias is not None:
             bias = pad(bias, (0, padded_rows(layer.nf4_rows) - layer.nf4_rows))[None]
@@ -79,6 +75,6 @@ class Nf4LinearMethod(LinearMethodBase):
             bias,
             layer.nf4_rows,
             layer.nf4_blocksize,
-            self.config.quant_type,
+            self.settings.quant_type,
         )
         return out.view(*x.shape[:-1], layer.nf4_rows)

@@ -9,6 +9,7 @@ from vllm.model_executor.models import gpt_oss
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.residual import writes_to_stream
+from gptoss_nf4.vllm.config import GptOssNf4Config
 
 
 def require_nothing_from_outside(vllm_config: VllmConfig) -> None:
@@ -37,7 +38,8 @@ class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # vLLM looks things up by t
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
-        scale = getattr(vllm_config.quant_config, "residual_scale", 1.0)
+        config = vllm_config.quant_config
+        scale = config.settings.residual_scale if isinstance(config, GptOssNf4Config) else 1.0
         if scale != 1:
             require_nothing_from_outside(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)

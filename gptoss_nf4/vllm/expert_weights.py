@@ -1,0 +1,127 @@
+"""w13 and w2 of a layer's experts: which part of the checkpoint's tensors a rank keeps, and in which order.
+
+Pure functions on tensors of all local experts, [E, rows, ...]; nothing here knows vLLM's classes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from gptoss_nf4.format.rows import INTERLEAVED, interleaved_rows
+from gptoss_nf4.vllm.kernels.tiles import gate_and_up_tiles, pack_absmax, pack_codes, padded_rows, tile_inputs
+from gptoss_nf4.vllm.loading import blocksize_of_shard, repeat_absmax, require_packable
+from gptoss_nf4.vllm.settings import Settings
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter of a weight.
+
+    `shape` and `dtype` are those of this rank's part in rows. `of_rank` takes it from the checkpoint's tensor of the
+    local experts; `kept` brings it into the order of memory.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    of_rank: Change
+    kept: Change
+
+
+class ExpertWeight(ABC):
+    """One of the two weights of all local experts, logical [E, rows, columns] on this rank.
+
+    `blocksize` is that with which this rank's columns are whole blocks.
+    """
+
+    name: str  # of its parameters: w13 or w2
+
+    def __init__(
+        self, rows: int, columns: int, *, settings: Settings, tp_size: int, tp_rank: int, packed: bool, prefix: str
+    ):
+        self.rows, self.columns = rows, columns
+        self.settings = settings
+        self.tp_size, self.tp_rank = tp_size, tp_rank
+        self.packed = packed
+        self.prefix = prefix
+        self.blocksize = blocksize_of_shard(settings.blocksize, columns, prefix)
+
+    @abstractmethod
+    def shard(self, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """This rank's part, of `shape`, of codes or absmax [E, rows, ...] of all ranks."""
+
+    @abstractmethod
+    def shard_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the bias [E, rows] of all ranks."""
+
+    def tiled(self, rows: torch.Tensor) -> torch.Tensor:
+        """[E, rows, ...] in the order of rows that the kernels want."""
+        return rows
+
+    def parts(self, num_experts: int, bias_dtype: torch.dtype) -> list[Part]:
+        """Codes uint8 [E, rows, columns / 2], absmax float32 [E, rows, columns / blocksize] and bias [E, rows]."""
+        codes = (num_experts, self.rows, self.columns // 2)
+        absmax = (num_experts, self.rows, self.columns // self.blocksize)
+
+        def absmax_of_rank(tensor: torch.Tensor) -> torch.Tensor:
+            if self.packed:
+                require_packable(tensor, f"{self.prefix}.{self.name}_absmax")
+            return self.shard(repeat_absmax(tensor, self.settings.blocksize, self.blocksize), absmax)
+
+        def in_memory(pack: Change) -> Change:
+            return (lambda rows: pack(self.tiled(rows))) if self.packed else (lambda rows: rows)
+
+        return [
+            Part(
+                f"{self.name}_codes",
+                codes,
+                torch.uint8,
+                lambda tensor: self.shard(tensor, codes),
+                in_memory(lambda rows: pack_codes(rows, tile_inputs(self.blocksize))),
+            ),
+            Part(f"{self.name}_absmax", absmax, torch.float32, absmax_of_rank, in_memory(pack_absmax)),
+            Part(
+                f"{self.name}_expert_bias",
+                (num_experts, self.rows),
+                bias_dtype,
+                self.shard_bias,
+                in_memory(lambda rows: pad(rows, (0, padded_rows(rows.shape[1]) - rows.shape[1]))),
+            ),
+        ]
+
+
+class W13(ExpertWeight):
+    """Gate and up: interleaved rows in memory; a rank of tensor parallelism has some of the rows."""
+
+    name = "w13"
+
+    def shard(self, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        return self._rows_of_rank(tensor)
+
+    def shard_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        return self._rows_of_rank(bias)
+
+    def _rows_of_rank(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.settings.w13_order != INTERLEAVED:
+            tensor = tensor[:, torch.from_numpy(interleaved_rows(self.settings.w13_order, tensor.shape[1]))]
+        return tensor if self.tp_size == 1 else tensor.narrow(1, self.tp_rank * self.rows, self.rows)
+
+    def tiled(self, rows: torch.Tensor) -> torch.Tensor:
+        return gate_and_up_tiles(rows, 1)
+
+
+class W2(ExpertWeight):
+    """Down: a rank of tensor parallelism has some of the input columns, and the first rank adds the bias."""
+
+    name = "w2"
+
+    def shard(self, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        return tensor if self.tp_size == 1 else tensor.narrow(2, self.tp_rank * shape[2], shape[2])
+
+    def shard_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        return bias if self.tp_rank == 0 else torch.zeros_like(bias)

@@ -1,0 +1,50 @@
+"""The `quantization_config` of a converted checkpoint, checked: plain values that the plugin's classes share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.format.quant_state import BLOCKSIZES, QUANT_TYPES
+from gptoss_nf4.format.residual import scale_of
+from gptoss_nf4.format.result import FORMAT_VERSION
+from gptoss_nf4.format.rows import W13_ORDERS
+
+WHERE = "config.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the checkpoint's weights are stored; written by `gptoss_nf4.convert.assemble`."""
+
+    quant_type: str
+    blocksize: int
+    w13_order: str
+    residual_scale: float = 1.0
+    # Modules that are served dense, by the checkpoint's names, such as "model.layers.0.self_attn.o_proj".
+    dense_modules: frozenset[str] = field(default_factory=frozenset)
+
+    @classmethod
+    def of(cls, config: Mapping) -> "Settings":
+        """From the section of config.json; UserError names the field that this version cannot serve."""
+        allowed: dict[str, tuple] = {
+            "format_version": (FORMAT_VERSION,),
+            "quant_type": QUANT_TYPES,
+            "blocksize": BLOCKSIZES,
+            "w13_order": W13_ORDERS,
+        }
+        for key, values in allowed.items():
+            if config.get(key) not in values:
+                raise UserError(
+                    "bad quantization_config",
+                    where=WHERE,
+                    got=f"{key}={config.get(key)!r}",
+                    expected=f"one of {values}",
+                    next_step="convert the checkpoint with this version of gptoss-nf4",
+                )
+        return cls(
+            quant_type=config["quant_type"],
+            blocksize=config["blocksize"],
+            w13_order=config["w13_order"],
+            residual_scale=scale_of(config, WHERE),
+            dense_modules=frozenset(config.get("modules_to_not_convert", [])),
+        )
