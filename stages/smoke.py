@@ -26,7 +26,7 @@ def require_finite(generations: list[Generation], checkpoint: Path) -> None:
         raise UserError(
             "log-probabilities are not finite",
             where=checkpoint,
-            expected="finite ones",
+            expected="finite log-probabilities",
             got=f"NaN or infinity for {len(bad)} of {len(generations)} prompts",
             next_step=advice(checkpoint),
         )

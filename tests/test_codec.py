@@ -85,7 +85,7 @@ def test_our_states_are_read_by_bitsandbytes():
 @pytest.mark.parametrize(
     ("data", "named"),
     [
-        (b"\xff not json", "no JSON"),
+        (b"\xff not json", "not JSON"),
         (b"[1]", "list"),
         (b'{"quant_type": "int8", "blocksize": 64, "dtype": "float16", "shape": [2, 64]}', "int8"),
         (b'{"quant_type": "nf4", "blocksize": 63, "dtype": "float16", "shape": [2, 64]}', "blocksize=63"),

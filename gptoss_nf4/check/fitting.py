@@ -27,6 +27,6 @@ def require_fitting(checkpoint: Checkpoint) -> None:
                 "wrong tensor",
                 where=info.file,
                 got=f"{name} {info.dtype} {list(info.shape)}",
-                expected=f"{' or '.join(sorted(dtypes))} {list(shape or ())} by config.json",
+                expected=f"{' or '.join(sorted(dtypes))} {list(shape or ())}, by config.json",
                 next_step="run `dvc repro assemble` again",
             )

@@ -105,7 +105,7 @@ def require_exact(result: Comparison, options: RequantOptions, artifacts: Artifa
         raise UserError(
             "the result is not exact",
             where=artifacts.checkpoint,
-            got=f"{result.different} different weights",
-            expected="0",
+            got=f"{result.different} weights that differ from the source's",
+            expected="no such weight",
             next_step="run `dvc repro -f prove`; if it stays, report it",
         )

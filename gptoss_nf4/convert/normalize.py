@@ -93,7 +93,7 @@ def _write_cast(out: TensorWriter, tensor: DenseTensor, dtype: str, scale: float
                 f"{kind} in {dtype}",
                 where=_culprit(tensor.origins, torch_dtype) or tensor.name,
                 got=f"{lost.overflow or lost.non_finite} of {lost.values}",
-                expected="none",
+                expected="only values that the dtype can hold",
                 next_step="use dtype=bfloat16 or dtype=float32" if lost.overflow else "repair the source",
             )
         counts += lost

@@ -144,7 +144,7 @@ def _stored_quantization(source: Source, name: str, parts: tuple[Module, ...]) -
             "mixed quantization",
             where=name,
             got=f"{sorted(states)} in one model",
-            expected="one type and blocksize",
+            expected="one quantization type and one blocksize",
             next_step="use requant.mode=nf4, which quantizes all of it alike",
         )
     return states.pop()

@@ -36,7 +36,7 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
             "download failed",
             where=repository,
             got=_first_line(error),
-            expected="all files",
+            expected="every file of the repository",
             next_step="run `dvc repro` again; what is there already is kept",
         ) from None
     for sibling in info.siblings:

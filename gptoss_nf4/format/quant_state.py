@@ -49,12 +49,14 @@ class QuantState:
         """Parse the JSON bytes of `....quant_state.bitsandbytes__*`; UserError names `where` and the field."""
 
         def bad(got: object, expected: str) -> UserError:
-            return UserError("bad quantization state", where=where, got=got, expected=expected, next_step="fetch it again")
+            return UserError(
+                "bad quantization state", where=where, got=got, expected=expected, next_step="fetch the model again"
+            )
 
         try:
             fields = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise bad(f"no JSON ({error})", "a JSON object") from None
+            raise bad(f"text that is not JSON ({error})", "a JSON object") from None
         if not isinstance(fields, dict):
             raise bad(type(fields).__name__, "a JSON object")
 

@@ -56,7 +56,7 @@ class Checkpoint:
                     "no weights",
                     where=self.directory,
                     got="no *.safetensors file",
-                    expected="at least one",
+                    expected="at least one such file",
                     next_step="save the model with safe_serialization=True",
                 )
             return files
@@ -88,8 +88,8 @@ class Checkpoint:
             raise UserError(
                 "bad index",
                 where=path,
-                got="no weight_map of names to files",
-                expected="one",
+                got="no weight_map that names files",
+                expected="a weight_map from tensor names to file names",
                 next_step="download it again",
             )
         return weight_map
@@ -99,7 +99,7 @@ class Checkpoint:
             raise UserError(
                 "duplicated tensor",
                 where=info.name,
-                got=f"it in {self.tensors[info.name].file.name} and {info.file.name}",
+                got=f"a copy in {self.tensors[info.name].file.name} and one in {info.file.name}",
                 expected="one copy",
                 next_step="remove the shard that does not belong",
             )

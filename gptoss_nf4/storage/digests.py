@@ -50,7 +50,7 @@ def verify(checkpoint: Path, recorded: Path, next_step: str) -> int:
             "damaged digest list",
             where=recorded,
             got=f"line {lines.index(None) + 1 if lines else 0}",
-            expected="lines of sha256sum",
+            expected="lines as `sha256sum` writes them",
             next_step="make it again",
         )
     expected = {match[2]: match[1] for match in lines}

@@ -42,7 +42,7 @@ def require_plain_files(directory: Path) -> None:
                 raise UserError(
                     "link out of the checkpoint",
                     where=path,
-                    got=f"one to {target}",
+                    got=f"a link to {target}",
                     expected="a file in the directory",
                     next_step="put a copy of the file there if you trust it",
                 )
@@ -54,7 +54,7 @@ def require_plain_files(directory: Path) -> None:
                     "not a file",
                     where=path,
                     got="a device, pipe or socket",
-                    expected="files only",
+                    expected="a regular file",
                     next_step="do not use this checkpoint",
                 )
             if path.suffix in SIDE_FILE_SUFFIXES and found.st_size > MAX_SIDE_FILE_BYTES:
@@ -84,7 +84,11 @@ def read_json_object(path: Path) -> dict:
     """The JSON object in `path`, or a UserError that names the file."""
     if not path.exists():
         raise UserError(
-            "missing file", where=path.parent, got=f"no {path.name}", expected="one", next_step="fetch the model again"
+            "missing file",
+            where=path.parent,
+            got=f"no {path.name}",
+            expected="this file in the checkpoint",
+            next_step="fetch the model again",
         )
     try:
         value = json.loads(read_text(path))
@@ -97,7 +101,7 @@ def read_json_object(path: Path) -> dict:
             "not a JSON object",
             where=path,
             got=type(value).__name__,
-            expected="an object",
+            expected="a JSON object",
             next_step="fetch the model again",
         )
     return value

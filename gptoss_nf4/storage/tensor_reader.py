@@ -52,16 +52,16 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         size = os.fstat(stream.fileno()).st_size
         prefix = stream.read(8)
         if len(prefix) < 8:
-            raise damaged(f"{size} bytes", "a safetensors file")
+            raise damaged(f"a file of {size} bytes", "a safetensors file, which begins with 8 bytes of length")
         (length,) = struct.unpack("<Q", prefix)
         if length > min(MAX_HEADER_BYTES, size - 8):
-            raise damaged(f"a header of {length} bytes in a file of {size}", "a header inside the file")
+            raise damaged(f"a header of {length} bytes in a file of {size}", "a header that ends inside the file")
         try:
             header = json.loads(stream.read(length), object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             raise damaged(f"a header that is not JSON ({error})", "a JSON header") from None
     if not isinstance(header, dict):
-        raise damaged("a header that is no JSON object", "a JSON object")
+        raise damaged("a header that is not a JSON object", "a JSON object")
 
     tensors = {}
     data_start = 8 + length
@@ -75,17 +75,21 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         except (KeyError, TypeError, ValueError):
             raise damaged(f"tensor {name} with header {str(entry)[:80]}", "a known dtype, shape and data_offsets") from None
         if not inside:
-            raise damaged(f"tensor {name} at {start}:{end} of {size - data_start} data bytes", "it inside the file")
+            raise damaged(
+                f"tensor {name} at bytes {start} to {end} of the data", f"a place within its {size - data_start} bytes"
+            )
         if end - start != expected_bytes:
-            raise damaged(f"tensor {name} with {end - start} bytes", f"{expected_bytes} for {dtype} {list(shape)}")
+            raise damaged(f"tensor {name} with {end - start} bytes", f"{expected_bytes} bytes for {dtype} {list(shape)}")
         tensors[name] = TensorInfo(name, dtype, shape, file, data_start + start, data_start + end)
     place = data_start
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):  # the format allows no holes either
         if info.start != place:
-            raise damaged(f"tensor {info.name} at byte {info.start}", f"it at {place}, where the one before ends")
+            raise damaged(
+                f"tensor {info.name} at byte {info.start}", f"a tensor at byte {place}, where the one before ends"
+            )
         place = info.end
     if place != size:
-        raise damaged(f"{size - place} bytes after the last tensor", "none")
+        raise damaged(f"{size - place} bytes after the last tensor", "a file that ends with its last tensor")
     return tensors
 
 
@@ -112,8 +116,8 @@ def read_range(file: Path, start: int, end: int) -> np.ndarray:
                 raise UserError(
                     "damaged shard",
                     where=file,
-                    got=f"an end at byte {end - len(view)}",
-                    expected=f"{end} bytes or more",
+                    got=f"the end of the file at byte {end - len(view)}",
+                    expected=f"at least {end} bytes",
                     next_step="fetch the file again",
                 )
             view = view[count:]

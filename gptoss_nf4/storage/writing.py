@@ -47,7 +47,7 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
             "cannot write",
             where=target,
             got=error.strerror or str(error),
-            expected="a file of ours there",
+            expected="to write a new file there",
             next_step="make room or give permission there, then run the command again",
         ) from None
 

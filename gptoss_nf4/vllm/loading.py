@@ -40,8 +40,8 @@ def require_filled(layer: torch.nn.Module) -> None:
         raise UserError(
             "parameter not loaded",
             where=unfilled[0],
-            got="no tensor for it",
-            expected="one in the checkpoint",
+            got="no tensor that fills it",
+            expected="a tensor of the checkpoint that fills it",
             next_step="convert the checkpoint again with this version of gptoss-nf4",
         )
 

@@ -26,7 +26,7 @@ def require_nothing_from_outside(vllm_config: VllmConfig) -> None:
                 "unsupported with a residual_scale",
                 where=vllm_config.model_config.model,
                 got=what,
-                expected="none",
+                expected="a run without it",
                 next_step="convert with dtype=bfloat16, or with residual_scale=1",
             )
 
