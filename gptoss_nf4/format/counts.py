@@ -1,9 +1,10 @@
 """Counts that are gathered piece by piece."""
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Self
 
 
+@dataclass
 class Counts:
     """A dataclass of numbers whose sum is that of each field."""
 

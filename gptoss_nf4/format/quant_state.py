@@ -7,6 +7,7 @@ tensors of their own: absmax, quant_map and, with double quantization, nested_ab
 import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -60,9 +61,10 @@ class QuantState:
         if not isinstance(fields, dict):
             raise bad(type(fields).__name__, "a JSON object")
 
-        def number(key: str, kind: type | tuple = int) -> int | float:
-            value = fields.get(key)
-            if not isinstance(value, kind) or isinstance(value, bool) or not abs(value) < 2**53:
+        def number(key: str, kinds: tuple[type, ...] = (int,)) -> Any:
+            value: Any = fields.get(key)
+            is_number = isinstance(value, kinds) and not isinstance(value, bool)
+            if not is_number or not abs(value) < 2**53:
                 raise bad(f"{key}={str(value)[:40]!r}", "a finite number")
             return value
 

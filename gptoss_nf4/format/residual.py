@@ -43,16 +43,20 @@ def resolve(setting: object, dtype: str) -> float:
 
 def check_scale(scale: object, where: object) -> float:
     """`scale` as a float, if it is a power of two from SMALLEST to 1; UserError otherwise."""
-    number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and SMALLEST <= scale <= 1
-    if not number or math.frexp(scale)[0] != 0.5:
-        raise UserError(
-            "bad residual_scale",
-            where=where,
-            got=repr(scale),
-            expected=f"auto or a power of two from {SMALLEST} to 1",
-            next_step="use residual_scale=auto",
-        )
-    return float(scale)
+    if (
+        isinstance(scale, (int, float))
+        and not isinstance(scale, bool)  # JSON's true is an int to Python
+        and SMALLEST <= scale <= 1
+        and math.frexp(scale)[0] == 0.5
+    ):
+        return float(scale)
+    raise UserError(
+        "bad residual_scale",
+        where=where,
+        got=repr(scale),
+        expected=f"auto or a power of two from {SMALLEST} to 1",
+        next_step="use residual_scale=auto",
+    )
 
 
 def scale_of(quantization_config: Mapping, where: object) -> float:

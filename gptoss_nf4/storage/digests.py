@@ -53,7 +53,7 @@ def verify(checkpoint: Path, recorded: Path, next_step: str) -> int:
             expected="lines as `sha256sum` writes them",
             next_step="make it again",
         )
-    expected = {match[2]: match[1] for match in lines}
+    expected = {match[2]: match[1] for match in lines if match}
     found = _digests(checkpoint)
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
