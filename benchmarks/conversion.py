@@ -2,8 +2,8 @@
 
     python -m benchmarks.conversion [--model synthetic_20b] [--layers 24] [--growth 1 6 12]
 
-Makes the source itself (random codes), works in a directory of its own, prints the tables and writes
-metrics/conversion.json. Takes about six minutes on two cores; needs 45 GB of disk while `cp` is measured.
+It makes the source itself, of random codes, and works in a directory of its own. It prints the tables and writes
+metrics/conversion.json. It takes about six minutes on two cores, and 45 GB of disk while `cp` is measured.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CHANGED_LAYER = 0
 
 @dataclass
 class Run:
-    """What one or several commands took: the peak is that of the largest process among all that they started."""
+    """What one or several commands took. The peak is that of the largest process among all that they started."""
 
     seconds: float = 0.0
     peak_bytes: int = 0
@@ -38,11 +38,13 @@ class Run:
 
 
 def run(directory: Path, *command: str) -> Run:
+    """Run `command` in `directory` and measure it; ends this program where it fails."""
     environment = os.environ | {"PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"}
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=directory, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None  # a pipe, as asked for
     output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)  # the largest of the process and of those that it waited for
+    _, status, usage = os.wait4(process.pid, 0)  # usage: the largest of the process and of those that it waited for
     process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.monotonic() - started
     if process.returncode:
@@ -53,7 +55,7 @@ def run(directory: Path, *command: str) -> Run:
 
 
 def checkout(project: Path) -> Path:
-    """A copy of the project's files, with a git repository of its own, as DVC wants one."""
+    """Copy the project's files to `project`, with a git repository of its own, which DVC asks for."""
     shutil.rmtree(project, ignore_errors=True)
     for name in subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).split():
         if (ROOT / name).is_file():
@@ -65,12 +67,13 @@ def checkout(project: Path) -> Path:
 
 def clean(project: Path) -> None:
     """Forget every result but the source."""
-    for path in (project / "dvc.lock", project / "metrics", project / ".dvc/cache", project / ".dvc/tmp"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    for artifacts in (project / "artifacts").iterdir():
-        for path in artifacts.iterdir():
-            if path.name != "source":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    results = [project / "dvc.lock", project / "metrics", project / ".dvc/cache", project / ".dvc/tmp"]
+    results += [path for path in (project / "artifacts").glob("*/*") if path.name != "source"]
+    for path in results:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def configure(project: Path, args: argparse.Namespace, layers: int, *overrides: str) -> None:
@@ -92,7 +95,7 @@ def copy_and_digest(project: Path, args: argparse.Namespace) -> Run:
 
 
 def change_a_code(project: Path, args: argparse.Namespace) -> None:
-    """Flip one bit of the first expert of CHANGED_LAYER, in place: its shard stands for a new fine-tune's."""
+    """Flip one bit of the first expert of CHANGED_LAYER, in place: so a new fine-tune differs, in one layer."""
     from gptoss_nf4.storage.checkpoint import Checkpoint
 
     name = f"model.layers.{CHANGED_LAYER}.mlp.experts.down_projs.0.weight"
@@ -105,12 +108,13 @@ def change_a_code(project: Path, args: argparse.Namespace) -> None:
 
 
 def disk_bytes(directory: Path) -> int:
-    """Bytes on disk below `directory`, files with several links once."""
+    """Bytes on disk below `directory`. A file with several names counts once."""
     seen = {(s.st_dev, s.st_ino): s.st_blocks * 512 for s in (p.lstat() for p in directory.rglob("*"))}
     return sum(seen.values())
 
 
 def measure(project: Path, args: argparse.Namespace) -> dict:
+    """All rows of the first table, in an order in which each finds what it needs."""
     parallel, repro = (PYTHON, "stages/parallel.py"), (*DVC, "repro", "assemble")
     refetch = (*DVC, "repro", "-s", "-f", "fetch")
     configure(project, args, args.layers)
@@ -146,7 +150,7 @@ def measure(project: Path, args: argparse.Namespace) -> dict:
 
 
 def growth(project: Path, args: argparse.Namespace) -> list[dict]:
-    """Clean conversions of fewer layers, and copying as much."""
+    """Clean conversions of fewer layers, and copying as many."""
     rows = []
     for layers in args.growth:
         shutil.rmtree(project / "artifacts", ignore_errors=True)
@@ -154,53 +158,37 @@ def growth(project: Path, args: argparse.Namespace) -> list[dict]:
         run(project, *DVC, "repro", "-s", "fetch")
         copied = copy_and_digest(project, args)
         clean(project)
-        converted = run(project, PYTHON, "stages/parallel.py")
-        rows.append(
-            {
-                "layers": layers,
-                "seconds": converted.seconds,
-                "peak_gib": converted.peak_bytes / 2**30,
-                "copy_seconds": copied.seconds,
-            }
-        )
+        rows.append(growth_row(layers, asdict(run(project, PYTHON, "stages/parallel.py")), asdict(copied)))
     return rows
 
 
+def growth_row(layers: int, converted: dict, copied: dict) -> dict:
+    """A point of the two plots in dvc.yaml, from two `Run`s."""
+    return {
+        "layers": layers,
+        "seconds": converted["seconds"],
+        "peak_gib": converted["peak_bytes"] / 2**30,
+        "copy_seconds": copied["seconds"],
+    }
+
+
 def report(result: dict) -> None:
-    runs = result["runs"]
-    copied = runs["cp + md5sum of the source"]["seconds"]
-    print(
-        f"\n{result['model']} (synthetic), {result['layers']} layers, {result['source_bytes'] / 1e9:.2f} GB, "
-        f"{result['cores']} cores\n"
-    )
-    columns = ["what", "seconds", "of cp + md5sum", "largest process GiB", "stages run"]
-    print(
-        markdown(
-            columns,
-            [
-                [
-                    name,
-                    f"{r['seconds']:.1f}",
-                    f"{r['seconds'] / copied:.2f}",
-                    f"{r['peak_bytes'] / 2**30:.2f}",
-                    len(r["stages"]),
-                ]
-                for name, r in runs.items()
-            ],
-        )
-    )
+    size = f"{result['layers']} layers, {result['source_bytes'] / 1e9:.2f} GB"
+    print(f"\n{result['model']} (synthetic), {size}, {result['cores']} cores\n")
+    copied = result["runs"]["cp + md5sum of the source"]["seconds"]
+    rows = []
+    for name, taken in result["runs"].items():
+        seconds, gib = taken["seconds"], taken["peak_bytes"] / 2**30
+        rows.append([name, f"{seconds:.1f}", f"{seconds / copied:.2f}", f"{gib:.2f}", len(taken["stages"])])
+    print(markdown(["what", "seconds", "of cp + md5sum", "largest process GiB", "stages run"], rows))
     print(f"disk beyond the source, cache included: {result['disk_by_output']:.2f} of the output")
     print(f"weights compared: {result['weights_compared']}, different: {result['weights_different']}\n")
     if result["growth"]:
-        print(
-            markdown(
-                ["layers", "seconds", "cp + md5sum", "largest process GiB"],
-                [
-                    [r["layers"], f"{r['seconds']:.1f}", f"{r['copy_seconds']:.1f}", f"{r['peak_gib']:.2f}"]
-                    for r in result["growth"]
-                ],
-            )
-        )
+        rows = [
+            [row["layers"], f"{row['seconds']:.1f}", f"{row['copy_seconds']:.1f}", f"{row['peak_gib']:.2f}"]
+            for row in result["growth"]
+        ]
+        print(markdown(["layers", "seconds", "cp + md5sum", "largest process GiB"], rows))
         print("plot: dvc plots show")
 
 
@@ -214,16 +202,10 @@ def main() -> None:
     project = checkout(args.directory.resolve() / "project")
     result = measure(project, args)
     result["growth"] = growth(project, args)
-    whole, copied = result["runs"]["clean, stages/parallel.py"], result["runs"]["cp + md5sum of the source"]
     if result["growth"]:
-        result["growth"].append(
-            {
-                "layers": args.layers,
-                "seconds": whole["seconds"],
-                "peak_gib": whole["peak_bytes"] / 2**30,
-                "copy_seconds": copied["seconds"],
-            }
-        )
+        runs = result["runs"]
+        whole = growth_row(args.layers, runs["clean, stages/parallel.py"], runs["cp + md5sum of the source"])
+        result["growth"].append(whole)
     shutil.rmtree(project)
     report(result)
     out = Path("metrics/conversion.json")

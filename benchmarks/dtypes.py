@@ -2,8 +2,8 @@
 
     python -m benchmarks.dtypes [--models tiny_massive] [--engine '{"attention_config": {"backend": "TRITON_ATTN"}}']
 
-`tiny_massive` has a channel of its residual stream beyond float16's largest number, as gpt-oss-120b has; `tiny` has none.
-Runs on the GPU where there is one.
+A channel of the residual stream of `tiny_massive` passes float16's largest number, as in gpt-oss-120b; `tiny` has none.
+Runs on the GPU if there is one.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PROMPTS = [
 ]
 RESULT = "generations: "
 ENGINE = {"max_model_len": 256, "max_num_seqs": 4, "enforce_eager": not torch.cuda.is_available()}
-# (dtype, residual_scale): the last shows that scaling itself, with its eps, costs nothing.
+# (dtype, residual_scale). The last case shows that scaling alone, with the eps that it changes, costs nothing.
 CASES = (("float16", 1), ("float16", AUTO), ("bfloat16", AUTO), ("float32", 1), ("float32", AUTO_FLOAT16))
 Case = tuple[str, object]
 Agreements = dict[Case, Agreement | None]
@@ -57,13 +57,14 @@ def converted(source: Path, directory: Path, case: Case) -> Path:
 
 
 def served(jobs: list[tuple[Path, dict]]) -> Iterator[list[Generation] | None]:
-    """Generations by vLLM of each checkpoint with its engine arguments, in a process of its own: this module's.
+    """vLLM's generations for each job, a checkpoint with its engine arguments; this module in another process makes them.
 
-    None where vLLM ends: on a GPU that is what token numbers sampled from NaN do to it.
+    None where vLLM fails: on a GPU it does where token numbers are sampled from NaN.
     """
     jobs_text = json.dumps([(str(checkpoint), engine) for checkpoint, engine in jobs])
     command = [sys.executable, "-m", "benchmarks.dtypes", "--serve", jobs_text]
-    # On a CPU an engine within the process starts in 3 s instead of 20; on a GPU only another process gives memory back.
+    # On a CPU an engine within the process starts in 3 s instead of 20. On a GPU only a process of its own, when it ends,
+    # gives all memory back.
     settings = {} if torch.cuda.is_available() else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=settings | os.environ)
     if done.returncode:
@@ -77,6 +78,7 @@ def served(jobs: list[tuple[Path, dict]]) -> Iterator[list[Generation] | None]:
 
 
 def serve(jobs: list[tuple[str, dict]]) -> None:
+    """The other process of `served`: prints a line for each job."""
     from gptoss_nf4.engine.generate import generate
 
     for checkpoint, engine in jobs:
@@ -89,23 +91,28 @@ def serve(jobs: list[tuple[str, dict]]) -> None:
 
 
 def agreements(source: Path, directory: Path, engine: dict, cases: tuple[Case, ...] = CASES) -> Agreements:
-    """Agreement with transformers in float32 by case; None where vLLM ends or is not finite."""
-    model, found = reference.build(open_checkpoint(source)), {}
+    """Agreement with transformers in float32 by case; None where vLLM fails or is not finite."""
+    model = reference.build(open_checkpoint(source))
+    found: Agreements = {}
     jobs = [(converted(source, directory, case), engine | {"dtype": case[0]}) for case in cases]
     for case, generations in zip(cases, served(jobs), strict=True):
-        found[case] = None
-        if generations is not None and all(generation.finite for generation in generations):
-            found[case] = Agreement()
-            for generation in generations:
-                found[case].add(generation, reference.log_probabilities(model, generation.token_ids))
+        if generations is None or not all(generation.finite for generation in generations):
+            found[case] = None
+            continue
+        found[case] = agreement = Agreement()
+        for generation in generations:
+            agreement.add(generation, reference.log_probabilities(model, generation.token_ids))
     return found
 
 
 def rows(model: str, found: Agreements) -> list[list]:
-    return [
-        [model, dtype, scale, *([f"{a.worst_difference:.4f}", f"{a.agreeing}/{a.positions}"] if a else ["not finite", ""])]
-        for (dtype, scale), a in found.items()
-    ]
+    table = []
+    for (dtype, scale), agreement in found.items():
+        result = ["not finite", ""]
+        if agreement is not None:
+            result = [f"{agreement.worst_difference:.4f}", f"{agreement.agreeing}/{agreement.positions}"]
+        table.append([model, dtype, scale, *result])
+    return table
 
 
 def main() -> None:
