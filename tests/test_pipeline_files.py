@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 import pytest
 import yaml
-from project_imports import ROOT, direct_imports, project_files
+from project_imports import ROOT, project_files
 
 STAGES = ("fetch", "dequant", "requant", "normalize", "assemble", "prove", "smoke", "benchmark")
 # These compute with packages whose versions may matter; assemble writes JSON alone.
@@ -73,7 +73,7 @@ def test_the_stages_that_serve_depend_on_the_whole_plugin(stage):
     assert {"gptoss_nf4", "pyproject.toml"} <= set(dependencies_of(stage))
 
 
-@pytest.mark.parametrize("stage", set(STAGES) - {"smoke", "benchmark"})
+@pytest.mark.parametrize("stage", sorted({*STAGES} - {"smoke", "benchmark"}))
 def test_a_kernel_change_runs_no_stage_of_the_conversion(stage):
     assert not [dep for dep in dependencies_of(stage) if (ROOT / dep) in (ROOT / "gptoss_nf4/vllm").parents]
 
@@ -81,15 +81,6 @@ def test_a_kernel_change_runs_no_stage_of_the_conversion(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_upgraded_package_runs_the_stages_that_compute_with_it(stage):
     assert ("requirements" in dependencies_of(stage)) == (stage in COMPUTING)
-
-
-def test_the_library_imports_neither_dvc_nor_hydra_nor_vllm():
-    for file in (ROOT / "gptoss_nf4").rglob("*.py"):
-        if {"vllm", "engine"} & set(file.parts):
-            continue
-        roots = {name.split(".")[0] for name in direct_imports(file)}
-        assert not roots & {"dvc", "hydra", "omegaconf", "vllm"}, file
-        assert not any(name.startswith("gptoss_nf4.vllm") for name in direct_imports(file)), file
 
 
 def test_mode_exact_imports_no_torch_per_layer():
