@@ -15,10 +15,10 @@ def generate(checkpoint: Path, prompts: list[str], max_tokens: int, engine_args:
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=TOP, prompt_logprobs=TOP)
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
     llm.llm_engine.engine_core.shutdown()  # otherwise the engine's process is killed at exit, with a warning
-    return [_generation(output) for output in outputs]
+    return [generation(output) for output in outputs]
 
 
-def _generation(output) -> Generation:
+def generation(output) -> Generation:
     completion = output.outputs[0]
     steps = [*output.prompt_logprobs, *completion.logprobs]
     return Generation(

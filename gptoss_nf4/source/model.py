@@ -1,4 +1,4 @@
-"""The `model` section of the settings, and opening the source that stage fetch brought for it."""
+"""The `model` and `adapters` sections of the settings, and opening the source that stage fetch brought."""
 
 import re
 from dataclasses import dataclass
@@ -30,6 +30,17 @@ class Model:
     revision: str | None = None
     dimensions: Dimensions | None = None
     expected: str | None = None  # a `sha256sum` list of the source's files, made before
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An entry of `adapters` in the settings: a directory, or a repository of the Hugging Face hub."""
+
+    name: str
+    path: str | None = None
+    repository: str | None = None
+    revision: str | None = None
+    any_base: bool = False  # take it though it was trained on other weights
 
 
 def open_source(model: Model, artifacts: Artifacts) -> Source:
