@@ -61,7 +61,7 @@ def composed(overrides: list[str]) -> DictConfig:
         cfg.model.path = str(directory)
         cfg.model.layers = list(range(layer_count(directory)))
         cfg.model.name = safe_model_name(cfg.model.name or directory.name)
-    cfg.adapters = {name: adapter_entry(name, given) for name, given in cfg.adapters.items()}
+    cfg.adapters = {name: adapter_entry(name, given) for name, given in (cfg.adapters or {}).items()}
     OmegaConf.resolve(cfg)
     return cfg
 
