@@ -237,7 +237,7 @@ def test_a_server_loads_and_unloads_adapters_and_refuses_what_does_not_fit(float
         assert text("other") not in first.values()
         assert post(f"{url}/v1/unload_lora_adapter", lora_name="other")[0] == 200
         assert "other" not in [model.id for model in client.models.list()]
-        for name, said in {"no-b": "lora_A and lora_B", "rank": "rank", "layer": "layer"}.items():
+        for name, said in {"no-b": "lora_A and lora_B", "rank": "wrong size", "layer": "layer"}.items():
             status, answer = post(f"{url}/v1/load_lora_adapter", lora_name=name, lora_path=str(bad[name]))
             assert status >= 400, name
             assert said in answer, answer
