@@ -83,6 +83,23 @@ def hub_snapshot(repository: str, commit: str) -> Path:
         ) from None
 
 
+def hub_config(repository: str, revision: str | None) -> Path:
+    """The repository's config.json, downloaded into the hub's cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, "config.json", revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            "cannot read the repository's config.json",
+            where="Hugging Face",
+            got=(str(error).strip().splitlines() or [type(error).__name__])[0][:200],
+            expected=f"config.json of {repository}",
+            next_step="check the name and the network, or run `hf auth login`",
+        ) from None
+
+
 def safe_model_name(text: str) -> str:
     """`text` as a directory name for the artifacts: letters, digits, dot, dash and underscore."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "model"
