@@ -6,6 +6,7 @@
     format/      what the bytes mean: dimensions, names, the NF4 codec; pure
     storage/     files: reading what strangers wrote, writing beside and renaming
     source/      the layouts that can be read, behind one face
+    adapters/    LoRA adapters as Unsloth and PEFT save them, in one canonical form
     samples/     sources that need no download
     fetch/       bringing a source and describing it
     convert/     the conversion, a module a stage

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from gptoss_nf4.errors import UserError  # noqa: E402
 from gptoss_nf4.format.dimensions import Dimensions  # noqa: E402
-from gptoss_nf4.source.model import Model  # noqa: E402
+from gptoss_nf4.source.model import AdapterSource, Model  # noqa: E402
 from gptoss_nf4.storage.artifacts import Artifacts  # noqa: E402
 
 METRICS = Path("metrics")
@@ -58,6 +58,26 @@ def model_of(cfg: DictConfig) -> tuple[Model, Artifacts]:
     if cfg.model.kind == "synthetic":
         fields["dimensions"] = Dimensions(layers=len(cfg.model.layers), **cfg.model.dimensions)
     return Model(**fields), Artifacts.of(cfg.model.name)
+
+
+def adapters_of(cfg: DictConfig) -> list[AdapterSource]:
+    """The adapters of params.yaml, which `configure.py` made of what the user gave."""
+    fields = ("path", "repository", "revision", "any_base")
+    return [AdapterSource(name, **{key: entry[key] for key in fields}) for name, entry in cfg.adapters.items()]
+
+
+def adapter_of(cfg: DictConfig) -> AdapterSource:
+    """The one that `adapter=NAME` names on the command line."""
+    for adapter in adapters_of(cfg):
+        if adapter.name == cfg.adapter:
+            return adapter
+    raise UserError(
+        "no such adapter",
+        where="params.yaml",
+        got=f"adapter={cfg.adapter}",
+        expected=f"one of {sorted(cfg.adapters)}",
+        next_step="run `python stages/configure.py 'adapters={NAME: DIRECTORY}'`",
+    )
 
 
 def engine_of(cfg: DictConfig) -> dict:

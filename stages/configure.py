@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from common import ROOT
+from given import adapter_as_model, adapter_entry, directory_of
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -11,16 +12,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.source.layouts import layer_count
-from gptoss_nf4.source.model import safe_model_name
+from gptoss_nf4.source.model import hub_config, safe_model_name
 from gptoss_nf4.storage.writing import write_text
 
 HEADER = "# Made from conf/ by `python stages/configure.py`; change values there, or pass them to it.\n"
 
 
 def composed(overrides: list[str]) -> DictConfig:
-    """conf/ with overrides, resolved; a local model's name and layers are read from its directory."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides)
+    """conf/ with overrides, resolved; name and layers of a model that conf/ does not know are read from the model."""
+    cfg = _compose(overrides)
     if cfg.model.kind == "local":
         if OmegaConf.is_missing(cfg.model, "path"):
             raise UserError(
@@ -30,12 +30,29 @@ def composed(overrides: list[str]) -> DictConfig:
                 expected="the directory of a checkpoint",
                 next_step="run `python stages/configure.py model=local model.path=DIRECTORY`",
             )
-        directory = Path(cfg.model.path).expanduser().resolve()
+        directory = directory_of(cfg.model.path, "model.path")
+        adapter = adapter_as_model(directory, cfg.model.base)
+        if adapter is not None:
+            name, base = adapter
+            print(f"{directory} is an adapter, called {name} here; its base is converted ({' '.join(base)})")
+            others = [each for each in overrides if not each.startswith(("model=", "model.path=", "model.base="))]
+            cfg = composed([*base, *others])
+            cfg.adapters = OmegaConf.to_container(cfg.adapters) | {name: adapter_entry(name, str(directory))}
+            return cfg
         cfg.model.path = str(directory)
         cfg.model.layers = list(range(layer_count(directory)))
         cfg.model.name = safe_model_name(cfg.model.name or directory.name)
+    if cfg.model.kind == "hub" and cfg.model.layers is None:
+        cfg.model.layers = list(range(layer_count(hub_config(cfg.model.repository, cfg.model.revision).parent)))
+        cfg.model.name = safe_model_name(cfg.model.name or Path(cfg.model.repository).name)
+    cfg.adapters = {name: adapter_entry(name, given) for name, given in (cfg.adapters or {}).items()}
     OmegaConf.resolve(cfg)
     return cfg
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides)
 
 
 def main() -> None:
@@ -46,7 +63,8 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit("error: " + " ".join(str(error).split()))
     write_text(Path("params.yaml"), HEADER + OmegaConf.to_yaml(cfg))
-    print(f"params.yaml: model {cfg.model.name}, {len(cfg.model.layers)} layers, {cfg.dtype}, engine {cfg.engine.name}")
+    line = f"params.yaml: model {cfg.model.name}, {len(cfg.model.layers)} layers, {cfg.dtype}, engine {cfg.engine.name}"
+    print(line + (f", adapters {', '.join(cfg.adapters)}" if cfg.adapters else ""))
 
 
 if __name__ == "__main__":

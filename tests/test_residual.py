@@ -163,7 +163,6 @@ def test_what_does_not_know_of_the_scale_is_refused():
     require_nothing_from_outside(config())
     require_nothing_from_outside(config(eagle=SimpleNamespace(use_eagle=lambda: False)))
     for asked_for, named in (
-        ({"lora": object()}, "LoRA"),
         ({"embeds": True}, "prompt embeddings"),
         ({"eagle": SimpleNamespace(use_eagle=lambda: True)}, "EAGLE"),
     ):

@@ -1,7 +1,12 @@
 """An independent reference: transformers' gpt-oss in float32, on the source's weights as bitsandbytes reads them."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import torch
 
+from gptoss_nf4.adapters.adapter import Adapter
+from gptoss_nf4.adapters.peft_form import write_peft_form
 from gptoss_nf4.check.weights import source_weight
 from gptoss_nf4.format import names
 from gptoss_nf4.format.dimensions import Dimensions
@@ -55,6 +60,15 @@ def state_dict(source: Source) -> dict[str, torch.Tensor]:
 
 def _float32(source: Source, name: str) -> torch.Tensor:
     return source.floating(name).tensor().float()
+
+
+def with_adapter(model, adapter: Adapter, d: Dimensions):
+    """`model` with the adapter on it, by PEFT: lora_B and lora_A are multiplied in float32, nothing is merged."""
+    from peft import PeftModel
+
+    with TemporaryDirectory() as directory:
+        write_peft_form(adapter, d, Path(directory))
+        return PeftModel.from_pretrained(model, directory).eval()
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Greedy generation with vLLM in this process, with log-probabilities."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from gptoss_nf4.check.agreement import Generation
@@ -7,18 +8,51 @@ from gptoss_nf4.check.agreement import Generation
 TOP = 20  # vLLM's default limit on log-probabilities per token
 
 
+# Ranks that vLLM makes its stacks for (vllm/config/lora.py).
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """An adapter as vLLM gets it: the name that requests ask for, the directory that it was saved in, its largest rank."""
+
+    name: str
+    directory: Path
+    rank: int
+
+
 def generate(checkpoint: Path, prompts: list[str], max_tokens: int, engine_args: dict) -> list[Generation]:
     """Load `checkpoint` with `vllm.LLM(**engine_args)` and continue every prompt by exactly `max_tokens` tokens."""
+    return _generate(checkpoint, [(prompt, None) for prompt in prompts], max_tokens, engine_args)
+
+
+def generate_with(
+    checkpoint: Path, adapter: ServedAdapter, prompts: list[str], max_tokens: int, engine_args: dict
+) -> tuple[list[Generation], list[Generation]]:
+    """`generate` by the base and by the adapter, all prompts of both in one batch."""
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest(adapter.name, 1, str(adapter.directory))
+    rank = next(allowed for allowed in MAX_LORA_RANKS if allowed >= adapter.rank)
+    lora_args = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+    requests = [(prompt, each) for prompt in prompts for each in (None, request)]
+    made = _generate(checkpoint, requests, max_tokens, engine_args | lora_args)
+    return made[0::2], made[1::2]
+
+
+def _generate(checkpoint: Path, requests: list[tuple], max_tokens: int, engine_args: dict) -> list[Generation]:
+    """`requests`: (prompt, LoRARequest or None)."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(str(checkpoint), **engine_args)
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=TOP, prompt_logprobs=TOP)
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    prompts, adapters = [prompt for prompt, _ in requests], [adapter for _, adapter in requests]
+    outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapters if any(adapters) else None)
     llm.llm_engine.engine_core.shutdown()  # otherwise the engine's process is killed at exit, with a warning
-    return [_generation(output) for output in outputs]
+    return [generation(output) for output in outputs]
 
 
-def _generation(output) -> Generation:
+def generation(output) -> Generation:
     completion = output.outputs[0]
     steps = [*output.prompt_logprobs, *completion.logprobs]
     return Generation(

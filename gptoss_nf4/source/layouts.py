@@ -16,9 +16,9 @@ LAYOUTS: tuple[type[Source], ...] = (SplitSource,)
 # (name, a key that only this layout has, what to do), first match wins.
 _OTHER_LAYOUTS = (
     (
-        "LoRA adapter that is not merged",
+        "a LoRA adapter",
         re.compile(r"\.lora_[AB]\."),
-        "save it with Unsloth's save_pretrained_merged(..., save_method='merged_4bit_forced')",
+        "convert its base and serve both: python stages/configure.py model=gpt_oss_20b 'adapters={mine: DIRECTORY}'",
     ),
     (
         "stock MXFP4",

@@ -1,4 +1,4 @@
-"""The `model` section of the settings, and opening the source that stage fetch brought for it."""
+"""The `model` and `adapters` sections of the settings, and opening the source that stage fetch brought."""
 
 import re
 from dataclasses import dataclass
@@ -30,6 +30,17 @@ class Model:
     revision: str | None = None
     dimensions: Dimensions | None = None
     expected: str | None = None  # a `sha256sum` list of the source's files, made before
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An entry of `adapters` in the settings: a directory, or a repository of the Hugging Face hub."""
+
+    name: str
+    path: str | None = None
+    repository: str | None = None
+    revision: str | None = None
+    any_base: bool = False  # take it though it was trained on other weights
 
 
 def open_source(model: Model, artifacts: Artifacts) -> Source:
@@ -69,6 +80,23 @@ def hub_snapshot(repository: str, commit: str) -> Path:
             got=f"no {repository} at {commit}",
             expected="its snapshot",
             next_step="run `dvc repro -s -f fetch`",
+        ) from None
+
+
+def hub_config(repository: str, revision: str | None) -> Path:
+    """The repository's config.json, downloaded into the hub's cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, "config.json", revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            "cannot read the repository's config.json",
+            where="Hugging Face",
+            got=(str(error).strip().splitlines() or [type(error).__name__])[0][:200],
+            expected=f"config.json of {repository}",
+            next_step="check the name and the network, or run `hf auth login`",
         ) from None
 
 

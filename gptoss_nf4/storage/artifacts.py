@@ -51,6 +51,14 @@ class Artifacts:
         return self.reports / f"layer-{layer}.json"
 
     @property
+    def adapters(self) -> Path:
+        return self.root / "adapters"
+
+    def adapter(self, name: str) -> Path:
+        """What stage adapter found in an adapter; the adapter itself stays where it was saved."""
+        return self.adapters / f"{name}.json"
+
+    @property
     def checkpoint(self) -> Path:
         return self.root / "checkpoint"
 

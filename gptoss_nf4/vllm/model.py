@@ -1,6 +1,7 @@
 """vLLM's gpt-oss with the residual stream of converted checkpoints scaled; any other gpt-oss is left as it is."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import VllmConfig
@@ -11,12 +12,14 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.residual import writes_to_stream
 from gptoss_nf4.vllm.config import GptOssNf4Config
 
+if TYPE_CHECKING:
+    from vllm.lora.model_manager import LoRAModelManager
+
 
 def require_nothing_from_outside(vllm_config: VllmConfig) -> None:
     """Refuse what writes to the residual stream, or reads it, without knowing of its scale."""
     speculative = vllm_config.speculative_config
     found = {
-        "LoRA adapters": vllm_config.lora_config is not None,
         "prompt embeddings": vllm_config.model_config.enable_prompt_embeds,
         "EAGLE speculation": speculative is not None and speculative.use_eagle(),
     }
@@ -47,6 +50,19 @@ class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # vLLM looks things up by t
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.variance_epsilon *= self.residual_scale**2
+
+    @property
+    def lora_manager(self) -> "LoRAModelManager | None":
+        """vLLM sets it on its model once it has wrapped the layers, which is the moment to attach what adapters need."""
+        return self.__dict__.get("_lora_manager")
+
+    @lora_manager.setter
+    def lora_manager(self, manager: "LoRAModelManager | None") -> None:
+        self.__dict__["_lora_manager"] = manager
+        if manager is not None and isinstance(self.vllm_config.quant_config, GptOssNf4Config):
+            from gptoss_nf4.vllm.lora.attach import attach
+
+            attach(manager, self.vllm_config, self.residual_scale)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return super().load_weights((name, self._scaled(name, tensor)) for name, tensor in weights)

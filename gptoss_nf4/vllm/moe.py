@@ -77,6 +77,24 @@ class Nf4MoEMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         require_filled(layer)
+        if self.moe.is_lora_enabled:
+            self._prepare_for_lora(layer)
+
+    def _prepare_for_lora(self, layer: RoutedExperts) -> None:
+        """Give the layer what vLLM's LoRA wrapper looks for: a kernel that knows LoRA, and weights under known names."""
+        from gptoss_nf4.vllm.lora.experts import kernel_with_lora
+
+        if layer.w13_codes.device.type != "cpu":
+            raise UserError(
+                "adapters on a GPU are not served yet",
+                where=self.prefix,
+                got="--enable-lora",
+                expected="an engine without it, or on the CPU",
+                next_step="serve without --enable-lora",
+            )
+        layer.w13_weight, layer.w2_weight = layer.w13_codes.data, layer.w2_codes.data  # for their device and rank
+        quant_config = self.get_fused_moe_quant_config(layer)
+        self.moe_kernel = kernel_with_lora(self.moe, quant_config, self._weights(layer), self.settings.residual_scale)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         return biased_moe_quant_config(layer.w13_expert_bias, layer.w2_expert_bias)
@@ -91,7 +109,18 @@ class Nf4MoEMethod(FusedMoEMethodBase):
         shared_experts_input=None,
     ) -> torch.Tensor:
         """x [tokens, hidden], topk_* [tokens, k] with global expert numbers -> [tokens, hidden]."""
-        weights = {
+        weights = self._weights(layer)
+        if layer.nf4_packed:
+            return torch.ops.gptoss_nf4.packed_experts(
+                x, topk_weights, topk_ids, layer.expert_map, layer.global_num_experts, **weights
+            )
+        if x.device.type == "cpu":
+            return torch.ops.gptoss_nf4.used_experts(x, topk_weights, topk_ids, layer.expert_map, **weights)
+        return self._dequantize_all(layer, x, topk_weights, topk_ids)
+
+    def _weights(self, layer: RoutedExperts) -> dict:
+        """The layer's weights as the operators name them."""
+        return {
             "w13_codes": layer.w13_codes,
             "w13_absmax": layer.w13_absmax,
             "w13_bias": layer.w13_expert_bias,
@@ -102,13 +131,6 @@ class Nf4MoEMethod(FusedMoEMethodBase):
             "w2_blocksize": layer.nf4_w2.blocksize,
             "quant_type": self.settings.quant_type,
         }
-        if layer.nf4_packed:
-            return torch.ops.gptoss_nf4.packed_experts(
-                x, topk_weights, topk_ids, layer.expert_map, layer.global_num_experts, **weights
-            )
-        if x.device.type == "cpu":
-            return torch.ops.gptoss_nf4.used_experts(x, topk_weights, topk_ids, layer.expert_map, **weights)
-        return self._dequantize_all(layer, x, topk_weights, topk_ids)
 
     def _dequantize_all(
         self, layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor

@@ -1,0 +1,138 @@
+"""An adapter in a directory: found, opened, checked, described; its tensors are read when they are asked for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from gptoss_nf4.adapters.base import BaseMatch, match_base
+from gptoss_nf4.adapters.canonical import Delta, delta_of
+from gptoss_nf4.adapters.config import AdapterConfig
+from gptoss_nf4.adapters.resolve import Module, resolve
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.format.dtypes import TORCH_DTYPES
+from gptoss_nf4.storage.reading import read_json_object, require_plain_files
+from gptoss_nf4.storage.tensor_reader import read_header, read_range
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+MAX_CONFIG_BYTES = 4 << 20  # a rank_pattern with every module of gpt-oss-120b takes 0.7 MB
+
+
+class Adapter:
+    """What `save_pretrained` of Unsloth or PEFT wrote, or a trainer's checkpoint.
+
+    >>> adapter = Adapter(Path("outputs/checkpoint-500"))
+    >>> for layer, deltas in adapter.layers(dimensions):
+    ...     print(layer, sorted(deltas))
+    0 ['model.layers.0.mlp.experts.w13', 'model.layers.0.mlp.experts.w2', 'model.layers.0.self_attn.q_proj']
+    """
+
+    def __init__(self, directory: Path):
+        """Read the configuration and the header of the tensors; UserError where either is missing, damaged or refused."""
+        self.directory = directory
+        _require_adapter(directory)
+        self.config = AdapterConfig.from_dict(read_json_object(directory / CONFIG_FILE), directory / CONFIG_FILE)
+        self.weights_file = directory / WEIGHTS_FILE
+        self.tensors = read_header(self.weights_file)
+        for info in self.tensors.values():
+            if not info.floating:
+                raise UserError(
+                    "wrong tensor",
+                    where=self.weights_file,
+                    got=f"{info.dtype} {info.name[:200]}",
+                    expected="floating-point numbers",
+                    next_step="save the adapter again",
+                )
+
+    def modules(self, d: Dimensions) -> dict[int, list[Module]]:
+        """What the adapter changes, by layer, from names and shapes alone; see `resolve` for what is checked."""
+        return resolve(self.config, {name: info.shape for name, info in self.tensors.items()}, d, self.weights_file)
+
+    def layers(self, d: Dimensions) -> Iterator[tuple[int, dict[str, Delta]]]:
+        """Each layer's deltas by full name, one layer in memory at a time; layers without any do not come."""
+        for layer, modules in self.modules(d).items():
+            yield layer, {module.name: delta_of(module, self._read, self.weights_file) for module in modules}
+
+    def layer(self, d: Dimensions, layer: int) -> dict[str, Delta]:
+        """One layer's deltas by full name."""
+        modules = self.modules(d).get(layer, [])
+        return {module.name: delta_of(module, self._read, self.weights_file) for module in modules}
+
+    def validate(self, d: Dimensions) -> None:
+        """Check every tensor against the base's dimensions, and every value; UserError for the first fault."""
+        for _ in self.layers(d):
+            pass
+
+    def describe(self, d: Dimensions) -> dict:
+        """What the adapter changes and how much, for a report in JSON; checks all that `validate` does.
+
+        `frobenius_norm` is that of the whole delta, scale included; divided by the norm of the base's weight it is the
+        delta's relative size.
+        """
+        changed = {}
+        for modules in self.modules(d).values():
+            for module in modules:
+                delta = delta_of(module, self._read, self.weights_file)
+                changed[module.name] = _about(module) | {"frobenius_norm": delta.frobenius_norm()}
+        return {
+            "base_model": self.config.base_model,
+            "peft_version": self.config.peft_version,
+            "tensors": len(self.tensors),
+            "bytes": sum(info.bytes for info in self.tensors.values()),
+            "dtypes": sorted({TORCH_DTYPES[info.dtype] for info in self.tensors.values()}),
+            "largest_rank": max(max(about["ranks"]) for about in changed.values()),
+            "modules": changed,
+        }
+
+    def base_matches(self, base: str, *also: str) -> BaseMatch:
+        """Whether `base_model_name_or_path` is `base`, a repository or a path; `also`: further names of that base."""
+        return match_base(self.config.base_model, base, *also)
+
+    def _read(self, name: str) -> torch.Tensor:
+        info = self.tensors[name]
+        data = torch.from_numpy(read_range(info.file, info.start, info.end))
+        return data.view(getattr(torch, TORCH_DTYPES[info.dtype])).reshape(info.shape)
+
+
+def _about(module: Module) -> dict:
+    """Ranks and scales of a module; of experts, how many have a delta."""
+    about = {
+        "shape": list(module.shape),
+        "ranks": sorted({factors.rank for factors in module.factors}),
+        "scales": sorted({factors.scale for factors in module.factors}),
+    }
+    if module.experts is not None:
+        fused = module.factors[0].expert is None
+        about["experts"] = module.experts if fused else len(module.factors)
+    return about
+
+
+def _require_adapter(directory: Path) -> None:
+    """UserError where `directory` does not hold one adapter in safe files; says what it holds instead."""
+
+    def refuse(got: str, expected: str, next_step: str) -> UserError:
+        return UserError("no adapter", where=directory, got=got, expected=expected, next_step=next_step)
+
+    if not directory.is_dir():
+        raise refuse("no such directory", f"a directory with {CONFIG_FILE} and {WEIGHTS_FILE}", "check the path")
+    require_plain_files(directory)
+    if not (directory / CONFIG_FILE).is_file():
+        inside = [path.parent for path in directory.glob(f"*/{CONFIG_FILE}")]
+        inside.sort(key=lambda path: (len(path.name), path.name))  # checkpoint-1000 behind checkpoint-500
+        if inside:
+            found = ", ".join(path.name for path in inside[:8])
+            raise refuse(f"{len(inside)} adapters in it: {found}", "one adapter", f"give one of them, as {inside[-1]}")
+        if (directory / "config.json").is_file():
+            raise refuse("config.json of a whole model", CONFIG_FILE, "convert it with model=local model.path=DIR")
+        raise refuse(f"no {CONFIG_FILE}", "what model.save_pretrained(DIR) writes", "check the path")
+    size = (directory / CONFIG_FILE).stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise refuse(f"{CONFIG_FILE} of {size} bytes", f"at most {MAX_CONFIG_BYTES}", "do not use this adapter")
+    if not (directory / WEIGHTS_FILE).is_file():
+        if (directory / PICKLE_FILE).is_file():
+            advice = "load it in PEFT and save it with model.save_pretrained(DIR)"
+            raise refuse(f"{PICKLE_FILE}, a pickle, which can run code", WEIGHTS_FILE, advice)
+        raise refuse(f"no {WEIGHTS_FILE}", f"it beside {CONFIG_FILE}", "save the adapter again")

@@ -1,0 +1,82 @@
+"""Whether an adapter was trained on this base, as far as names can tell.
+
+A fine-tune in 4 bit is exact only on the NF4 weights that it was trained on, say unsloth/gpt-oss-20b-unsloth-bnb-4bit.
+openai/gpt-oss-20b (MXFP4) and unsloth/gpt-oss-20b have the same dimensions, so an adapter trained on them loads without
+an error; but its deltas were made for other weights.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+FAMILY = re.compile(r"gpt-oss-(?:safeguard-)?\d+b", re.IGNORECASE)
+HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots(?:/|$)")
+
+
+class Verdict(Enum):
+    EXACT = "exact"
+    OTHER_WEIGHTS = "other weights"  # of the same model
+    OTHER_MODEL = "other model"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class BaseMatch:
+    verdict: Verdict
+    statement: str
+    """One sentence for the user."""
+
+
+def match_base(trained_on: str | None, base: str, *also: str) -> BaseMatch:
+    """Compare an adapter's `base_model_name_or_path` with a base's name; `also`: further names of it.
+
+    Names are Hub repositories or paths. `base` is the one that the statement uses.
+    """
+    known_as = (base, *also)
+    if not trained_on:
+        return BaseMatch(Verdict.UNKNOWN, f"The adapter does not say what it was trained on; {base} is assumed.")
+    if any(_same(trained_on, name) for name in known_as):
+        return BaseMatch(Verdict.EXACT, f"The adapter was trained on this base, {trained_on}.")
+    family = _family(trained_on)
+    families = {_family(name) for name in known_as} - {None}
+    if family is None or not families:
+        return BaseMatch(Verdict.UNKNOWN, f"The adapter was trained on {trained_on}; whether that is {base} is unknown.")
+    if family not in families:
+        return BaseMatch(
+            Verdict.OTHER_MODEL, f"The adapter was trained on {trained_on}, which is another model than {base}."
+        )
+    return BaseMatch(
+        Verdict.OTHER_WEIGHTS,
+        f"The adapter was trained on {trained_on}, whose weights are not those of {base}: it will run, but not exactly as "
+        "trained.",
+    )
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two names mean the same repository or directory; a local copy goes by its directory's name."""
+    one_repository, other_repository = _repository(one), _repository(other)
+    if one_repository and other_repository:
+        return one_repository == other_repository
+    if not one_repository and not other_repository and os.path.realpath(one) == os.path.realpath(other):
+        return True
+    return _family(one) is not None and _last_part(one) == _last_part(other)
+
+
+def _repository(name: str) -> str | None:
+    """owner/name of a Hub repository, or of a snapshot in the Hub's cache; None for another path. Lower case."""
+    cached = HUB_CACHE.search(name)
+    if cached:
+        return f"{cached[1]}/{cached[2]}".lower()
+    is_repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not os.path.exists(name)
+    return name.lower() if is_repository else None
+
+
+def _family(name: str) -> str | None:
+    """gpt-oss-20b or the like, in lower case; None where the name does not tell."""
+    found = FAMILY.findall(name)
+    return found[-1].lower() if found else None
+
+
+def _last_part(name: str) -> str:
+    return (_repository(name) or name).rstrip("/").rpartition("/")[2].lower()

@@ -1,0 +1,89 @@
+"""What the user may give where a model or an adapter is asked for: directories, Hub repositories, adapters as models."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from common import ROOT
+from omegaconf import OmegaConf
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.source.model import safe_model_name
+from gptoss_nf4.storage.reading import read_json_object
+
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+ADAPTER_FIELDS = {"path": None, "repository": None, "revision": None, "any_base": False}
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def is_repository(given: str) -> bool:
+    """Whether `given` can only be a repository: it has the form of one, and no such directory exists."""
+    return REPOSITORY.fullmatch(given) is not None and not Path(given).expanduser().exists()
+
+
+def directory_of(given: str, where: str) -> Path:
+    """`given` as an absolute path; UserError where it is no directory."""
+    directory = Path(given).expanduser().resolve()
+    if not directory.is_dir():
+        raise UserError(
+            "no such directory",
+            where=where,
+            got=str(directory),
+            expected="a directory, or a Hub repository as owner/name",
+            next_step="check the path",
+        )
+    return directory
+
+
+def adapter_entry(name: str, given: object) -> dict:
+    """An entry of `adapters` with all its fields, from a directory, a Hub repository or a mapping of fields."""
+    fields: dict = {}
+    if isinstance(given, str):
+        fields = {"repository": given} if is_repository(given) else {"path": given}
+    elif isinstance(given, Mapping):
+        fields = dict(given)
+    one_place = bool(fields.get("path")) != bool(fields.get("repository"))
+    if set(fields) - set(ADAPTER_FIELDS) or not one_place or name != safe_model_name(name):
+        raise UserError(
+            "bad setting",
+            where=f"adapters.{name}",
+            got=f"{given!r}",
+            expected="a name of letters, digits, '.', '_' and '-', and a directory or a Hub repository",
+            next_step="pass 'adapters={mine: /data/my-lora}'",
+        )
+    if fields.get("path"):
+        fields["path"] = str(directory_of(fields["path"], f"adapters.{name}"))
+    # What makes stage adapter run again: the directory, or for a repository the entry itself.
+    return ADAPTER_FIELDS | fields | {"defined_by": fields.get("path") or "conf/config.yaml"}
+
+
+def adapter_as_model(directory: Path, base: str | None) -> tuple[str, list[str]] | None:
+    """(the adapter's name, overrides that choose its base) where `directory` holds an adapter; None where it does not.
+
+    `base`: what the user says, else what adapter_config.json says.
+    """
+    if not (directory / ADAPTER_CONFIG).is_file() or (directory / "config.json").is_file():
+        return None
+    base = base or read_json_object(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            "adapter without a base",
+            where=directory / ADAPTER_CONFIG,
+            got="no base_model_name_or_path",
+            expected="the model that it was trained on",
+            next_step="pass model.base=DIRECTORY, or model.base=unsloth/gpt-oss-20b-unsloth-bnb-4bit",
+        )
+    name = directory.name
+    if re.fullmatch(r"checkpoint-\d+", name):  # a trainer's, whose directory says what it is of
+        name = f"{directory.parent.name}-{name}"
+    if not is_repository(base):
+        return safe_model_name(name), ["model=local", f"model.path={quoted(str(directory_of(base, 'model.base')))}"]
+    for group in sorted((ROOT / "conf/model").glob("*.yaml")):
+        if OmegaConf.load(group).get("repository") == base:
+            return safe_model_name(name), [f"model={group.stem}"]
+    return safe_model_name(name), ["model=hub", f"model.repository={base}"]
+
+
+def quoted(text: str) -> str:
+    """`text` as a value on Hydra's command line, whatever it contains."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
