@@ -167,7 +167,8 @@ def _config(d: Dimensions, quantization: dict) -> dict:
 
 def _write(directory: Path, parts: Iterator[dict[str, torch.Tensor]], config: dict) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, tensors in enumerate(parts):
         file = f"model-{number:05d}.safetensors"
         save_file(tensors, directory / file, metadata={"format": "pt"})

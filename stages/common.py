@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # stages run from a checkout, installed or not
 
 
-def _one_line_for_ctrl_c(kind, error, trace) -> None:
+def _one_line_for_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """What the interpreter calls for an exception that nothing caught: Ctrl-C, also while importing, is no bug of ours."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)

@@ -37,7 +37,7 @@ class Agreement:
                 continue
             expected = reference[position - 1]
             self.positions += 1
-            self.agreeing += max(engine, key=engine.get) == int(expected.argmax())
+            self.agreeing += max(engine, key=lambda token: engine[token]) == int(expected.argmax())
             differences = [abs(value - float(expected[token])) for token, value in engine.items() if value > -math.inf]
             self.worst_difference = max(self.worst_difference, *differences)
 

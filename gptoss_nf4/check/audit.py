@@ -17,7 +17,8 @@ def audit(checkpoint: Checkpoint, dtype: str) -> dict[str, int]:
     Quantization data apart: absmax and codebooks are float32 whatever the model's dtype is. UserError names the tensor.
     """
     require_fitting(checkpoint)
-    expected, found = SAFETENSORS_NAMES[dtype], {}
+    expected = SAFETENSORS_NAMES[dtype]
+    found: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
         stored = info.dtype
         if f".{names.STATE_PREFIX}" in name:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +12,10 @@ from gptoss_nf4.check.weights import source_weight
 from gptoss_nf4.format import names
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.source.interface import Source
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import GptOssForCausalLM
 
 FLOAT32_BYTES = 4
 
@@ -23,7 +28,7 @@ def float32_bytes(d: Dimensions) -> int:
     return FLOAT32_BYTES * (attention_and_experts + 2 * d.vocabulary * d.hidden)
 
 
-def build(source: Source):
+def build(source: Source) -> "GptOssForCausalLM":
     """transformers' GptOssForCausalLM in float32; uses none of our fusing, only bitsandbytes and torch.
 
     bitsandbytes dequantizes to float32 here: left alone it rounds to the state's dtype.
@@ -62,7 +67,7 @@ def _float32(source: Source, name: str) -> torch.Tensor:
     return source.floating(name).tensor().float()
 
 
-def with_adapter(model, adapter: Adapter, d: Dimensions):
+def with_adapter(model: "GptOssForCausalLM", adapter: Adapter, d: Dimensions) -> "PeftModel":
     """`model` with the adapter on it, by PEFT: lora_B and lora_A are multiplied in float32, nothing is merged."""
     from peft import PeftModel
 
@@ -72,6 +77,6 @@ def with_adapter(model, adapter: Adapter, d: Dimensions):
 
 
 @torch.inference_mode()
-def log_probabilities(model, token_ids: list[int]) -> torch.Tensor:
+def log_probabilities(model: torch.nn.Module, token_ids: list[int]) -> torch.Tensor:
     """float32 [tokens, vocabulary]: row i is the distribution of token i + 1."""
     return model(torch.tensor([token_ids])).logits[0].log_softmax(-1)

@@ -31,7 +31,7 @@ class RequantOptions:
         """From the `requant` section; `device` says where to compute, not what, and is left out."""
         return cls(**{key: value for key, value in section.items() if key != "device"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choices = {"mode": MODES, "w13_order": W13_ORDERS, "quant_type": QUANT_TYPES, "blocksize": BLOCKSIZES}
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:

@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptoss_nf4.check.agreement import Generation
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput
 
 TOP = 20  # vLLM's default limit on log-probabilities per token
 
@@ -52,7 +56,7 @@ def _generate(checkpoint: Path, requests: list[tuple], max_tokens: int, engine_a
     return [generation(output) for output in outputs]
 
 
-def generation(output) -> Generation:
+def generation(output: "RequestOutput") -> Generation:
     completion = output.outputs[0]
     steps = [*output.prompt_logprobs, *completion.logprobs]
     return Generation(

@@ -8,8 +8,13 @@ import random
 import statistics
 import threading
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 SAMPLE_SECONDS = 0.2
 
@@ -46,7 +51,7 @@ def _resident_bytes(process: psutil.Process) -> int:
     return total
 
 
-def _gpu_handle():
+def _gpu_handle() -> Callable[[], int] | None:
     """A function that reads the used bytes of GPU 0, or None where there is no NVIDIA GPU."""
     try:
         import pynvml
@@ -64,7 +69,7 @@ def random_prompts(count: int, tokens: int, vocabulary: int) -> list[dict]:
     return [{"prompt_token_ids": random.choices(range(vocabulary), k=tokens)} for _ in range(count)]
 
 
-def generate(llm, prompts: list[dict], output_tokens: int) -> list:
+def generate(llm: "LLM", prompts: list[dict], output_tokens: int) -> list:
     """vLLM's outputs with every prompt continued by exactly `output_tokens` tokens.
 
     Sampled, not greedy: a model of random weights, given its likeliest tokens, soon repeats a few, and a batch of them
@@ -80,14 +85,14 @@ def generate(llm, prompts: list[dict], output_tokens: int) -> list:
     return outputs
 
 
-def generate_seconds(llm, prompts: list[dict], output_tokens: int) -> float:
+def generate_seconds(llm: "LLM", prompts: list[dict], output_tokens: int) -> float:
     """Seconds until every prompt is continued by exactly `output_tokens` tokens."""
     started = time.perf_counter()
     generate(llm, prompts, output_tokens)
     return time.perf_counter() - started
 
 
-def measure_batch(llm, batch: int, input_tokens: int, output_tokens: int, rounds: int, vocabulary: int) -> dict:
+def measure_batch(llm: "LLM", batch: int, input_tokens: int, output_tokens: int, rounds: int, vocabulary: int) -> dict:
     """One batch size, after one round that is not counted; medians over requests, then over `rounds`.
 
     By vLLM's own clock, so the engine has to be made with disable_log_stats=False: a step is the time from a request's
@@ -108,7 +113,7 @@ def measure_batch(llm, batch: int, input_tokens: int, output_tokens: int, rounds
     }
 
 
-def measure_prefill(llm, tokens: int, rounds: int, vocabulary: int) -> float:
+def measure_prefill(llm: "LLM", tokens: int, rounds: int, vocabulary: int) -> float:
     """Milliseconds from a prompt of `tokens` to its first token: median over `rounds`, after one not counted."""
     return 1e3 * statistics.median(
         [generate_seconds(llm, random_prompts(1, tokens, vocabulary), 1) for _ in range(rounds + 1)][1:]

@@ -91,7 +91,7 @@ def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
             synthetic.write_checkpoint(artifacts.source, model.dimensions)
         return artifacts.source, {"kind": model.kind, "values": "random: for measuring the conversion only"}
     if model.kind == "hub":
-        directory, commit = hub.download(model.repository, model.revision)
+        directory, commit = hub.download(str(model.repository), model.revision)
         return directory, {"kind": model.kind, "repository": model.repository, "commit": commit}
     if model.kind == "local":
         if not model.path:

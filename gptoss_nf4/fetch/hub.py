@@ -2,11 +2,15 @@
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.source.model import HUB_PATTERNS
 from gptoss_nf4.storage.machine import require_disk
 from gptoss_nf4.storage.writing import CHUNK_BYTES, sha256_of
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
 
 
 def download(repository: str, revision: str | None) -> tuple[Path, str]:
@@ -46,7 +50,7 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
     return directory, info.sha
 
 
-def _require_room(info, repository: str) -> None:
+def _require_room(info: "ModelInfo", repository: str) -> None:
     """Refuse a download that the cache's file system cannot hold; files that are there already count as room."""
     from huggingface_hub import constants, try_to_load_from_cache
 

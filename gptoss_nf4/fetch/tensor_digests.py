@@ -77,7 +77,7 @@ def _recall(memory: Path, seen: dict[Path, list[int]]) -> dict[str, str]:
 
 
 def _remember(memory: Path, checkpoint: Checkpoint, digests: dict[str, str], seen: dict[Path, list[int]]) -> None:
-    files = {file.name: {"identity": identity, "sha256": {}} for file, identity in seen.items()}
+    files: dict[str, dict] = {file.name: {"identity": was, "sha256": {}} for file, was in seen.items()}
     for name, digest in digests.items():
         if checkpoint.tensors[name].file in seen:
             files[checkpoint.tensors[name].file.name]["sha256"][name] = digest
@@ -87,5 +87,5 @@ def _remember(memory: Path, checkpoint: Checkpoint, digests: dict[str, str], see
 def _sha256(pieces: Iterator[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for piece in pieces:
-        digest.update(piece)
+        digest.update(piece.data)
     return digest.hexdigest()

@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -159,10 +160,11 @@ def write_checkpoint(directory: Path, d: Dimensions = TINY, blocksize: int = 64,
     """Write the whole model: config, shards with an index (one a layer and one for the rest), tokenizer."""
     from safetensors.torch import save_file
 
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, tensors in enumerate(split_tensors(d, blocksize, massive)):
         file = f"model-{number + 1:05d}-of-{d.layers + 1:05d}.safetensors"
-        write_file(directory / file, lambda path, t=tensors: save_file(t, path, metadata={"format": "pt"}))
+        write_file(directory / file, partial(save_file, tensors, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

@@ -35,7 +35,8 @@ def write_checkpoint(directory: Path, d: Dimensions) -> None:
     from bitsandbytes.functional import create_dynamic_map
 
     nested_map = create_dynamic_map().numpy()
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
 
     def write_shard(layer: int) -> tuple[str, dict[str, int]]:
         tensors = layer_tensors(d, layer, nested_map) if layer < d.layers else outside_tensors(d)
@@ -126,9 +127,9 @@ def layer_tensors(d: Dimensions, layer: int, nested_map: np.ndarray) -> list[Mad
     for _, module, shape in names.modules_of(d, layer):
         tensors += quantized(f"{module}.weight", shape, nested_map)
         tensors.append(bfloat16(f"{module}.bias", shape[:1], 0.02))
-    for key, shape in split.kept_shapes(d).items():
+    for key, kept in split.kept_shapes(d).items():
         norm = key.endswith("layernorm.weight")
-        tensors.append(bfloat16(names.prefix(layer) + key, shape, 0.1 if norm else 0.02, mean=1.0 if norm else 0.0))
+        tensors.append(bfloat16(names.prefix(layer) + key, kept, 0.1 if norm else 0.02, mean=1.0 if norm else 0.0))
     return tensors
 
 

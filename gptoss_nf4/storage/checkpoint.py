@@ -14,7 +14,7 @@ from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.tensor_reader import TensorInfo, read_array, read_header, read_range
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 INDEX_FILE = "model.safetensors.index.json"
 PIECE_BYTES = 1 << 23  # a multiple of every item's size
@@ -133,18 +133,18 @@ class Checkpoint:
         """The tensor as stored; bfloat16 has no numpy dtype: use `torch` for it."""
         return read_array(self.tensors[name])
 
-    def torch(self, name: str) -> "torch.Tensor":
+    def torch(self, name: str) -> "Tensor":
         """The tensor as stored, any floating dtype or uint8."""
         return _as_torch(self.raw(name), self.tensors[name].dtype).reshape(self.tensors[name].shape)
 
-    def torch_row(self, name: str, number: int) -> "torch.Tensor":
+    def torch_row(self, name: str, number: int) -> "Tensor":
         """Element `number` of the tensor's first dimension: of a stack of experts, one."""
         info = self.tensors[name]
         size = info.bytes // info.shape[0]
         start = info.start + number * size
         return _as_torch(read_range(info.file, start, start + size), info.dtype).reshape(info.shape[1:])
 
-    def torch_pieces(self, name: str) -> "Iterator[torch.Tensor]":
+    def torch_pieces(self, name: str) -> "Iterator[Tensor]":
         """The tensor's values in order, flat, a few megabytes at a time."""
         return (_as_torch(piece, self.tensors[name].dtype) for piece in self.pieces(name))
 
@@ -160,7 +160,7 @@ class Checkpoint:
                         os.posix_fadvise(stream.fileno(), info.start, info.bytes, os.POSIX_FADV_DONTNEED)
 
 
-def _as_torch(data: np.ndarray, dtype: str) -> "torch.Tensor":
+def _as_torch(data: np.ndarray, dtype: str) -> "Tensor":
     import torch
 
     return torch.from_numpy(data).view(getattr(torch, TORCH_DTYPES[dtype]))

@@ -109,7 +109,7 @@ def read_range(file: Path, start: int, end: int) -> np.ndarray:
     data = np.empty(end - start, np.uint8)
     with reading(file), file.open("rb", buffering=0) as stream:
         stream.seek(start)
-        view = memoryview(data)
+        view = data.data
         while view:
             count = stream.readinto(view)
             if not count:

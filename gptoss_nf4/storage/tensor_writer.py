@@ -13,12 +13,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from gptoss_nf4.format.dtypes import ITEM_BYTES
 from gptoss_nf4.storage.writing import replacing
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 ALIGNMENT = 8  # of the data, as the safetensors library has it
 
@@ -64,7 +67,7 @@ def writing_tensors(target: Path, declared: Sequence[Declared]) -> Iterator["Ten
 class TensorWriter:
     """Takes the bytes of declared tensors, one tensor after the other. `size` is the whole file's, in bytes."""
 
-    def __init__(self, file: BinaryIO, bar, declared: Sequence[Declared], size: int):
+    def __init__(self, file: BinaryIO, bar: "tqdm", declared: Sequence[Declared], size: int):
         self.size = size
         self._file, self._bar = file, bar
         self._waiting = deque(declared)
@@ -75,7 +78,7 @@ class TensorWriter:
         for piece in pieces:
             if not self._waiting or self._waiting[0].name != name or piece.nbytes > self._missing:
                 raise ValueError(f"{piece.nbytes} bytes of {name} appended, but {self._expected()}")
-            self._file.write(memoryview(np.ascontiguousarray(piece)).cast("B"))
+            self._file.write(np.ascontiguousarray(piece).data.cast("B"))
             self._bar.update(piece.nbytes)
             self._missing -= piece.nbytes
             if not self._missing:

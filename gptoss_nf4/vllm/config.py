@@ -59,7 +59,7 @@ class GptOssNf4Config(QuantizationConfig):
         warn_if_untested(vllm.__version__)
         return cls(Settings.of(config))
 
-    def maybe_update_config(self, model_name: str, hf_config=None, revision: str | None = None) -> None:
+    def maybe_update_config(self, model_name: str, hf_config: object = None, revision: str | None = None) -> None:
         """Refuse a local checkpoint that lacks a tensor, or has one that does not fit, before anything is allocated.
 
         vLLM's own check skips quantized models: a missing bias or router would stay uninitialised memory.

@@ -130,5 +130,5 @@ def used_experts(
 
 
 @used_experts.register_fake
-def _(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+def _(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -8,6 +8,7 @@ from gptoss_nf4.vllm import ops  # noqa: F401  (registers torch.ops.gptoss_nf4)
 from gptoss_nf4.vllm.dequantize import dequantize
 from gptoss_nf4.vllm.kernels.tiles import pack, padded_rows
 from gptoss_nf4.vllm.loading import (
+    Loader,
     blocksize_of_shard,
     register_parameter,
     repeat_absmax,
@@ -34,8 +35,8 @@ class Nf4LinearMethod(LinearMethodBase):
         output_size: int,
         params_dtype: torch.dtype,
         *,
-        weight_loader,
-        **extra_weight_attrs,
+        weight_loader: Loader,
+        **extra_weight_attrs: object,
     ) -> None:
         """Register `weight` uint8 [out, in / 2] and `absmax` float32 [out, in / blocksize], both of this rank."""
         rows = sum(output_partition_sizes)
@@ -44,7 +45,7 @@ class Nf4LinearMethod(LinearMethodBase):
         layer.nf4_rows = rows
         layer.nf4_packed = runs_on_kernels(params_dtype)
 
-        def load_absmax(parameter: torch.nn.Parameter, tensor: torch.Tensor, *args) -> None:
+        def load_absmax(parameter: torch.nn.Parameter, tensor: torch.Tensor, *args: object) -> None:
             weight_loader(parameter, repeat_absmax(tensor, self.settings.blocksize, blocksize), *args)
 
         dims = {"output_dim": 0, "input_dim": 1, **extra_weight_attrs}

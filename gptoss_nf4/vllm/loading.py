@@ -14,14 +14,20 @@ Loader = Callable[..., None]
 
 
 def register_parameter(
-    layer: torch.nn.Module, prefix: str, name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Loader, **attributes
+    layer: torch.nn.Module,
+    prefix: str,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    load: Loader,
+    **attributes: object,
 ) -> None:
     """Register an empty parameter on `layer` that `load(parameter, tensor)` fills, and note that it is still empty."""
     parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
     unfilled = layer.__dict__.setdefault("nf4_unfilled", set())
     unfilled.add(f"{prefix}.{name}")
 
-    def load_and_note(parameter: torch.nn.Parameter, tensor: torch.Tensor, *args, **kwargs) -> None:
+    def load_and_note(parameter: torch.nn.Parameter, tensor: torch.Tensor, *args: object, **kwargs: object) -> None:
         load(parameter, tensor, *args, **kwargs)
         unfilled.discard(f"{prefix}.{name}")
 

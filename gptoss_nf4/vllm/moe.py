@@ -9,8 +9,8 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.vllm import experts, ops  # noqa: F401  (register torch.ops.gptoss_nf4)
 from gptoss_nf4.vllm.dequantize import dequantize
-from gptoss_nf4.vllm.expert_weights import W2, W13, ExpertWeight
-from gptoss_nf4.vllm.loading import register_parameter, require_filled, runs_on_kernels
+from gptoss_nf4.vllm.expert_weights import W2, W13, ExpertWeight, Part
+from gptoss_nf4.vllm.loading import Loader, register_parameter, require_filled, runs_on_kernels
 from gptoss_nf4.vllm.settings import Settings
 
 
@@ -37,7 +37,7 @@ class Nf4MoEMethod(FusedMoEMethodBase):
         hidden_size: int,
         intermediate_size_per_partition: int,
         params_dtype: torch.dtype,
-        **extra_weight_attrs,
+        **extra_weight_attrs: object,
     ) -> None:
         """Register codes, absmax and bias of w13 and w2: see `expert_weights`."""
         parallel = self.moe.moe_parallel_config
@@ -56,7 +56,7 @@ class Nf4MoEMethod(FusedMoEMethodBase):
         """Whether the weights are kept in the kernels' order."""
         return runs_on_kernels(params_dtype)
 
-    def _loader(self, layer: RoutedExperts, part):
+    def _loader(self, layer: RoutedExperts, part: Part) -> Loader:
         """How the checkpoint's tensor, of all experts, becomes this rank's parameter."""
 
         def load(parameter: torch.nn.Parameter, tensor: torch.Tensor) -> None:
@@ -105,8 +105,8 @@ class Nf4MoEMethod(FusedMoEMethodBase):
         x: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
-        shared_experts=None,
-        shared_experts_input=None,
+        shared_experts: object = None,
+        shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x [tokens, hidden], topk_* [tokens, k] with global expert numbers -> [tokens, hidden]."""
         weights = self._weights(layer)

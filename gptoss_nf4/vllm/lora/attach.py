@@ -1,6 +1,7 @@
 """Making one engine's LoRA manager serve the adapters of a converted checkpoint."""
 
 import sys
+from types import FrameType
 
 import torch
 from vllm.config import VllmConfig
@@ -45,7 +46,7 @@ def _worker_manager() -> WorkerLoRAManager:
 
     vLLM hands it to nobody, but it is the caller's caller: it is making the manager right now.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, WorkerLoRAManager):

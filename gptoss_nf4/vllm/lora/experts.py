@@ -2,8 +2,9 @@
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.experts.lora_experts_mixin import LoRAExpertsMixin
 from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPrepareAndFinalizeNoDPEPModular
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
@@ -42,7 +43,7 @@ class Nf4LoRAExperts(LoRAExpertsMixin, mk.FusedMoEExpertsModular):
         activation: MoEActivation,
         global_num_experts: int,
         expert_map: torch.Tensor | None,
-        **unused,
+        **unused: object,
     ) -> None:
         """hidden_states [tokens, hidden], topk_* [tokens, k] -> output [tokens, hidden], summed over k."""
         context = self._lora_context
@@ -67,7 +68,7 @@ class Nf4LoRAExperts(LoRAExpertsMixin, mk.FusedMoEExpertsModular):
     def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
         return TopKWeightAndReduceNoOP()
 
-    def workspace_shapes(self, M: int, N: int, K: int, topk: int, *unused) -> tuple[tuple[int, ...], ...]:
+    def workspace_shapes(self, M: int, N: int, K: int, topk: int, *unused: object) -> tuple[tuple[int, ...], ...]:
         return (0,), (0,), (M, K)
 
     @staticmethod
@@ -83,7 +84,7 @@ class Nf4LoRAExperts(LoRAExpertsMixin, mk.FusedMoEExpertsModular):
         return False
 
     @staticmethod
-    def _supports_quant_scheme(weight_key, activation_key) -> bool:
+    def _supports_quant_scheme(weight_key: object, activation_key: object) -> bool:
         return True
 
     @staticmethod
@@ -91,11 +92,11 @@ class Nf4LoRAExperts(LoRAExpertsMixin, mk.FusedMoEExpertsModular):
         return activation == MoEActivation.SWIGLUOAI
 
     @staticmethod
-    def _supports_parallel_config(moe_parallel_config) -> bool:
+    def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
         return True
 
 
-def adapters_of_tokens(punica_wrapper, tokens: int) -> torch.Tensor:
+def adapters_of_tokens(punica_wrapper: PunicaWrapperBase, tokens: int) -> torch.Tensor:
     """int64 [tokens]: place of each token's adapter in the stacks, -1 for none.
 
     Before the first mapping is set, and for tokens beyond it (vLLM warms up with more than it maps), that is none.

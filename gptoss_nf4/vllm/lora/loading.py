@@ -1,6 +1,7 @@
 """Loading an adapter for vLLM: from the files that Unsloth or PEFT wrote to the factors that vLLM's stacks hold."""
 
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from vllm.lora.lora_model import LoRAModel
@@ -14,6 +15,7 @@ from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.residual import writes_to_stream
 
 EXPERTS = ".mlp.experts."
+Factor: TypeAlias = torch.Tensor | list[torch.Tensor]
 
 
 class AdapterLoader:
@@ -29,7 +31,14 @@ class AdapterLoader:
         self.residual_scale = residual_scale
 
     def from_local_checkpoint(
-        self, lora_dir: str, expected_lora_modules: set[str], peft_helper, *, lora_model_id: int, dtype: torch.dtype, **_
+        self,
+        lora_dir: str,
+        expected_lora_modules: set[str],
+        peft_helper: object,
+        *,
+        lora_model_id: int,
+        dtype: torch.dtype,
+        **_: object,
     ) -> LoRAModel:
         """The adapter in `lora_dir` with factors in `dtype`; of experts, those of this rank."""
         adapter = Adapter(Path(lora_dir))
@@ -83,7 +92,7 @@ class AdapterLoader:
             )
 
 
-def _weights(module: str, lora_a, lora_b) -> LoRALayerWeights:
+def _weights(module: str, lora_a: Factor, lora_b: Factor) -> LoRALayerWeights:
     """`scaling` is 1: the scale is in lora_B already."""
     return LoRALayerWeights(module, rank=1, lora_alpha=1, lora_a=lora_a, lora_b=lora_b, scaling=1)
 
