@@ -11,7 +11,20 @@ import pytest
 import yaml
 from project_imports import ROOT, project_files
 
-STAGES = ("fetch", "dequant", "requant", "normalize", "assemble", "prove", "smoke", "benchmark")
+from gptoss_nf4.errors import UserError
+
+STAGES = (
+    "fetch",
+    "dequant",
+    "requant",
+    "normalize",
+    "assemble",
+    "prove",
+    "smoke",
+    "adapter",
+    "smoke-adapter",
+    "benchmark",
+)
 # These compute with packages whose versions may matter; assemble writes JSON alone.
 COMPUTING = set(STAGES) - {"assemble"}
 sys.path.insert(0, str(ROOT / "stages"))
@@ -47,6 +60,60 @@ def test_a_local_model_takes_name_and_layers_from_its_directory(tiny):
     assert composed(["model=local", f"model.path={tiny}", "model.name=mine"]).model.name == "mine"
 
 
+def test_adapters_are_directories_or_repositories(tmp_path):
+    """Whatever a path contains: Hydra's grammar is quoted, as in a shell."""
+    from configure import composed
+
+    directory = tmp_path / "my lora, 1=2 [é]"
+    directory.mkdir()
+    cfg = composed(["model=gpt_oss_20b", f"adapters={{mine: '{directory}', theirs: someone/their-lora}}"])
+    assert cfg.model.name == "gpt_oss_20b"
+    assert cfg.adapters.mine.path == cfg.adapters.mine.defined_by == str(directory)
+    assert (cfg.adapters.theirs.repository, cfg.adapters.theirs.path) == ("someone/their-lora", None)
+    strict = composed([f"adapters={{mine: {{path: '{directory}', any_base: true}}}}"])
+    assert strict.adapters.mine.any_base is True
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        ("mine: /nowhere/at/all", "no such directory"),
+        ("../up: someone/lora", "letters, digits"),
+        ("mine: {path: /tmp, repository: a/b}", "a directory or a Hub repository"),
+        ("mine: {path: /tmp, rank: 3}", "a directory or a Hub repository"),
+        ("mine: 7", "a directory or a Hub repository"),
+    ],
+)
+def test_bad_adapters_are_refused_at_once(entry, named):
+    from configure import adapter_entry
+    from omegaconf import OmegaConf
+
+    ((name, given),) = OmegaConf.create(f"{{{entry}}}").items()
+    with pytest.raises(UserError, match=named):
+        adapter_entry(name, given)
+
+
+def adapter_directory(directory, base=None, name="checkpoint-500"):
+    path = directory / "run" / name
+    path.mkdir(parents=True)
+    (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    return path
+
+
+def test_an_adapter_as_a_model_finds_its_base(tiny, tmp_path, capsys):
+    from configure import composed
+
+    known = adapter_directory(tmp_path / "a", "unsloth/gpt-oss-20b-unsloth-bnb-4bit")
+    cfg = composed(["model=local", f"model.path={known}", "dtype=bfloat16"])
+    assert (cfg.model.name, cfg.dtype, list(cfg.adapters)) == ("gpt_oss_20b", "bfloat16", ["run-checkpoint-500"])
+    assert "its base is converted (model=gpt_oss_20b)" in capsys.readouterr().out
+    silent = adapter_directory(tmp_path / "b", name="my-lora")
+    with pytest.raises(UserError, match=r"adapter without a base.*model\.base="):
+        composed(["model=local", f"model.path={silent}"])
+    cfg = composed(["model=local", f"model.path={silent}", f"model.base={tiny}"])
+    assert (cfg.model.path, cfg.adapters["my-lora"].path) == (str(tiny), str(silent))
+
+
 def dependencies_of(stage: str) -> list[str]:
     definition = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]
     return definition.get("do", definition)["deps"]
@@ -60,20 +127,20 @@ def holds_code(file: str) -> bool:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_depends_on_every_project_file_that_it_imports(stage):
     """A missing one is DVC's worst failure: a stale result that says it is up to date."""
-    needed = {file for file in project_files(ROOT / f"stages/{stage}.py") if holds_code(file)}
+    needed = {file for file in project_files(ROOT / f"stages/{stage.replace('-', '_')}.py") if holds_code(file)}
     code = {dep for dep in dependencies_of(stage) if dep.startswith(("gptoss_nf4", "stages"))}
     covered = {dep: {file for file in needed if file == dep or file.startswith(f"{dep}/")} for dep in code}
     assert needed == set().union(*covered.values())
     assert all(covered.values()), "a dependency that nothing needs"
 
 
-@pytest.mark.parametrize("stage", ["smoke", "benchmark"])
+@pytest.mark.parametrize("stage", ["smoke", "smoke-adapter", "benchmark"])
 def test_the_stages_that_serve_depend_on_the_whole_plugin(stage):
     """vLLM loads it by the entry point in pyproject.toml, so that no import shows it."""
     assert {"gptoss_nf4", "pyproject.toml"} <= set(dependencies_of(stage))
 
 
-@pytest.mark.parametrize("stage", sorted({*STAGES} - {"smoke", "benchmark"}))
+@pytest.mark.parametrize("stage", sorted({*STAGES} - {"smoke", "smoke-adapter", "benchmark"}))
 def test_a_kernel_change_runs_no_stage_of_the_conversion(stage):
     assert not [dep for dep in dependencies_of(stage) if (ROOT / dep) in (ROOT / "gptoss_nf4/vllm").parents]
 

@@ -115,6 +115,9 @@ def test_registering_is_quick_and_touches_nothing_heavy():
     assert not {"bitsandbytes", "triton"} & {name.split(".")[0] for name in found.imported}
 
 
+OWN = {"gptoss_nf4", *(file.stem for file in (ROOT / "stages").glob("*.py"))}
+
+
 def imported_roots(files: list[Path]) -> set[str]:
     """The packages outside of Python and this project that `files` import, directly or through other files of ours."""
     seen: set[Path] = set()
@@ -128,7 +131,7 @@ def imported_roots(files: list[Path]) -> set[str]:
         for name in direct_imports(file):
             if found := module_file(name):
                 waiting.append(found)
-            elif (root := name.split(".")[0]) not in {*sys.stdlib_module_names, "gptoss_nf4", "common"}:
+            elif (root := name.split(".")[0]) not in {*sys.stdlib_module_names, *OWN}:
                 outside.add(root)
     return outside
 

@@ -59,6 +59,18 @@ RUN_ELSEWHERE = {
         "test_vllm_serve_without_flags_answers_an_openai_client",
     ),
     "python stages/configure.py model=gpt_oss_20b": ("test_pipeline_files.py", "test_every_model_and_engine_composes"),
+    "python stages/configure.py model=local model.path=/data/my-lora": (
+        "test_pipeline_adapters.py",
+        "test_one_command_takes_what_save_pretrained_wrote",
+    ),
+    "python stages/configure.py model=gpt_oss_20b 'adapters={mine: /data/my-lora, theirs: someone/their-lora}'": (
+        "test_pipeline_files.py",
+        "test_adapters_are_directories_or_repositories",
+    ),
+    "vllm serve artifacts/gpt_oss_20b/checkpoint --enable-lora --max-lora-rank 16 --lora-modules mine=/data/my-lora": (
+        "test_vllm_lora.py",
+        "test_a_server_loads_and_unloads_adapters_and_refuses_what_does_not_fit",
+    ),
     "dvc repro assemble": ("test_pipeline.py", "test_nothing_changed_runs_nothing"),
     "python -m benchmarks.machine_code": ("test_kernels.py", "test_every_launch_compiles_without_spills"),
 }
