@@ -126,9 +126,10 @@ def imported_roots(files: list[Path]) -> set[str]:
             continue
         seen.add(file)
         for name in direct_imports(file):
+            root = name.split(".")[0]
             if found := module_file(name):
                 waiting.append(found)
-            elif (root := name.split(".")[0]) not in {*sys.stdlib_module_names, "gptoss_nf4", "common"}:
+            elif root not in sys.stdlib_module_names and not module_file(root):
                 outside.add(root)
     return outside
 
