@@ -155,7 +155,7 @@ def growth(project: Path, args: argparse.Namespace) -> list[dict]:
     for layers in args.growth:
         shutil.rmtree(project / "artifacts", ignore_errors=True)
         configure(project, args, layers)
-        run(project, *DVC, "repro", "-s", "fetch")
+        run(project, *DVC, "repro", "-s", "-f", "fetch")  # DVC may know this source from before, but not bring it back
         copied = copy_and_digest(project, args)
         clean(project)
         rows.append(growth_row(layers, asdict(run(project, PYTHON, "stages/parallel.py")), asdict(copied)))

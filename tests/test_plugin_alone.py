@@ -115,9 +115,6 @@ def test_registering_is_quick_and_touches_nothing_heavy():
     assert not {"bitsandbytes", "triton"} & {name.split(".")[0] for name in found.imported}
 
 
-OWN = {"gptoss_nf4", *(file.stem for file in (ROOT / "stages").glob("*.py"))}
-
-
 def imported_roots(files: list[Path]) -> set[str]:
     """The packages outside of Python and this project that `files` import, directly or through other files of ours."""
     seen: set[Path] = set()
@@ -129,9 +126,10 @@ def imported_roots(files: list[Path]) -> set[str]:
             continue
         seen.add(file)
         for name in direct_imports(file):
+            root = name.split(".")[0]
             if found := module_file(name):
                 waiting.append(found)
-            elif (root := name.split(".")[0]) not in {*sys.stdlib_module_names, *OWN}:
+            elif root not in sys.stdlib_module_names and not module_file(root):
                 outside.add(root)
     return outside
 

@@ -16,7 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from adapter_makers import ATTENTION, with_adapter
 from project_imports import ROOT
+
+from gptoss_nf4.check import reference
+from gptoss_nf4.source.layouts import open_checkpoint
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 METRICS = ("dtypes", "exactness", "smoke", "benchmark")
@@ -27,7 +32,7 @@ PROGRAMS = ("make", "python", "dvc", "vllm", "pip", "source", "pre-commit")
 class Trial:
     """How a command is tried in the clone: a pattern that it has to print, and what is put in place of parts of it.
 
-    `{source}` stands for a copy of the embedded model, outside of the clone.
+    `{source}` stands for a copy of the embedded model, `{adapter}` for an adapter on it, both outside of the clone.
     """
 
     prints: str
@@ -40,7 +45,18 @@ RUN_HERE = {
     "python stages/configure.py model=local model.path=/data/my-finetune engine=gpu": Trial(
         "my-finetune", (("/data/my-finetune", "{source}"), ("engine=gpu", "engine=cpu"))
     ),
-    "dvc repro": Trial("smoke: .*top1_agreement"),
+    "python stages/configure.py model=gpt_oss_20b 'adapters={mine: /data/my-lora, theirs: someone/their-lora}'": Trial(
+        "adapters mine, theirs",
+        (
+            ("model=gpt_oss_20b", "model=local model.path={source}"),  # needs no download
+            ("/data/my-lora", "{adapter}"),
+            ("someone/their-lora", "{adapter}"),
+        ),
+    ),
+    "python stages/configure.py model=local model.path=/data/my-lora": Trial(
+        "model my-finetune, .* adapters my-lora", (("/data/my-lora", "{adapter}"),)
+    ),
+    "dvc repro": Trial("smoke_adapter: my-lora, .*top1_agreement"),
     "dvc repro requant@7": Trial("up to date", (("@7", "@1"),)),  # the embedded model has two layers
     "dvc repro assemble -f": Trial("Running stage 'requant@1'"),
     "dvc repro -s -f assemble": Trial("Running stage 'assemble'"),
@@ -58,19 +74,11 @@ RUN_ELSEWHERE = {
         "test_vllm.py",
         "test_vllm_serve_without_flags_answers_an_openai_client",
     ),
-    "python stages/configure.py model=gpt_oss_20b": ("test_pipeline_files.py", "test_every_model_and_engine_composes"),
-    "python stages/configure.py model=local model.path=/data/my-lora": (
-        "test_pipeline_adapters.py",
-        "test_one_command_takes_what_save_pretrained_wrote",
-    ),
-    "python stages/configure.py model=gpt_oss_20b 'adapters={mine: /data/my-lora, theirs: someone/their-lora}'": (
-        "test_pipeline_files.py",
-        "test_adapters_are_directories_or_repositories",
-    ),
     "vllm serve artifacts/gpt_oss_20b/checkpoint --enable-lora --max-lora-rank 16 --lora-modules mine=/data/my-lora": (
         "test_vllm_lora.py",
         "test_a_server_loads_and_unloads_adapters_and_refuses_what_does_not_fit",
     ),
+    "python stages/configure.py model=gpt_oss_20b": ("test_pipeline_files.py", "test_every_model_and_engine_composes"),
     "dvc repro assemble": ("test_pipeline.py", "test_nothing_changed_runs_nothing"),
     "python -m benchmarks.machine_code": ("test_kernels.py", "test_every_launch_compiles_without_spills"),
 }
@@ -127,10 +135,12 @@ def test_files_that_are_named_exist(document):
 
 @dataclass(frozen=True)
 class Clone:
-    """A clone in which `make run` has run, as a newcomer's would, and the seconds that it took."""
+    """A clone in which `make run` has run, the seconds that it took, and what a user has beside it."""
 
     directory: Path
     seconds: float
+    source: Path
+    adapter: Path
 
     def shell(self, command: str) -> str:
         """What `command` prints, in the clone's environment."""
@@ -157,11 +167,25 @@ def make_run(directory: Path) -> float:
     return time.monotonic() - started
 
 
+def save_adapter(source: Path, directory: Path) -> None:
+    """An adapter on the attention of `source`, as PEFT saves it; it names `source` as its base."""
+    model = with_adapter(reference.build(open_checkpoint(source)), target_modules=ATTENTION)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(0.25)  # small enough for 16 bit to agree with float32
+    model.peft_config["default"].base_model_name_or_path = str(source)
+    model.save_pretrained(directory)
+
+
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Clone:
-    directory = tmp_path_factory.mktemp("readme") / "clone"
+def clone(tiny, tmp_path_factory) -> Clone:
+    root = tmp_path_factory.mktemp("readme")
+    directory, source, adapter = root / "clone", root / "my-finetune", root / "my-lora"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(directory)], check=True)
-    return Clone(directory, make_run(directory))
+    shutil.copytree(tiny, source)
+    save_adapter(source, adapter)
+    return Clone(directory, make_run(directory), source, adapter)
 
 
 @pytest.mark.slow
@@ -184,13 +208,9 @@ def test_make_run_from_a_clean_clone(clone):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUN_HERE)
-def test_a_command_runs(command, clone, tiny):
-    trial = RUN_HERE[command]
-    source = clone.directory.parent / "my-finetune"
-    if not source.exists():
-        shutil.copytree(tiny, source)
-    tried = command
+def test_a_command_runs(command, clone):
+    trial, tried = RUN_HERE[command], command
     for part, other in trial.instead:
         assert part in command
-        tried = tried.replace(part, other.format(source=source))
+        tried = tried.replace(part, other.format(source=clone.source, adapter=clone.adapter))
     assert re.search(trial.prints, clone.shell(tried))
