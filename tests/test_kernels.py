@@ -117,9 +117,9 @@ def test_results():
     ("capability", "dtype", "blocksize"),
     [
         (86, torch.bfloat16, 64),
-        (86, torch.float16, 64),
-        (80, torch.bfloat16, 32),
-        (90, torch.bfloat16, 64),
+        pytest.param(86, torch.float16, 64, marks=pytest.mark.slow),
+        pytest.param(80, torch.bfloat16, 32, marks=pytest.mark.slow),
+        pytest.param(90, torch.bfloat16, 64, marks=pytest.mark.slow),
     ],
 )
 def test_every_launch_fits_the_gpu(capability, dtype, blocksize):
