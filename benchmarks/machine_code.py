@@ -2,17 +2,16 @@
 
     python -m benchmarks.machine_code [86]
 
-Every launch that gpt-oss-20b makes is recorded and compiled for the compute capability: registers, spills and shared
-memory, and the machine instructions of the innermost loop per 4-bit weight.
+Every launch that gpt-oss-20b makes is recorded and compiled for the compute capability: registers, spills, shared memory,
+and the machine instructions of the innermost loop per 4-bit weight.
 """
 
-import itertools
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -20,162 +19,157 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 from benchmarks.tables import markdown
 from benchmarks.weights import GPT_OSS_20B
 from gptoss_nf4.format.dimensions import Dimensions
-from gptoss_nf4.vllm.kernels import combine, dense, large, launch, small, sort, tiles
-from gptoss_nf4.vllm.kernels.launch import Packed, Routing
+from gptoss_nf4.vllm.kernels import launch, sort, tiles
+from gptoss_nf4.vllm.kernels.arguments import Packed, Routing
+from gptoss_nf4.vllm.kernels.plan import Gpu, plan_experts
 
+# By compute capability: A100, RTX 3090, H100.
+GPUS = {
+    80: Gpu(wgmma=False, shared_bytes=164 * 1024),
+    86: Gpu(wgmma=False, shared_bytes=100 * 1024),
+    90: Gpu(wgmma=True, shared_bytes=228 * 1024),
+}
 TOKENS = (1, 8, 32, 64, 128, 256, 2048)
-LINEAR_ROWS = (1, 16, 32, 64)
-HOPPER_SHARED_MEMORY = 228 * 1024  # bytes of a multiprocessor
-KERNELS = [
-    (small, "product"),
-    (large, "swiglu_experts"),
-    (large, "down_experts"),
-    (dense, "dequantize"),
-    (combine, "_sum_slots"),
-    (sort, "_sort_slots"),
-]
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+LINEAR_ROWS = (1, 16, 64, 65)
+META = torch.device("meta")
+# Tiles that a warp decodes in an iteration of its loop.
+TILES = {
+    "small.linear": 1,
+    "small.swiglu_experts": 2,
+    "small.down_experts": 2,
+    "large.swiglu_experts": 2,
+    "large.down_experts": 1,
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as recorded: `arguments` by name, tensors on the meta device."""
+    """A kernel and what it was started with, tensors on the meta device."""
 
-    kernel: str
-    function: object
-    arguments: tuple
-    options: tuple
+    function: JITFunction
+    arguments: dict
 
-    def source(self) -> ASTSource:
-        constants = {n: v for n, v in self.arguments if n.isupper() and n not in ("K", "N")}
-        signature, attributes = {}, {}
-        for place, (name, value) in enumerate(self.arguments):
-            if name in constants:
-                signature[name] = "constexpr"
-            elif isinstance(value, torch.Tensor):
-                signature[name] = POINTERS[value.dtype]
-            else:
-                signature[name] = "fp32" if isinstance(value, float) else "i32"
-            # As Triton specializes at a launch: allocations are aligned, and so are most widths.
-            if isinstance(value, torch.Tensor) or (isinstance(value, int) and name not in constants and value % 16 == 0):
-                attributes[(place,)] = [["tt.divisibility", 16]]
-        places = {name: place for place, (name, _) in enumerate(self.arguments)}
-        return ASTSource(self.function, signature, {(places[n],): v for n, v in constants.items()}, attributes)
+    @property
+    def kernel(self) -> str:
+        return f"{self.function.__module__.rsplit('.', 1)[1]}.{self.function.__name__}"
 
     @property
     def label(self) -> str:
-        shown = ("BM", "WARPS", "GATED", "EXPERTS", "SORTED", "SHARED", "STAGES", "PAIR", "S", "SLOTS")
-        settings = ", ".join(f"{n} {v}" for n, v in self.arguments if n in shown)
-        out = dict(self.arguments).get("out", dict(self.arguments).get("slots"))
-        return f"{self.kernel} {out.dtype}".replace("torch.", "") + f" ({settings})"
+        """The kernel and all that tells its variants apart."""
+        tensors = {name: value for name, value in self.arguments.items() if isinstance(value, torch.Tensor)}
+        dtypes = [f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor.is_floating_point()]
+        constants = [parameter.name for parameter in self.function.params if parameter.is_constexpr]
+        settings = [f"{name} {self.arguments[name]}" for name in constants]
+        if "routing" in self.arguments and self.arguments["routing"].slots is None:
+            settings.append("one slot a block")
+        return f"{self.kernel} ({', '.join(dtypes + settings)})".replace("torch.", "")
 
+    @property
+    def decoded(self) -> int | None:
+        """Weights that a lane decodes in an iteration of the kernel's loop; None where it has no such loop."""
+        tiles_a_warp = TILES.get(self.kernel)
+        return tiles_a_warp and 8 * self.arguments["weight"].S.value * tiles_a_warp
 
-@contextmanager
-def recorded(wgmma: bool) -> Iterator[list[Launch]]:
-    """Collect launches instead of making them; `wgmma`: choose as on Hopper."""
-    launches: list[Launch] = []
-
-    class Recorder:
-        def __init__(self, module, name):
-            self.function = getattr(module, name)
-            self.kernel = f"{module.__name__.rsplit('.', 1)[1]}.{name}"
-
-        def __getitem__(self, grid):
-            def record(*positional, **named):
-                names = self.function.arg_names
-                given = dict(zip(names, positional, strict=False)) | {n: v for n, v in named.items() if n in names}
-                options = tuple((n, v) for n, v in named.items() if n not in names)
-                arguments = tuple((n, given[n]) for n in names)
-                launches.append(Launch(self.kernel, self.function, arguments, options))
-
-            return record
-
-    with ExitStack() as patches:
-        for module, name in KERNELS:
-            patches.enter_context(mock.patch.object(module, name, Recorder(module, name)))
-        patches.enter_context(mock.patch.object(launch, "_has_wgmma", return_value=wgmma))
-        memory = HOPPER_SHARED_MEMORY if wgmma else 0
-        patches.enter_context(mock.patch.object(launch, "_shared_memory", return_value=memory))
-        patches.enter_context(mock.patch.object(launch, "INTERPRETED", False))
-        yield launches
-
-
-def packed(experts: int, rows: int, columns: int, blocksize: int) -> Packed:
-    inputs = tiles.tile_inputs(blocksize)
-    codes = torch.empty(experts, rows // 16, columns // inputs, 32, inputs // 16, dtype=torch.int32, device="meta")
-    absmax = torch.empty(experts, rows // 16, columns // blocksize, 16, dtype=torch.float16, device="meta")
-    bias = torch.empty(experts, rows, dtype=torch.bfloat16, device="meta")
-    return Packed(codes, absmax, bias, blocksize, "nf4")
-
-
-def launches(d: Dimensions, dtype: torch.dtype, wgmma: bool, blocksize: int = 64) -> list[Launch]:
-    """Every distinct launch of a model, by kernel and settings."""
-    w13 = packed(d.experts, 2 * d.intermediate, d.hidden, blocksize)
-    w2 = packed(d.experts, d.hidden, d.intermediate, blocksize)
-    qkv, o = packed(1, d.q_rows + 2 * d.kv_rows, d.hidden, blocksize), packed(1, d.hidden, d.q_rows, blocksize)
-    meta = torch.device("meta")
-    with recorded(wgmma) as found, mock.patch.object(launch, "codebook", _meta_codebook):
-        for tokens in TOKENS:
-            plan = launch.plan_experts(tokens, d.experts_per_token, d.experts, meta)
-            blocks = torch.empty(8, dtype=torch.int32, device=meta)
-            routing = Routing(None, blocks, None) if tokens == 1 else Routing(blocks, blocks, blocks)
-            if sort.fits(tokens * d.experts_per_token, d.experts):
-                ids = torch.empty(tokens, d.experts_per_token, dtype=torch.int32, device=meta)
-                sort.sort_slots(ids, plan.rows, d.experts)
-            x = torch.empty(tokens, d.hidden, dtype=dtype, device=meta)
-            launch.experts(x, torch.empty(tokens, d.experts_per_token, device=meta), routing, w13, w2, plan)
-        for rows, (weight, outputs) in itertools.product(LINEAR_ROWS, ((qkv, d.q_rows + 2 * d.kv_rows), (o, d.hidden))):
-            inputs = weight.codes.shape[2] * weight.codes.shape[4] * 16
-            launch.linear(torch.empty(rows, inputs, dtype=dtype, device=meta), weight, outputs)
-        launch.dequantize(qkv, d.q_rows + 2 * d.kv_rows, dtype)
-    return list({each.label: each for each in found}.values())
-
-
-def _meta_codebook(quant_type: str, dtype: torch.dtype, device: torch.device):
-    from gptoss_nf4.vllm.kernels.codebook import Codebook
-
-    return Codebook(torch.empty(11, 32, dtype=torch.int32, device="meta"), 1.5)
+    def compiled(self, capability: int) -> CompiledKernel:
+        """As Triton compiles it when it is launched on a GPU of this compute capability."""
+        with mock.patch.object(driver, "_active", AbsentDriver(capability)):
+            return self.function.warmup(**self.arguments, grid=(1,))
 
 
 @dataclass(frozen=True)
-class Report:
-    """Of one kernel: bytes of shared memory a program, instructions in its longest loop, weights a lane decodes there."""
+class AbsentDriver:
+    """What Triton asks a driver before it compiles."""
+
+    capability: int
+
+    def get_current_device(self) -> str:
+        return f"absent sm_{self.capability}"  # Triton keeps compiled kernels by device: not with those of a real one
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@contextmanager
+def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
+    """Collect launches, as they are on `gpu`, instead of making them."""
+    launches: list[Launch] = []
+
+    def record(function: JITFunction, *arguments, grid, warmup, **named) -> None:
+        launches.append(Launch(function, dict(zip(function.arg_names, arguments, strict=False)) | named))
+
+    with mock.patch.object(JITFunction, "run", record), mock.patch.object(launch, "gpu_of", return_value=gpu):
+        yield launches
+
+
+def launches(d: Dimensions, dtype: torch.dtype, gpu: Gpu, blocksize: int = 64) -> list[Launch]:
+    """Every launch of a model that differs from the others by its kernel or settings."""
+    w13 = _packed(d.experts, 2 * d.intermediate, d.hidden, dtype, blocksize)
+    w2 = _packed(d.experts, d.hidden, d.intermediate, dtype, blocksize)
+    qkv = _packed(1, d.q_rows + 2 * d.kv_rows, d.hidden, dtype, blocksize)
+    top_k, experts = d.experts_per_token, d.experts
+    with recorded(gpu) as found:
+        for tokens in TOKENS:
+            plan = plan_experts(tokens, top_k, experts, gpu)
+            if tokens > 1 and sort.fits(tokens * top_k, experts):
+                sort.sort_slots(torch.empty(tokens, top_k, dtype=torch.int32, device=META), plan.rows, experts)
+            blocks = torch.empty(8, dtype=torch.int32, device=META)
+            routing = Routing(None, blocks, None) if tokens == 1 else Routing(blocks, blocks, blocks)
+            x = torch.empty(tokens, d.hidden, dtype=dtype, device=META)
+            topk_weights = torch.empty(tokens, top_k, device=META)
+            launch.experts(x, topk_weights, routing, w13, w2, plan)
+        for rows in LINEAR_ROWS:
+            x = torch.empty(rows, d.hidden, dtype=dtype, device=META)
+            launch.linear(x, qkv, d.q_rows + 2 * d.kv_rows)
+    return list({each.label: each for each in found}.values())
+
+
+def _packed(experts: int, rows: int, columns: int, dtype: torch.dtype, blocksize: int) -> Packed:
+    inputs = tiles.tile_inputs(blocksize)
+    row_tiles, words = rows // tiles.ROWS, inputs // tiles.ROWS
+    codes = torch.empty(experts, row_tiles, columns // inputs, tiles.LANES, words, dtype=torch.int32, device=META)
+    absmax = torch.empty(experts, row_tiles, columns // blocksize, tiles.ROWS, dtype=torch.float16, device=META)
+    bias = torch.empty(experts, rows, dtype=dtype, device=META)
+    return Packed(codes, absmax, bias, blocksize, "nf4")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a launch takes of the GPU."""
 
     label: str
     registers: int
+    """Of a thread."""
     spilled_bytes: int
-    shared_bytes: int
-    loop: int | None
-    weights: int
+    """Of a thread's stack; a Triton kernel uses one for nothing else."""
+    static_bytes: int
+    """Shared memory of a program that its machine code declares: `lookup`'s table, and 1 KiB of CUDA's on Hopper."""
+    dynamic_bytes: int
+    """Shared memory of a program that Triton allocates."""
 
 
-def report(each: Launch, capability: int) -> Report:
-    """Compile `each` for `capability` (86 is an RTX 3090) and read what came out."""
-    compiled = triton.compile(each.source(), target=GPUTarget("cuda", capability, 32), options=dict(each.options))
-    with tempfile.TemporaryDirectory() as directory:
-        ptx = Path(directory) / "kernel.ptx"
-        ptx.write_text(compiled.asm["ptx"])
-        # Hopper's own instructions belong to sm_90a.
-        arch = f"sm_{capability}a" if capability == 90 else f"sm_{capability}"
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", ptx, "-o", f"{directory}/kernel.cubin"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        disassemble = [BIN / "cuobjdump", "-sass", f"{directory}/kernel.cubin"]
-        sass = subprocess.run(disassemble, capture_output=True, text=True).stdout
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", said)]
-    # Triton counts only what it allocates itself; the codebook's table stands beside it.
-    shared = compiled.metadata.shared + sum(int(n) for n in re.findall(r"(\d+) bytes smem", said))
-    registers = int(re.search(r"Used (\d+) registers", said)[1])
-    settings = dict(each.arguments)
-    pair = 2 if each.kernel.endswith("swiglu_experts") or settings.get("PAIR") else 1
-    weights = 8 * settings.get("S", 0) * pair
-    return Report(each.label, registers, sum(spills), shared, loop_length(sass), weights)
+def resources(each: Launch, compiled: CompiledKernel) -> Resources:
+    said = disassembled(compiled, "-res-usage")
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", said)}
+    return Resources(each.label, usage["REG"], usage["STACK"], usage["SHARED"], compiled.metadata.shared)
+
+
+def disassembled(compiled: CompiledKernel, what: str) -> str:
+    """What cuobjdump says; `what` is one of its options."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def loop_length(sass: str) -> int | None:
@@ -191,11 +185,15 @@ def loop_length(sass: str) -> int | None:
 
 def main() -> None:
     capability = int(sys.argv[1]) if len(sys.argv) > 1 else 86
+    if capability not in GPUS:
+        known = ", ".join(map(str, GPUS))
+        sys.exit(f"error: benchmarks.machine_code: compute capability: got {capability}, expected one of {known}")
     rows = []
-    for each in launches(GPT_OSS_20B, torch.bfloat16, wgmma=capability == 90):
-        r = report(each, capability)
-        per_weight = r.loop / r.weights if r.loop and r.weights else None
-        rows.append([r.label, r.registers, r.spilled_bytes, r.shared_bytes, r.loop, per_weight and f"{per_weight:.2f}"])
+    for each in launches(GPT_OSS_20B, torch.bfloat16, GPUS[capability]):
+        compiled = each.compiled(capability)
+        r, loop = resources(each, compiled), loop_length(disassembled(compiled, "-sass"))
+        a_weight = f"{loop / each.decoded:.2f}" if loop and each.decoded else None
+        rows.append([each.label, r.registers, r.spilled_bytes, r.static_bytes + r.dynamic_bytes, loop, a_weight])
     columns = ["kernel", "registers", "spilled bytes", "shared bytes", "loop", "instructions a weight"]
     print(markdown(columns, rows))
 

@@ -1,12 +1,17 @@
-"""Runs every kernel on fresh random inputs and prints, as JSON lines, its error against float64.
+"""Runs every kernel on fresh random inputs and prints how far its results are off, as JSON lines.
 
-On a GPU in bfloat16 and float16. Without one in float16 through Triton's interpreter, which has to be chosen before the
-kernels are imported, hence a script of its own (the interpreter multiplies bfloat16's bits as integers).
+    python tests/kernel_cases.py [SEED]
+
+Products are compared with float64 (relative error), what can be exact bit by bit (number of differences). On a GPU in
+bfloat16 and float16. Without one in float16 through Triton's interpreter, since it multiplies bfloat16's bits as integers;
+the interpreter has to be chosen before the kernels are imported, hence a script.
 """
 
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -17,32 +22,196 @@ if not ON_GPU:
 from gptoss_nf4.format.codec import CODEBOOKS  # noqa: E402
 from gptoss_nf4.vllm.activation import clamped_swiglu  # noqa: E402
 from gptoss_nf4.vllm.kernels import combine, launch, sort, tiles  # noqa: E402
-from gptoss_nf4.vllm.kernels.launch import Packed, Plan, Routing, Tiling  # noqa: E402
+from gptoss_nf4.vllm.kernels.arguments import Packed, Routing  # noqa: E402
+from gptoss_nf4.vllm.kernels.codebook import best_factor  # noqa: E402
+from gptoss_nf4.vllm.kernels.plan import Large, Plan, Small, gpu_of, plan_experts  # noqa: E402
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 TOP_K = 2
-LARGE = Tiling(0)
-# experts, hidden, intermediate, tokens, blocksize, quant type, plan; None: what the plugin chooses
-CASES = [
-    (4, 192, 64, 1, 64, "nf4", None),
-    (4, 192, 64, 5, 64, "nf4", None),
-    (4, 192, 96, 5, 32, "nf4", Plan(8, Tiling(2), Tiling(4))),  # half-size tiles, rows not a multiple of a program's
-    (4, 128, 128, 5, 128, "fp4", Plan(16, Tiling(1), Tiling(2))),
-    (4, 192, 72 * 4, 9, 32, "nf4", Plan(32, LARGE, LARGE)),
-    (3, 256, 64, 40, 64, "nf4", Plan(16, LARGE, LARGE)),
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A batch through both products of some experts. plan None: what the plugin chooses."""
+
+    tokens: int
+    experts: int
+    hidden: int
+    intermediate: int
+    blocksize: int = 64
+    quant_type: str = "nf4"
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Rows of activations through a linear layer. plan None: what the plugin chooses."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    blocksize: int = 64
+    quant_type: str = "nf4"
+    bias: bool = True
+    plan: Small | None = None
+
+
+EXPERTS = [
+    Experts(tokens=1, experts=4, hidden=192, intermediate=64),
+    Experts(tokens=5, experts=4, hidden=192, intermediate=64),
+    # The smaller tile, and row tiles that are no multiple of a program's.
+    Experts(tokens=5, experts=4, hidden=192, intermediate=96, blocksize=32, plan=Small(rows=8, warps=2)),
+    Experts(
+        tokens=5, experts=4, hidden=128, intermediate=128, blocksize=128, quant_type="fp4", plan=Small(rows=16, warps=1)
+    ),
+    Experts(tokens=9, experts=4, hidden=192, intermediate=288, blocksize=32, plan=Large(rows=32)),
+    Experts(tokens=40, experts=3, hidden=256, intermediate=64, plan=Large(rows=16)),
 ]
+LINEARS = [
+    Linear(rows=5, outputs=72, inputs=192),
+    Linear(rows=20, outputs=32, inputs=96, blocksize=32),
+    Linear(rows=40, outputs=32, inputs=192, bias=False),
+    Linear(rows=70, outputs=72, inputs=192),
+    Linear(rows=18, outputs=40, inputs=256, blocksize=128, quant_type="fp4", plan=Small(rows=16, warps=2)),
+]
+DECODED = [("nf4", 64), ("nf4", 32), ("fp4", 64)]
+SORTED_TOKENS = (2, 3, 8, 33, 64)
 
 
-def random_weight(experts: int, rows: int, columns: int, blocksize: int):
+@dataclass(frozen=True)
+class Matrix:
+    """A random weight of some experts, as stored, in the kernels' order, and in float64."""
+
+    codes: torch.Tensor  # uint8 [E, rows, columns / 2]
+    absmax: torch.Tensor  # float32 [E, rows, columns / blocksize]
+    packed: Packed
+    dense: torch.Tensor  # float64 [E, rows, columns]
+    bias: torch.Tensor  # float64 [E, rows]
+
+
+def main() -> None:
+    torch.manual_seed(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
+    for tokens in SORTED_TOKENS:
+        report(f"sorting {tokens} tokens", torch.int32, misplaced_slots(tokens))
+    for dtype in (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16,):
+        for quant_type, blocksize in DECODED:
+            report(f"decoding {quant_type} of blocksize {blocksize}", dtype, wrong_bits(quant_type, blocksize, dtype))
+        for case in LINEARS:
+            report(str(case), dtype, linear_error(case, dtype))
+        for case in EXPERTS:
+            report(str(case), dtype, experts_errors(case, dtype))
+
+
+def report(case: str, dtype: torch.dtype, errors: dict[str, float]) -> None:
+    print(json.dumps({"case": case, "dtype": str(dtype), "errors": errors}), flush=True)
+
+
+def misplaced_slots(tokens: int, top_k: int = 4, experts: int = 32) -> dict[str, float]:
+    """How many slots `sort_slots` does not put exactly once, in whole blocks of the plan's rows, to their expert."""
+    block = plan_experts(tokens, top_k, experts, gpu_of(DEVICE)).rows
+    local = torch.arange(experts, dtype=torch.int32, device=DEVICE).flip(0)
+    spread = torch.topk(torch.randn(tokens, experts, device=DEVICE), top_k).indices
+    together = torch.arange(top_k, device=DEVICE).repeat(tokens, 1)  # all tokens to the same few
+    wrong = {}
+    for name, ids in {"spread": spread, "together": together}.items():
+        slots, owners, padded_count = poison(lambda ids=ids: sort.sort_slots(ids, block, experts, local))
+        used, flat = int(padded_count), ids.flatten()
+        owner = owners[: used // block].repeat_interleave(block)
+        real = slots[:used] < len(flat)
+        placed = slots[:used][real].long()
+        once = torch.equal(placed.sort().values, torch.arange(len(flat), device=DEVICE))
+        wrong[name] = used % block + (not once) + int((owner[real] != local[flat[placed]]).sum())
+    return wrong
+
+
+def wrong_bits(quant_type: str, blocksize: int, dtype: torch.dtype) -> dict[str, float]:
+    """Activations of a single 1 each make the product the decoded weight: how many of its elements differ by a bit."""
+    inputs = 2 * max(blocksize, tiles.MAX_INPUTS)
+    weight = random_matrix(1, 32, inputs, blocksize, quant_type, dtype)
+    # The contract of `codebook`: the value times the factor in `dtype`, then absmax, then `unscale`, both in float32.
+    factor = best_factor(quant_type, {torch.bfloat16: 8, torch.float16: 11}[dtype])
+    codes = torch.stack((weight.codes >> 4, weight.codes & 15), -1).flatten(-2)[0].long()
+    values = (torch.from_numpy(CODEBOOKS[quant_type]).to(DEVICE).double() * factor).to(dtype).float()[codes]
+    absmax = (weight.absmax[0] * 256).half().float().repeat_interleave(blocksize, -1)
+    unscale = torch.tensor(1 / (factor * 256), dtype=torch.float32, device=DEVICE)
+    packed = weight.packed._replace(bias=None)
+    ones = torch.eye(inputs, dtype=dtype, device=DEVICE)
+    product = poison(lambda: launch.linear(ones, packed, 32, Small(rows=32, warps=1))).T
+    dense = poison(lambda: launch.dequantize(packed, 32, dtype))
+    return {
+        "product": int((product != (values * absmax * unscale).to(dtype)).sum()),
+        "dequantize": int((dense != (values * (absmax * unscale)).to(dtype)).sum()),
+    }
+
+
+def linear_error(case: Linear, dtype: torch.dtype) -> dict[str, float]:
+    weight = random_matrix(1, case.outputs, case.inputs, case.blocksize, case.quant_type, dtype)
+    packed = weight.packed if case.bias else weight.packed._replace(bias=None)
+    x = torch.randn(case.rows, case.inputs, device=DEVICE).to(dtype)
+    expected = x.double() @ weight.dense[0].T + weight.bias[0] * case.bias
+    return {"linear": relative(poison(lambda: launch.linear(x, packed, case.outputs, case.plan)), expected)}
+
+
+def experts_errors(case: Experts, dtype: torch.dtype) -> dict[str, float]:
+    """Of both products and of the sum, each on inputs that are exact for it."""
+    plan = case.plan or plan_experts(case.tokens, TOP_K, case.experts, gpu_of(DEVICE))
+    settings = case.blocksize, case.quant_type, dtype
+    w13 = random_matrix(case.experts, 2 * case.intermediate, case.hidden, *settings, gate_and_up=True)
+    w2 = random_matrix(case.experts, case.hidden, case.intermediate, *settings)
+    x = torch.randn(case.tokens, case.hidden, device=DEVICE).to(dtype)
+    values, ids = torch.topk(torch.randn(case.tokens, case.experts, device=DEVICE), TOP_K)
+    topk_weights, expert = torch.softmax(values, -1), ids.flatten()
+    local = torch.tensor([*range(case.experts - 1), -1], dtype=torch.int32, device=DEVICE)  # the last is another rank's
+    routing, here = route(ids, plan, local), expert < case.experts - 1
+
+    def order(t: torch.Tensor) -> torch.Tensor:
+        return tiles.operand_order(t, tiles.tile_inputs(case.blocksize)) if isinstance(plan, Large) else t
+
+    middle = clamped_swiglu(products(w13, expert, x.repeat_interleave(TOP_K, 0)))
+    result = poison(lambda: launch.swiglu_experts(order(x), TOP_K, routing, w13.packed, case.intermediate, plan))
+    errors = {"w13": relative(result[here], order(middle)[here])}
+
+    middle = middle.to(dtype)
+    down = products(w2, expert, middle) * topk_weights.double().view(-1, 1) * here[:, None]
+    result = poison(
+        lambda: launch.down_experts(order(middle), topk_weights, routing, w2.packed, case.hidden, plan, torch.float32)
+    )
+    errors["w2"] = relative(result, down)
+
+    partial = result.view(case.tokens, TOP_K, case.hidden)
+    errors["sum"] = relative(poison(lambda: combine.sum_slots(partial, torch.float32)), partial.double().sum(1))
+    return errors
+
+
+def random_matrix(
+    experts: int, rows: int, columns: int, blocksize: int, quant_type: str, dtype: torch.dtype, gate_and_up: bool = False
+) -> Matrix:
+    """With a bias in `dtype`. If `gate_and_up`, gate and up rows are interleaved as stored, and packed in tiles in turn."""
     codes = torch.randint(0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=DEVICE)
     absmax = (torch.rand(experts, rows, columns // blocksize, device=DEVICE) + 0.5) * 2 / columns**0.5
-    return codes, absmax, torch.randn(experts, rows, device=DEVICE) * 0.2
-
-
-def dense(codes: torch.Tensor, absmax: torch.Tensor, blocksize: int, quant_type: str) -> torch.Tensor:
+    bias = (torch.randn(experts, rows, device=DEVICE) * 0.2).to(dtype)
+    arranged = [tiles.gate_and_up_tiles(t, 1).contiguous() if gate_and_up else t for t in (codes, absmax, bias)]
+    padding = tiles.padded_rows(arranged[2].shape[1]) - arranged[2].shape[1]
+    packed = Packed(
+        *tiles.pack(*arranged[:2], blocksize), torch.nn.functional.pad(arranged[2], (0, padding)), blocksize, quant_type
+    )
     book = torch.from_numpy(CODEBOOKS[quant_type]).to(DEVICE).double()
     values = book[torch.stack((codes >> 4, codes & 15), -1).flatten(-2).long()]
-    return values * absmax.double().repeat_interleave(blocksize, -1)
+    return Matrix(codes, absmax, packed, values * absmax.double().repeat_interleave(blocksize, -1), bias.double())
+
+
+def products(matrix: Matrix, expert: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Each of `rows` times the weight of its expert, plus bias, in float64."""
+    return torch.einsum("snk,sk->sn", matrix.dense[expert], rows.double()) + matrix.bias[expert]
+
+
+def route(ids: torch.Tensor, plan: Plan, local: torch.Tensor) -> Routing:
+    """As the plugin does: one slot a block, its own sorting, or vLLM's."""
+    if len(ids) == 1:
+        return Routing(None, local[ids.flatten()], None)
+    if isinstance(plan, Small):
+        return Routing(*poison(lambda: sort.sort_slots(ids, plan.rows, len(local), local)))
+    return align(ids, plan.rows, local.tolist())
 
 
 def align(ids: torch.Tensor, block: int, local: list[int]) -> Routing:
@@ -62,72 +231,7 @@ def align(ids: torch.Tensor, block: int, local: list[int]) -> Routing:
     )
 
 
-def relative(result: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((result.double() - reference).norm() / reference.norm())
-
-
-def run(case, dtype: torch.dtype) -> dict[str, float]:
-    experts, hidden, intermediate, tokens, blocksize, quant_type, plan = case
-    plan = plan or launch.plan_experts(tokens, TOP_K, experts, DEVICE)
-    (c13, a13, b13), (c2, a2, b2) = (
-        random_weight(experts, 2 * intermediate, hidden, blocksize),
-        random_weight(experts, hidden, intermediate, blocksize),
-    )
-    b13, b2 = b13.to(dtype), b2.to(dtype)
-    x = torch.randn(tokens, hidden, device=DEVICE).to(dtype)
-    values, ids = torch.topk(torch.randn(tokens, experts, device=DEVICE), TOP_K)
-    each = torch.softmax(values, -1)
-    # The last expert is another rank's.
-    local = [*range(experts - 1), -1]
-    if tokens == 1:
-        routing = Routing(None, torch.tensor(local, dtype=torch.int32, device=DEVICE)[ids.flatten()], None)
-    elif plan.w13.warps:  # as the plugin sorts few slots
-        mapped = torch.tensor(local, dtype=torch.int32, device=DEVICE)
-        routing = Routing(*poison(lambda: sort.sort_slots(ids, plan.rows, experts, mapped)))
-    else:
-        routing = align(ids, plan.rows, local)
-    w13 = Packed(
-        *tiles.pack(tiles.gate_and_up_tiles(c13, 1), tiles.gate_and_up_tiles(a13, 1), blocksize),
-        tiles.gate_and_up_tiles(b13, 1).contiguous(),
-        blocksize,
-        quant_type,
-    )
-    w2 = Packed(
-        *tiles.pack(c2, a2, blocksize),
-        torch.nn.functional.pad(b2, (0, tiles.padded_rows(hidden) - hidden)),
-        blocksize,
-        quant_type,
-    )
-    d13, d2 = dense(c13, a13, blocksize, quant_type), dense(c2, a2, blocksize, quant_type)
-    choice = ids.flatten()
-    here = choice < experts - 1
-    slots = x.double().repeat_interleave(TOP_K, 0)
-    gate_up = torch.stack([d13[e] @ s + b13[e].double() for e, s in zip(choice, slots, strict=True)])
-
-    def order(t: torch.Tensor) -> torch.Tensor:  # of the kernels of `large`
-        return t if plan.w13.warps else tiles.operand_order(t, tiles.tile_inputs(blocksize))
-
-    poisoned = poison(lambda: launch.swiglu_experts(order(x), TOP_K, routing, w13, intermediate, plan.rows, plan.w13))
-    reference = order(clamped_swiglu(gate_up))
-    errors = {"w13": relative(poisoned[here], reference[here])}
-    middle = reference.to(dtype)
-    partial = poison(lambda: launch.down_experts(middle, each, routing, w2, hidden, plan.rows, plan.w2, torch.float32))
-    natural = clamped_swiglu(gate_up).to(dtype).double()
-    down = torch.stack([d2[e] @ m + b2[e].double() for e, m in zip(choice, natural, strict=True)])
-    down = down * each.double().view(-1, 1) * here.double()[:, None]
-    errors["w2"] = relative(partial, down)
-    total = poison(lambda: combine.sum_slots(partial.view(tokens, TOP_K, hidden), torch.float32))
-    errors["sum"] = relative(total, partial.double().view(tokens, TOP_K, hidden).sum(1))
-    middle = clamped_swiglu(gate_up).to(dtype)
-    one = Packed(*(t[:1] for t in tiles.pack(c2, a2, blocksize)), w2.bias[:1], blocksize, quant_type)
-    for name, linear_plan in {"linear": None, "linear, 16 rows": (16, Tiling(2))}.items():
-        result = poison(lambda p=linear_plan: launch.linear(middle, one, hidden, p))
-        errors[name] = relative(result, middle.double() @ d2[0].T + b2[0].double())
-    errors["dequantize"] = relative(poison(lambda: launch.dequantize(one, hidden, dtype)), d2[0])
-    return errors
-
-
-def poison(call):
+def poison(call: Callable):
     """Run `call` with every new tensor filled with NaN, or an absurd number, first: what no kernel writes shows."""
     empty = torch.empty
 
@@ -142,11 +246,8 @@ def poison(call):
         torch.empty = empty
 
 
-def main() -> None:
-    torch.manual_seed(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
-    for dtype in (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16,):
-        for case in CASES:
-            print(json.dumps({"case": str(case), "dtype": str(dtype), "errors": run(case, dtype)}), flush=True)
+def relative(result: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((result.double() - reference).norm() / reference.norm())
 
 
 if __name__ == "__main__":

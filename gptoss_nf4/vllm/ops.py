@@ -8,7 +8,8 @@ import torch
 from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
 
 from gptoss_nf4.vllm.kernels import launch
-from gptoss_nf4.vllm.kernels.launch import Packed, Routing
+from gptoss_nf4.vllm.kernels.arguments import Packed, Routing
+from gptoss_nf4.vllm.kernels.plan import gpu_of, plan_experts
 from gptoss_nf4.vllm.kernels.sort import fits as sorts
 from gptoss_nf4.vllm.kernels.sort import sort_slots
 
@@ -23,7 +24,17 @@ def packed_linear(
     blocksize: int,
     quant_type: str,
 ) -> torch.Tensor:
-    """x [rows, in] float16 or bfloat16 -> [rows, out_features]; a weight [1, ...] in the order of `kernels.tiles`."""
+    """A linear layer on packed weights.
+
+    Args:
+        x: [rows, in] float16 or bfloat16.
+        codes, absmax, blocksize, quant_type: the weight in the order of `kernels.tiles`, one expert.
+        bias: [1, padded rows of the weight] in x's dtype, or None.
+        out_features: rows of the weight without padding.
+
+    Returns:
+        [rows, out_features] in x's dtype.
+    """
     return launch.linear(x, Packed(codes, absmax, bias, blocksize, quant_type), out_features)
 
 
@@ -57,15 +68,19 @@ def packed_experts(
         expert_map: int32 [experts] from global to local number, -1 for another rank's; None where all are here.
         experts: their global number.
         w13_*, w2_*: this rank's experts in the order of `kernels.tiles`.
+
+    Returns:
+        [tokens, hidden] in x's dtype; choices of other ranks' experts add nothing.
     """
-    if x.shape[0] == 0:
+    tokens, top_k = topk_ids.shape
+    if tokens == 0:
         return torch.empty_like(x)
-    plan = launch.plan_experts(*topk_ids.shape, experts, x.device)
-    if x.shape[0] == 1:  # each slot its own block: nothing to sort
+    plan = plan_experts(tokens, top_k, experts, gpu_of(x.device))
+    if tokens == 1:  # each slot its own block: nothing to sort
         local = topk_ids.flatten() if expert_map is None else expert_map[topk_ids.flatten().long()]
         routing = Routing(None, local, None)
     else:
-        sort = sort_slots if sorts(topk_ids.numel(), experts) else moe_align_block_size
+        sort = sort_slots if sorts(tokens * top_k, experts) else moe_align_block_size
         routing = Routing(*sort(topk_ids, plan.rows, experts, expert_map))
     w13 = Packed(w13_codes, w13_absmax, w13_bias, w13_blocksize, quant_type)
     w2 = Packed(w2_codes, w2_absmax, w2_bias, w2_blocksize, quant_type)

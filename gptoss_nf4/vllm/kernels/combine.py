@@ -7,6 +7,7 @@ import triton.language as tl
 
 @triton.jit
 def _sum_slots(partial, out, N, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """partial [tokens, TOP_K, N] -> out [tokens, N]. Grid: tokens, blocks of BLOCK columns."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -21,5 +22,6 @@ def sum_slots(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(tokens, hidden, dtype=dtype, device=partial.device)
     if tokens:
         block = 1024
-        _sum_slots[(tokens, triton.cdiv(hidden, block))](partial, out, hidden, TOP_K=top_k, BLOCK=block, num_warps=4)
+        grid = (tokens, triton.cdiv(hidden, block))
+        _sum_slots[grid](partial, out, N=hidden, TOP_K=top_k, BLOCK=block, num_warps=4)
     return out

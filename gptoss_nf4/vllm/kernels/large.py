@@ -1,149 +1,196 @@
-"""Products with many activation rows per weight: prefill.
+"""Products with many rows of activations for each expert: prefill.
 
-Each program takes 64 rows of outputs (64 of gate and 64 of up) and `BM` activation rows. Weights are decoded in
-registers, as in `small`, multiplied by absmax there, and used from there as operand A; dequantizing whole experts to
-memory first would write and read four times the bytes. On Hopper the products are `wgmma`, on Ampere `mma.sync`.
+A program computes 64 rows of outputs, or 64 of gate and 64 of up, for `BM` rows of activations. Weights are
+decoded in registers, multiplied by absmax there, and go from there into the product as operand A. To dequantize
+whole experts to memory instead would mean to write and read four times the bytes. On Hopper the products are
+`wgmma`, on Ampere `mma.sync`.
+
+The kernels are `swiglu_experts` and `down_experts`. They take the arguments of their namesakes in `small`, but
+activations in the order of `tiles.operand_order`, and sorted slots only. Between the loop and `clamped_swiglu`
+is the place to add something to gate and up, or to give them out as they are.
+
+Names end in the letters of their axes, see `tiles`. Here R is the four row tiles of a program, and n its 64 rows, (R r g).
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from gptoss_nf4.vllm.kernels.codebook import decode, decode_scaled, halves, load_table
+from gptoss_nf4.vllm.kernels.decode import COMPILED, decode, decode_scaled, halves, load_table
 from gptoss_nf4.vllm.kernels.swiglu import clamped_swiglu
 
-ROW_TILES = tl.constexpr(4)  # 16-row tiles of a program, one for each warp
+WARPS = 4  # of a program
+ROW_TILES = tl.constexpr(WARPS)  # whose sums a program holds, of gate and of up each
+# Row tiles of a program: gate and up, or neighbours.
+SWIGLU_TILES = 2 * WARPS
+DOWN_TILES = WARPS
 
 
-@triton.jit
-def _weights(
-    codes, absmax, tile, tile_ok, block, input_tiles, absmax_stride, table, registers, dtype: tl.constexpr,
-    TILE_STRIDE: tl.constexpr, PER_ABSMAX: tl.constexpr, S: tl.constexpr, SCALE_ASM: tl.constexpr, WGMMA: tl.constexpr,
-    ASM: tl.constexpr,
-):  # fmt: skip
-    """Tiles `tile` [4] of rows, input tile `block`: weights [64, 16 S] in `dtype`, times the codebook's factor.
+class Tiles(NamedTuple):
+    """Pointers to row tiles: codes int32 [R, C, l, s], absmax float16 [R, B, g r]."""
 
-    SCALE_ASM multiplies by absmax within the decoding (fewer instructions), else after it (fewer registers).
-    """
-    place = (tile * TILE_STRIDE)[:, None, None]
-    word = tl.load(
-        codes + (place * input_tiles + block) * (32 * S)
-        + tl.arange(0, 32)[None, :, None] * S + tl.arange(0, S)[None, None, :],
-        mask=tile_ok[:, None, None], other=0,
-    )  # fmt: skip
-    # Two neighbours in one load: Triton copies no fewer than four bytes ahead of their use.
-    pairs = absmax.to(tl.pointer_type(tl.int32)) + (place * absmax_stride + block // PER_ABSMAX) * 8
-    if SCALE_ASM and ASM:
-        scale0, scale1 = halves(
-            tl.load(pairs + (tl.arange(0, 32) // 4)[None, :, None], mask=tile_ok[:, None, None], other=0)
-        )
-        weight = decode_scaled(word, scale0, scale1, registers, dtype)
-        weight = tl.reshape(weight, [ROW_TILES, 8, 4, S, 2, 2, 2])  # g t s p r h
-    else:
-        scale0, scale1 = halves(tl.load(pairs + tl.arange(0, 8)[None, :, None], mask=tile_ok[:, None, None], other=0))
-        weight = tl.reshape(decode(word, table, registers, dtype, ASM), [ROW_TILES, 8, 4, S, 2, 2, 2])
-        weight = weight * tl.reshape(tl.join(scale0, scale1).to(dtype), [ROW_TILES, 8, 1, 1, 1, 2, 1])
-    # wgmma's operand A in registers has the inputs in order (s h t p); mma.sync's as in `small` (s t h p).
-    weight = tl.permute(weight, [0, 5, 1, 3, 6, 2, 4] if WGMMA else [0, 5, 1, 3, 2, 6, 4])
-    return tl.reshape(weight, [ROW_TILES * 16, 16 * S])
-
-
-@triton.jit
-def _activations(x, rows, row_ok, block, K, BM: tl.constexpr, S: tl.constexpr, WGMMA: tl.constexpr):
-    """x[rows, input tile `block`] as [16 S, BM], in the order of `_weights`."""
-    k = block * (16 * S) + tl.arange(0, 16 * S)
-    value = tl.load(x + rows[:, None] * K + k[None, :], mask=row_ok[:, None], other=0.0)
-    if not WGMMA:
-        value = tl.permute(tl.reshape(value, [BM, S, 2, 4, 2]), [0, 1, 3, 2, 4])
-        value = tl.reshape(value, [BM, 16 * S])
-    return tl.trans(value)
+    codes: tl.tensor
+    absmax: tl.tensor
 
 
 @triton.jit
 def swiglu_experts(
-    x, codes, absmax, bias, table, inverse_factor, out,
-    slots, experts, padded_count, count, top_k,
-    K, N, row_tiles, input_tiles, absmax_stride,
-    PER_ABSMAX: tl.constexpr, BM: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, WGMMA: tl.constexpr,
-    ALPHA: tl.constexpr, LIMIT: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """The same product as `small.product`, GATED, for sorted slots; x and out in `tiles.operand_order`."""
-    first = tl.program_id(1)
-    if first * BM >= tl.load(padded_count):
+    x, weight, out, routing, count, top_k, K, N, BM: tl.constexpr, STAGES: tl.constexpr, WGMMA: tl.constexpr
+):
+    """out[slot] = clamped SwiGLU of w[expert] @ x[slot // top_k] + bias[expert].
+
+    A program takes four gate and four up tiles; the grid is row tiles / 8, blocks of slots. Slots of another rank's
+    experts are not written.
+
+    Args:
+        x: [tokens, K] float16 or bfloat16. out: [count, N]. Both in `tiles.operand_order`.
+        weight: a `Weight` with tiles of gate and of up rows in turn.
+        routing: a `Routing` for blocks of BM, with slots.
+        count: the number of slots, tokens * top_k.
+        STAGES: a program reads STAGES - 1 input tiles ahead.
+        WGMMA: Triton compiles the products to wgmma, else to mma.sync.
+    """
+    block = tl.program_id(1)
+    if block * BM >= tl.load(routing.padded_count):
         return
-    expert = tl.load(experts + first).to(tl.int64)
+    expert = tl.load(routing.experts + block).to(tl.int64)
     if expert < 0:
         return
-    slot = tl.load(slots + first * BM + tl.arange(0, BM))
-    slot_ok = slot < count
-    rows = (slot // top_k).to(tl.int64)
-    tile = tl.program_id(0) * ROW_TILES + tl.arange(0, ROW_TILES)
-    tile_ok = tile < row_tiles
-    registers = load_table(table)
-    codes += expert * row_tiles * 2 * input_tiles * (32 * S)
-    absmax += expert * row_tiles * 2 * absmax_stride * 16
+    slot_m = tl.load(routing.slots + block * BM + tl.arange(0, BM))
+    used_m = slot_m < count
+    row_m = (slot_m // top_k).to(tl.int64)
+    pairs = weight.R // 2  # of a gate and an up tile
+    pair_R = tl.program_id(0) * ROW_TILES + tl.arange(0, ROW_TILES)
+    exists_R = pair_R < pairs
+    first = expert * pairs * 2
     dtype: tl.constexpr = x.dtype.element_ty
-    gate = tl.zeros([ROW_TILES * 16, BM], tl.float32)
-    up = tl.zeros([ROW_TILES * 16, BM], tl.float32)
-    for block in tl.range(0, input_tiles, num_stages=STAGES):
-        xb = _activations(x, rows, slot_ok, block, K, BM, S, WGMMA)
-        wg = _weights(
-            codes, absmax, tile, tile_ok, block, input_tiles, absmax_stride, table, registers, dtype,
-            2, PER_ABSMAX, S, BM < 128, WGMMA, ASM,
-        )  # fmt: skip
-        gate = tl.dot(wg, xb, gate)
-        wu = _weights(
-            codes + input_tiles * (32 * S), absmax + absmax_stride * 16, tile, tile_ok, block, input_tiles, absmax_stride,
-            table, registers, dtype, 2, PER_ABSMAX, S, BM < 128, WGMMA, ASM,
-        )  # fmt: skip
-        up = tl.dot(wu, xb, up)
+    registers = load_table(weight.table)
+    gate_tiles, up_tiles = _tiles_from(weight, first), _tiles_from(weight, first + 1)
+    gate_nm = tl.zeros([ROW_TILES * 16, BM], tl.float32)
+    up_nm = tl.zeros([ROW_TILES * 16, BM], tl.float32)
+    for C in tl.range(0, weight.C, num_stages=STAGES):
+        x_km = _activations(x, row_m, used_m, C, K, weight.S, WGMMA)
+        gate_nk = _weights(gate_tiles, 2 * pair_R, exists_R, C, weight, registers, dtype, BM < 128, WGMMA)
+        gate_nm = tl.dot(gate_nk, x_km, gate_nm)
+        up_nk = _weights(up_tiles, 2 * pair_R, exists_R, C, weight, registers, dtype, BM < 128, WGMMA)
+        up_nm = tl.dot(up_nk, x_km, up_nm)
     n = tl.program_id(0) * (ROW_TILES * 16) + tl.arange(0, ROW_TILES * 16)
-    n_ok = n < row_tiles * 16
-    biases = bias + expert * row_tiles * 32 + (n // 16) * 32 + n % 16
-    g = gate * inverse_factor + tl.load(biases, mask=n_ok, other=0.0).to(tl.float32)[:, None]
-    u = up * inverse_factor + tl.load(biases + 16, mask=n_ok, other=0.0).to(tl.float32)[:, None]
-    value = clamped_swiglu(g, u, ALPHA, LIMIT).to(out.dtype.element_ty)
-    # Into the order that the second product wants (`tiles.operand_order`): s / 2, t, s % 2, h, p -> s, h, t, p.
-    value = tl.permute(tl.reshape(value, [ROW_TILES // 2, 4, 2, 2, 2, BM]), [0, 2, 3, 1, 4, 5])
-    value = tl.reshape(value, [ROW_TILES * 16, BM])
-    tl.store(out + slot.to(tl.int64)[:, None] * N + n[None, :], tl.trans(value), mask=slot_ok[:, None] & (n < N)[None, :])
+    exists_n = n < pairs * 16
+    bias_n = weight.bias + first * 16 + (n // 16) * 32 + n % 16
+    gate_nm = gate_nm * weight.unscale + tl.load(bias_n, mask=exists_n, other=0.0).to(tl.float32)[:, None]
+    up_nm = up_nm * weight.unscale + tl.load(bias_n + 16, mask=exists_n, other=0.0).to(tl.float32)[:, None]
+    value_nm = clamped_swiglu(gate_nm, up_nm).to(out.dtype.element_ty)
+    # These rows are the inputs of the second product. Bring them into `tiles.operand_order`.
+    value_qtehpm = tl.reshape(value_nm, [ROW_TILES // 2, 4, 2, 2, 2, BM])
+    value_qehtpm = tl.permute(value_qtehpm, [0, 2, 3, 1, 4, 5])
+    value_nm = tl.reshape(value_qehtpm, [ROW_TILES * 16, BM])
+    out_mn = out + slot_m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(out_mn, tl.trans(value_nm), mask=used_m[:, None] & (n < N)[None, :])
 
 
 @triton.jit
 def down_experts(
-    x, codes, absmax, bias, table, inverse_factor, out,
-    slots, experts, padded_count, count, slot_weights,
-    K, N, row_tiles, input_tiles, absmax_stride,
-    PER_ABSMAX: tl.constexpr, BM: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, WGMMA: tl.constexpr,
-    ASM: tl.constexpr,
-):  # fmt: skip
-    """The same product as `small.product` with EXPERTS for sorted slots; x in `tiles.operand_order`."""
-    first = tl.program_id(1)
+    x, weight, out, routing, slot_weights, count, K, N, BM: tl.constexpr, STAGES: tl.constexpr, WGMMA: tl.constexpr
+):
+    """out[slot] = (w[expert] @ x[slot] + bias[expert]) * slot_weights[slot].
+
+    A program takes four row tiles; the grid is row tiles / 4, blocks of slots. Slots of another rank's experts get zeros.
+
+    Args:
+        x: [count, K] float16 or bfloat16, in `tiles.operand_order`. out: [count, N] in its own dtype.
+        weight: a `Weight`. routing: a `Routing` for blocks of BM, with slots.
+        slot_weights: float32 [count].
+        count: the number of slots.
+        STAGES, WGMMA: as in `swiglu_experts`.
+    """
+    block = tl.program_id(1)
     n = tl.program_id(0) * (ROW_TILES * 16) + tl.arange(0, ROW_TILES * 16)
-    if first * BM >= tl.load(padded_count):
+    if block * BM >= tl.load(routing.padded_count):
         return
-    expert = tl.load(experts + first).to(tl.int64)
-    slot = tl.load(slots + first * BM + tl.arange(0, BM))
-    slot_ok = slot < count
-    rows = slot.to(tl.int64)
-    outputs = out + rows[:, None] * N + n[None, :]
-    out_ok = slot_ok[:, None] & (n < N)[None, :]
+    expert = tl.load(routing.experts + block).to(tl.int64)
+    slot_m = tl.load(routing.slots + block * BM + tl.arange(0, BM))
+    used_m = slot_m < count
+    row_m = slot_m.to(tl.int64)
+    out_mn = out + row_m[:, None] * N + n[None, :]
+    stored_mn = used_m[:, None] & (n < N)[None, :]
     if expert < 0:
-        tl.store(outputs, tl.zeros([BM, ROW_TILES * 16], out.dtype.element_ty), mask=out_ok)
+        tl.store(out_mn, tl.zeros([BM, ROW_TILES * 16], out.dtype.element_ty), mask=stored_mn)
         return
-    tile = tl.program_id(0) * ROW_TILES + tl.arange(0, ROW_TILES)
-    tile_ok = tile < row_tiles
-    registers = load_table(table)
-    codes += expert * row_tiles * input_tiles * (32 * S)
-    absmax += expert * row_tiles * absmax_stride * 16
-    sums = tl.zeros([ROW_TILES * 16, BM], tl.float32)
-    for block in tl.range(0, input_tiles, num_stages=STAGES):
-        xb = _activations(x, rows, slot_ok, block, K, BM, S, WGMMA)
-        weight = _weights(
-            codes, absmax, tile, tile_ok, block, input_tiles, absmax_stride, table, registers, x.dtype.element_ty,
-            1, PER_ABSMAX, S, True, WGMMA, ASM,
-        )  # fmt: skip
-        sums = tl.dot(weight, xb, sums)
-    biases = tl.load(bias + expert * row_tiles * 16 + n, mask=n < row_tiles * 16, other=0.0)
-    value = sums * inverse_factor + biases.to(tl.float32)[:, None]
-    value *= tl.load(slot_weights + rows, mask=slot_ok, other=0.0)[None, :]
-    tl.store(outputs, tl.trans(value.to(out.dtype.element_ty)), mask=out_ok)
+    tile_R = tl.program_id(0) * ROW_TILES + tl.arange(0, ROW_TILES)
+    exists_R = tile_R < weight.R
+    first = expert * weight.R
+    dtype: tl.constexpr = x.dtype.element_ty
+    registers = load_table(weight.table)
+    tiles = _tiles_from(weight, first)
+    sum_nm = tl.zeros([ROW_TILES * 16, BM], tl.float32)
+    for C in tl.range(0, weight.C, num_stages=STAGES):
+        x_km = _activations(x, row_m, used_m, C, K, weight.S, WGMMA)
+        weight_nk = _weights(tiles, tile_R, exists_R, C, weight, registers, dtype, True, WGMMA)
+        sum_nm = tl.dot(weight_nk, x_km, sum_nm)
+    bias_n = tl.load(weight.bias + first * 16 + n, mask=n < weight.R * 16, other=0.0).to(tl.float32)
+    weight_m = tl.load(slot_weights + row_m, mask=used_m, other=0.0)
+    value_nm = (sum_nm * weight.unscale + bias_n[:, None]) * weight_m[None, :]
+    tl.store(out_mn, tl.trans(value_nm.to(out.dtype.element_ty)), mask=stored_mn)
+
+
+@triton.jit
+def _tiles_from(weight, first):
+    """All row tiles from number `first` on, counted over all experts."""
+    return Tiles(weight.codes + first * weight.C * (32 * weight.S), weight.absmax + first * weight.B * 16)
+
+
+@triton.jit
+def _weights(
+    tiles,
+    tile_R,
+    exists_R,
+    C,
+    weight,
+    registers,
+    dtype: tl.constexpr,
+    SCALE_IN_DECODING: tl.constexpr,
+    WGMMA: tl.constexpr,
+):
+    """Operand A: row tiles `tile_R` of input tile C, times absmax and the codebook's factor, `dtype` [n, k].
+
+    SCALE_IN_DECODING multiplies by absmax within the decoding (fewer instructions), else after it (fewer registers).
+    """
+    S: tl.constexpr = weight.S
+    tile_Rls = tile_R[:, None, None]
+    exists_Rls = exists_R[:, None, None]
+    place_Rls = (tile_Rls * weight.C + C) * (32 * S) + tl.arange(0, 32)[None, :, None] * S + tl.arange(0, S)[None, None, :]
+    words_Rls = tl.load(tiles.codes + place_Rls, mask=exists_Rls, other=0)
+    # Pairs of absmax: Triton copies no fewer than four bytes ahead of their use.
+    pairs_R = tiles.absmax.to(tl.pointer_type(tl.int32)) + (tile_Rls * weight.B + C // weight.TILES_PER_BLOCK) * 8
+    if SCALE_IN_DECODING and COMPILED:
+        pairs_Rl = pairs_R + (tl.arange(0, 32) // 4)[None, :, None]  # g of lane 4g + t
+        absmax0_Rl, absmax1_Rl = halves(tl.load(pairs_Rl, mask=exists_Rls, other=0))
+        weight_Rlsprh = decode_scaled(words_Rls, absmax0_Rl, absmax1_Rl, registers, dtype)
+        weight_Rgtsprh = tl.reshape(weight_Rlsprh, [ROW_TILES, 8, 4, S, 2, 2, 2])
+    else:
+        pairs_Rg = pairs_R + tl.arange(0, 8)[None, :, None]
+        absmax0_Rg, absmax1_Rg = halves(tl.load(pairs_Rg, mask=exists_Rls, other=0))
+        absmax_Rgr = tl.join(absmax0_Rg, absmax1_Rg).to(dtype)
+        weight_Rgtsprh = tl.reshape(decode(words_Rls, registers, dtype), [ROW_TILES, 8, 4, S, 2, 2, 2])
+        weight_Rgtsprh = weight_Rgtsprh * tl.reshape(absmax_Rgr, [ROW_TILES, 8, 1, 1, 1, 2, 1])
+    # k in the order in which the weights stand in a lane's registers already, as Triton lays out operand A:
+    # (s h t p) for wgmma, (s t h p) for mma.sync.
+    if WGMMA:
+        weight_Rrgk = tl.permute(weight_Rgtsprh, [0, 5, 1, 3, 6, 2, 4])
+    else:
+        weight_Rrgk = tl.permute(weight_Rgtsprh, [0, 5, 1, 3, 2, 6, 4])
+    return tl.reshape(weight_Rrgk, [ROW_TILES * 16, 16 * S])
+
+
+@triton.jit
+def _activations(x, row_m, used_m, C, K, S: tl.constexpr, WGMMA: tl.constexpr):
+    """Operand B: x[row_m] of input tile C, [k, m] in the same order of k; zeros where not `used_m`."""
+    BM: tl.constexpr = row_m.shape[0]
+    k = C * (16 * S) + tl.arange(0, 16 * S)
+    x_mk = tl.load(x + row_m[:, None] * K + k[None, :], mask=used_m[:, None], other=0.0)
+    if not WGMMA:
+        x_mshtp = tl.reshape(x_mk, [BM, S, 2, 4, 2])
+        x_msthp = tl.permute(x_mshtp, [0, 1, 3, 2, 4])
+        x_mk = tl.reshape(x_msthp, [BM, 16 * S])
+    return tl.trans(x_mk)

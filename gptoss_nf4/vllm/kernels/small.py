@@ -1,161 +1,225 @@
-"""Products with few activation rows per weight: decoding of a batch, one token and up.
+"""Products with few rows of activations: decoding of a batch, one token and up.
 
-Each program takes two tiles (16 rows each) of outputs, a gate and an up tile or two neighbours, and up to `BM`
-activation rows. Its warps share the inputs: warp i multiplies blocks i, i + warps, ... on tensor cores, weights as
-operand A, so that the instruction's 16 rows are weights and only its 8 columns are padded. Both operands go from memory
-to the registers of the lane that needs them, one block ahead of their use: the loop touches shared memory for the
-codebook at most and has no barrier. The 16 x 8 sums of one tile are scaled by absmax in float32, once per 64 weights.
-The warps' sums are added at the end, in shared memory.
+A program computes one or two tiles of 16 output rows, for up to `BM` rows of activations. Its warps share the
+inputs: warp w takes the input tiles w, w + WARPS, and so on. It multiplies them on tensor cores with the weight
+as operand A, so that the instruction's 16 rows are weights, and only its 8 columns need padding. Both operands
+go from memory straight to the registers of the lane that holds them, one tile ahead of their use. The loop has
+no barrier, and touches shared memory for the codebook's table at most. The 16 x 8 sums of a tile are multiplied
+by absmax in float32, once per 64 inputs. At the end the warps' sums are added up in shared memory.
+
+The kernels are `linear`, `swiglu_experts` and `down_experts`. They share the loop, `_products`, and differ before
+and after it. Between `_products` and `clamped_swiglu` is the place to add something to gate and up, or to give them
+out as they are.
+
+Names end in the letters of their axes, see `tiles`.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from gptoss_nf4.vllm.kernels.codebook import decode, fill_shared, halves, load_table, lookup
+from gptoss_nf4.vllm.kernels.decode import decode, fill_shared, halves, load_table, lookup
 from gptoss_nf4.vllm.kernels.swiglu import clamped_swiglu
 
+# Row tiles of a program: a gate and an up tile, or two neighbours.
+SWIGLU_TILES = 2
+DOWN_TILES = 2
 
-@triton.jit
-def _load(
-    x, slot, top_k, K, codes, absmax, second, block, input_tiles, absmax_stride,
-    PER_ABSMAX: tl.constexpr, S: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """What block `block` [WARPS] of the inputs needs: words [WARPS, 32, S] and pairs of absmax [WARPS, 8] of two row tiles
-    (the first one again if `second` is 0), and x[slot // top_k] [S / 2, BM / 8, WARPS, 8, 32], zeros for slots below 0.
 
-    Beyond the last block that one is read again, with absmax 0: one minimum instead of masks on all loads.
-    """
-    place = tl.minimum(block, input_tiles - 1)
-    words = place[:, None, None] * (32 * S) + tl.arange(0, 32)[None, :, None] * S + tl.arange(0, S)[None, None, :]
-    scales = (place // PER_ABSMAX)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    exists = (block < input_tiles)[:, None]
-    # Each warp's part of x lies in the last dimensions but for halves of a block and groups of 8 rows: Triton spreads
-    # lanes and warps from the last dimension on, so that a lane's 8 inputs of a row are what it holds as operand B.
-    half = tl.arange(0, S // 2)
-    k = place[None, None, :, None, None] * (16 * S) + half[:, None, None, None, None] * 32 + tl.arange(0, 32)
-    slot = tl.reshape(slot, [1, BM // 8, 1, 8, 1])
-    # Weights are read once, x by every program: they should not push it out of the L1 cache.
-    return (
-        tl.load(codes + words, eviction_policy="evict_first"),
-        tl.load(codes + second * input_tiles * (32 * S) + words, eviction_policy="evict_first"),
-        tl.load(absmax + scales, mask=exists, other=0),
-        tl.load(absmax + second * absmax_stride * 8 + scales, mask=exists, other=0),
-        tl.load(x + slot // top_k * K + k, mask=slot >= 0, other=0.0),
-    )
+class Rows(NamedTuple):
+    """A program's rows of activations, of length K: x[slot // top_k]. Slot -1 stands for a row of zeros."""
+
+    x: tl.tensor
+    slot_m: tl.tensor
+    top_k: tl.tensor
+    K: tl.tensor
+
+
+class Tiles(NamedTuple):
+    """Pointers to a program's two row tiles: codes int32 [C, l, s], and absmax int32 [B, g], pairs of float16."""
+
+    codes: tl.tensor
+    next_codes: tl.tensor
+    absmax: tl.tensor
+    next_absmax: tl.tensor
 
 
 @triton.jit
-def _operand(value, BM: tl.constexpr, S: tl.constexpr):
-    """x [S / 2, BM / 8, WARPS, 8, 32] as operand B [WARPS, 16 S, BM], its inputs in the order of `_partial`."""
-    WARPS: tl.constexpr = value.shape[2]
-    value = tl.reshape(value, [S // 2, BM // 8, WARPS, 8, 4, 2, 2, 2])  # s_hi n_hi w n_lo t s_lo h p
-    value = tl.permute(value, [2, 0, 5, 4, 6, 7, 1, 3])  # w | s_hi s_lo t h p | n_hi n_lo
-    return tl.reshape(value, [WARPS, 16 * S, BM])
+def linear(x, weight, out, count, K, N, BM: tl.constexpr, WARPS: tl.constexpr, SHARED_TABLE: tl.constexpr):
+    """out[row] = w @ x[row] + bias.
 
-
-@triton.jit
-def _partial(word, pair, x, table, registers, S: tl.constexpr, SHARED: tl.constexpr, ASM: tl.constexpr):
-    """One tile per warp times x, scaled: float32 [WARPS, 16, BM]."""
-    WARPS: tl.constexpr = word.shape[0]
-    if SHARED:  # noqa: SIM108
-        weight = lookup(word, table, registers, x.dtype, ASM)
-    else:
-        weight = decode(word, table, registers, x.dtype, ASM)
-    weight = tl.permute(tl.reshape(weight, [WARPS, 8, 4, S, 2, 2, 2]), [0, 5, 1, 3, 2, 6, 4])  # g t s p r h -> r g s t h p
-    low, high = halves(pair)
-    scale = tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [WARPS, 16, 1]).to(tl.float32)
-    return tl.dot(tl.reshape(weight, [WARPS, 16, 16 * S]), x) * scale
-
-
-@triton.jit
-def product(
-    x, codes, absmax, bias, table, inverse_factor, out,
-    slots, experts, padded_count, slot_weights, count, top_k,
-    K, N, row_tiles, input_tiles, absmax_stride,
-    ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    BM: tl.constexpr, PER_ABSMAX: tl.constexpr, S: tl.constexpr, WARPS: tl.constexpr,
-    GATED: tl.constexpr, EXPERTS: tl.constexpr, SORTED: tl.constexpr, HAS_BIAS: tl.constexpr, PAIR: tl.constexpr,
-    SHARED: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Three products in one, which differ by a few lines before and after the loop.
-
-    Plain:             out[row] = w @ x[row] + bias
-    EXPERTS:           out[slot] = (w[expert] @ x[slot // top_k] + bias[expert]) * slot_weights[slot]
-    EXPERTS and GATED: out[slot] = clamped SwiGLU of (w[expert] @ x[slot // top_k] + bias[expert])
+    A program takes one row tile; the grid is row tiles, blocks of BM rows of x.
 
     Args:
-        x: [rows, K] float16 or bfloat16. out: [rows or slots, N] in its own dtype.
-        codes, absmax: int32 [E, row_tiles, input_tiles, 32, S], float16 [E, row_tiles, absmax_stride, 16]. If GATED, tiles
-            of gate and of up rows in turn.
-        bias: [E, row_tiles * 16], in the same order of rows.
-        slots, experts, padded_count: as in `launch.Routing`, for blocks of BM; if not SORTED, `experts` has one (local)
-            expert a slot. Expert -1 is another rank's: its slots get zeros, or are left alone if GATED.
-        count: rows, or slots.
-        PAIR: two row tiles a program, which share x; else one.
-        SHARED: decode by the table in shared memory.
+        x: [count, K] float16 or bfloat16. out: [count, N] in its own dtype.
+        weight: a `Weight` of one expert.
+        SHARED_TABLE: decode by `lookup`, else by `decode`.
     """
-    tile = tl.program_id(0) * (2 if PAIR else 1)
-    first = tl.program_id(1)
-    if SORTED and first * BM >= tl.load(padded_count):
+    tile = tl.program_id(0)
+    row_m = tl.program_id(1) * BM + tl.arange(0, BM)
+    row_m = tl.where(row_m < count, row_m, -1)
+    sum_nm, _ = _products(Rows(x, row_m, 1, K), weight, 0, tile, WARPS, SHARED_TABLE, False)
+    _store(out, sum_nm, row_m, tile, N)
+
+
+@triton.jit
+def swiglu_experts(
+    x, weight, out, routing, count, top_k, K, N, BM: tl.constexpr, WARPS: tl.constexpr, SHARED_TABLE: tl.constexpr
+):
+    """out[slot] = clamped SwiGLU of w[expert] @ x[slot // top_k] + bias[expert].
+
+    A program takes a gate and an up tile; the grid is row tiles / 2, blocks of slots. Slots of another rank's experts
+    are not written.
+
+    Args:
+        x: [tokens, K] float16 or bfloat16. out: [count, N] in its own dtype.
+        weight: a `Weight` with tiles of gate and of up rows in turn.
+        routing: a `Routing` for blocks of BM.
+        count: the number of slots, tokens * top_k.
+    """
+    pair, block = tl.program_id(0), tl.program_id(1)
+    if routing.slots is not None and block * BM >= tl.load(routing.padded_count):
         return
-    expert = tl.zeros([], tl.int64)
-    if EXPERTS:
-        expert = tl.load(experts + first).to(tl.int64)
-    m = tl.arange(0, BM)
-    if not EXPERTS:
-        slot = first * BM + m
-    elif SORTED:
-        slot = tl.load(slots + first * BM + m)
-    else:
-        slot = tl.where(m == 0, first, count)
-    slot = tl.where(slot < count, slot, -1)
-    n = tl.arange(0, 16) + (tile // 2 if GATED else tile) * 16
-    outputs = out + slot.to(tl.int64)[None, :] * N + n[:, None]
-    out_ok = (slot >= 0)[None, :] & (n < N)[:, None]
-    out_ok2 = (slot >= 0)[None, :] & (n + 16 < N)[:, None]
+    expert = tl.load(routing.experts + block).to(tl.int64)
     if expert < 0:
-        if not GATED:
-            zeros = tl.zeros([16, BM], out.dtype.element_ty)
-            tl.store(outputs, zeros, mask=out_ok)
-            if PAIR:
-                tl.store(outputs + 16, zeros, mask=out_ok2)
         return
-    second = (tile + 1 < row_tiles).to(tl.int32)  # else the first tile again, and nothing of it is stored
-    place = expert * row_tiles + tile
-    codes += place * input_tiles * (32 * S)
-    absmax = absmax.to(tl.pointer_type(tl.int32)) + place * absmax_stride * 8
+    slot_m = _slots(routing, block, count, BM)
+    gate_nm, up_nm = _products(Rows(x, slot_m, top_k, K), weight, expert, 2 * pair, WARPS, SHARED_TABLE, True)
+    _store(out, clamped_swiglu(gate_nm, up_nm), slot_m, pair, N)
+
+
+@triton.jit
+def down_experts(
+    x, weight, out, routing, slot_weights, count, K, N, BM: tl.constexpr, WARPS: tl.constexpr, SHARED_TABLE: tl.constexpr
+):
+    """out[slot] = (w[expert] @ x[slot] + bias[expert]) * slot_weights[slot].
+
+    A program takes two row tiles; the grid is row tiles / 2, blocks of slots. Slots of another rank's experts get zeros.
+
+    Args:
+        x: [count, K] float16 or bfloat16. out: [count, N] in its own dtype.
+        weight: a `Weight`. routing: a `Routing` for blocks of BM.
+        slot_weights: float32 [count].
+        count: the number of slots.
+    """
+    tile, block = 2 * tl.program_id(0), tl.program_id(1)
+    if routing.slots is not None and block * BM >= tl.load(routing.padded_count):
+        return
+    expert = tl.load(routing.experts + block).to(tl.int64)
+    slot_m = _slots(routing, block, count, BM)
+    if expert < 0:
+        zeros_nm = tl.zeros([16, BM], tl.float32)
+        _store(out, zeros_nm, slot_m, tile, N)
+        _store(out, zeros_nm, slot_m, tile + 1, N)
+        return
+    first_nm, second_nm = _products(Rows(x, slot_m, 1, K), weight, expert, tile, WARPS, SHARED_TABLE, True)
+    weight_m = tl.load(slot_weights + slot_m, mask=slot_m >= 0, other=0.0)
+    _store(out, first_nm * weight_m[None, :], slot_m, tile, N)
+    _store(out, second_nm * weight_m[None, :], slot_m, tile + 1, N)
+
+
+@triton.jit
+def _slots(routing, block, count, BM: tl.constexpr):
+    """The slots of a block, int32 [m]; -1 where there is none."""
+    m = tl.arange(0, BM)
+    slot_m = tl.load(routing.slots + block * BM + m) if routing.slots is not None else tl.where(m == 0, block, count)
+    return tl.where(slot_m < count, slot_m, -1)
+
+
+@triton.jit
+def _products(rows, weight, expert, tile, WARPS: tl.constexpr, SHARED_TABLE: tl.constexpr, TWO: tl.constexpr):
+    """w[expert] @ x[slot // top_k] + bias: float32 [n, m] of row tile `tile`, and if TWO of the next one.
+
+    Where there is no next one, the second result is that of the same tile again, not to be stored.
+    """
+    BM: tl.constexpr = rows.slot_m.shape[0]
+    to_next = (tile + 1 < weight.R).to(tl.int32)
+    tile = expert * weight.R + tile.to(tl.int64)
+    codes = weight.codes + tile * weight.C * (32 * weight.S)
+    absmax = weight.absmax.to(tl.pointer_type(tl.int32)) + tile * weight.B * 8
+    tiles = Tiles(codes, codes + to_next * weight.C * (32 * weight.S), absmax, absmax + to_next * weight.B * 8)
     warp = tl.arange(0, WARPS)
-    w1, w2, s1, s2, xs = _load(
-        x, slot, top_k, K, codes, absmax, second, warp, input_tiles, absmax_stride, PER_ABSMAX, S, BM
+    ahead = _load(rows, tiles, weight, warp)
+    decoder = fill_shared(weight.table) if SHARED_TABLE else load_table(weight.table)
+    first_wnm = tl.zeros([WARPS, 16, BM], tl.float32)
+    second_wnm = tl.zeros([WARPS, 16, BM], tl.float32)
+    for start in tl.range(0, weight.C, WARPS, num_stages=1):
+        words1_wls, words2_wls, absmax1_wg, absmax2_wg, x_qMwmk = ahead
+        x_wkm = _operand(x_qMwmk)
+        ahead = _load(rows, tiles, weight, start + WARPS + warp)
+        first_wnm += _product(words1_wls, absmax1_wg, x_wkm, decoder, SHARED_TABLE)
+        if TWO:
+            second_wnm += _product(words2_wls, absmax2_wg, x_wkm, decoder, SHARED_TABLE)
+    first_nm = tl.sum(first_wnm, axis=0) * weight.unscale
+    second_nm = tl.sum(second_wnm, axis=0) * weight.unscale
+    if weight.bias is not None:
+        bias = weight.bias + tile * 16 + tl.arange(0, 16)
+        first_nm += tl.load(bias).to(tl.float32)[:, None]
+        if TWO:
+            second_nm += tl.load(bias + to_next * 16).to(tl.float32)[:, None]
+    return first_nm, second_nm
+
+
+@triton.jit
+def _load(rows, tiles, weight, C_w):
+    """What the warps need of input tiles `C_w`, five tensors: words [w, l, s] and pairs of absmax [w, g], and x.
+
+    Words and absmax are of both row tiles. x is [q, M, w, m, k], where M counts groups of eight rows and k the 32
+    inputs (t e h p) of a half; zeros for slot -1. Beyond the last input tile that one is read again, with absmax 0: one
+    minimum instead of masks on all loads.
+    """
+    S: tl.constexpr = weight.S
+    BM: tl.constexpr = rows.slot_m.shape[0]
+    exists_w = C_w < weight.C
+    C_w = tl.minimum(C_w, weight.C - 1)
+    word_wls = C_w[:, None, None] * (32 * S) + tl.arange(0, 32)[None, :, None] * S + tl.arange(0, S)[None, None, :]
+    pair_wg = (C_w // weight.TILES_PER_BLOCK)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    # Triton spreads lanes and warps over the last axes first. With q and M in front, a lane gets eight neighbouring
+    # inputs of a row, and these are the ones that it has to hold as operand B.
+    q = tl.arange(0, S // 2)[:, None, None, None, None]
+    k_qMwmk = C_w[None, None, :, None, None] * (16 * S) + q * 32 + tl.arange(0, 32)
+    slot_qMwmk = tl.reshape(rows.slot_m, [1, BM // 8, 1, 8, 1])
+    # Weights are read once, x by every program: weights should not push x out of the L1 cache.
+    return (
+        tl.load(tiles.codes + word_wls, eviction_policy="evict_first"),
+        tl.load(tiles.next_codes + word_wls, eviction_policy="evict_first"),
+        tl.load(tiles.absmax + pair_wg, mask=exists_w[:, None], other=0),
+        tl.load(tiles.next_absmax + pair_wg, mask=exists_w[:, None], other=0),
+        tl.load(rows.x + slot_qMwmk // rows.top_k * rows.K + k_qMwmk, mask=slot_qMwmk >= 0, other=0.0),
     )
-    if SHARED:  # noqa: SIM108
-        registers = fill_shared(table, ASM)
-    else:
-        registers = load_table(table)
-    value1 = tl.zeros([WARPS, 16, BM], tl.float32)
-    value2 = tl.zeros([WARPS, 16, BM], tl.float32)
-    for start in tl.range(0, input_tiles, WARPS, num_stages=1):
-        xb = _operand(xs, BM, S)
-        c1, c2, a1, a2 = w1, w2, s1, s2
-        w1, w2, s1, s2, xs = _load(
-            x, slot, top_k, K, codes, absmax, second, start + WARPS + warp, input_tiles, absmax_stride, PER_ABSMAX, S, BM
-        )
-        value1 += _partial(c1, a1, xb, table, registers, S, SHARED, ASM)
-        if PAIR:
-            value2 += _partial(c2, a2, xb, table, registers, S, SHARED, ASM)
-    value1 = tl.sum(value1, axis=0) * inverse_factor
-    value2 = tl.sum(value2, axis=0) * inverse_factor
-    if HAS_BIAS:
-        biases = bias + place * 16 + tl.arange(0, 16)
-        value1 += tl.load(biases).to(tl.float32)[:, None]
-        if PAIR:
-            value2 += tl.load(biases + second * 16).to(tl.float32)[:, None]
-    if GATED:
-        value1 = clamped_swiglu(value1, value2, ALPHA, LIMIT)
-    elif EXPERTS:
-        weights = tl.load(slot_weights + slot, mask=slot >= 0, other=0.0)[None, :]
-        value1 *= weights
-        value2 *= weights
-    tl.store(outputs, value1.to(out.dtype.element_ty), mask=out_ok)
-    if PAIR and not GATED:
-        tl.store(outputs + 16, value2.to(out.dtype.element_ty), mask=out_ok2)
+
+
+@triton.jit
+def _operand(x_qMwmk):
+    """x as `_load` brings it, as operand B [w, k, m] with the inputs of a tile in the order (s t h p)."""
+    Q: tl.constexpr = x_qMwmk.shape[0]
+    M: tl.constexpr = x_qMwmk.shape[1]
+    WARPS: tl.constexpr = x_qMwmk.shape[2]
+    x_qMwmtehp = tl.reshape(x_qMwmk, [Q, M, WARPS, 8, 4, 2, 2, 2])
+    x_wqethpMm = tl.permute(x_qMwmtehp, [2, 0, 5, 4, 6, 7, 1, 3])
+    return tl.reshape(x_wqethpMm, [WARPS, 32 * Q, 8 * M])
+
+
+@triton.jit
+def _product(words_wls, absmax_wg, x_wkm, decoder, SHARED_TABLE: tl.constexpr):
+    """Each warp's tile times its x, times absmax: float32 [w, n, m]."""
+    WARPS: tl.constexpr = words_wls.shape[0]
+    S: tl.constexpr = words_wls.shape[2]
+    dtype: tl.constexpr = x_wkm.dtype
+    weight_wlsprh = lookup(words_wls, decoder, dtype) if SHARED_TABLE else decode(words_wls, decoder, dtype)
+    weight_wgtsprh = tl.reshape(weight_wlsprh, [WARPS, 8, 4, S, 2, 2, 2])
+    weight_wrgsthp = tl.permute(weight_wgtsprh, [0, 5, 1, 3, 2, 6, 4])
+    weight_wnk = tl.reshape(weight_wrgsthp, [WARPS, 16, 16 * S])
+    absmax0_wg, absmax1_wg = halves(absmax_wg)
+    absmax_wrg = tl.permute(tl.join(absmax0_wg, absmax1_wg), [0, 2, 1])
+    absmax_wnm = tl.reshape(absmax_wrg, [WARPS, 16, 1]).to(tl.float32)
+    return tl.dot(weight_wnk, x_wkm) * absmax_wnm
+
+
+@triton.jit
+def _store(out, value_nm, slot_m, tile, N):
+    """float32 [n, m] to out[slot, row of tile]."""
+    n = tile * 16 + tl.arange(0, 16)
+    valid_nm = (slot_m >= 0)[None, :] & (n < N)[:, None]
+    tl.store(out + slot_m.to(tl.int64)[None, :] * N + n[:, None], value_nm.to(out.dtype.element_ty), mask=valid_nm)

@@ -1,7 +1,7 @@
 """Sorting the slots of a decode batch by expert, in one small kernel.
 
-vLLM's `moe_align_block_size` does the same for any size; at a batch of 32 it takes 6 us a layer, as long as a fifth of a
-layer's w2. One program with all slots in registers is enough there.
+vLLM's `moe_align_block_size` does the same for any size; at a batch of 32 it takes 6 us a layer, as long as a
+fifth of a layer's w2. One program with all slots in registers is enough there.
 """
 
 import torch
@@ -13,15 +13,24 @@ MAX_COMPARISONS = 1 << 13  # slots x experts: 256 x 32 take a third of the share
 
 @triton.jit
 def _sort_slots(
-    ids, expert_map, slots, experts, padded_count, count,
-    BLOCK: tl.constexpr, SLOTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr,
-    MAPPED: tl.constexpr,
-):  # fmt: skip
+    ids,
+    expert_map,
+    slots,
+    experts,
+    padded_count,
+    count,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """The tensors of `sort_slots`; `count` slots. The last four constants are sizes, rounded up to powers of two."""
     slot = tl.arange(0, SLOTS)
-    expert = tl.arange(0, EXPERTS_POW2)
+    expert = tl.arange(0, EXPERTS)
     chosen = tl.load(ids + slot, mask=slot < count, other=-1).to(tl.int32)
     matches = (chosen[:, None] == expert[None, :]).to(tl.int32)
-    rank = tl.sum(matches * tl.cumsum(matches, axis=0), axis=1) - 1
+    rank = tl.sum(matches * tl.cumsum(matches, axis=0), axis=1) - 1  # of a slot among those of its expert
     padded = (tl.sum(matches, axis=0) + BLOCK - 1) // BLOCK * BLOCK
     end = tl.cumsum(padded, axis=0)
     place = rank + tl.sum(matches * (end - padded)[None, :], axis=1)
@@ -34,7 +43,7 @@ def _sort_slots(
     block = tl.arange(0, BLOCKS)
     used = block * BLOCK < total
     owner = tl.sum((end[None, :] <= block[:, None] * BLOCK).to(tl.int32), axis=1)
-    if MAPPED:
+    if expert_map is not None:
         owner = tl.load(expert_map + owner, mask=used, other=-1)
     tl.store(experts + block, owner, mask=used)
 
@@ -47,16 +56,16 @@ def fits(slots: int, experts: int) -> bool:
 def sort_slots(
     ids: torch.Tensor, block: int, experts: int, expert_map: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Slots sorted by expert, in whole blocks: the fields of `launch.Routing`.
+    """Slots sorted by expert, in whole blocks: the fields of `arguments.Routing`.
 
     Args:
         ids: integers [tokens, k], global expert numbers.
         block: slots in a block.
         experts: their global number.
-        expert_map: int32 [experts] from global to local number, -1 for another rank's.
+        expert_map: int32 [experts] from global to local number, -1 for another rank's; None where all are here.
 
     Returns:
-        slots int32 [padded], experts int32 [blocks], padded_count int32 [1]; what lies behind padded_count is not set.
+        slots int32 [padded], experts int32 [blocks], padded_count int32 [1]. What lies behind padded_count is not set.
     """
     count = ids.numel()
     blocks = min(count, experts + count // block)  # each expert leaves at most one block unfilled
@@ -64,9 +73,17 @@ def sort_slots(
     owners = torch.empty(blocks, dtype=torch.int32, device=ids.device)
     padded_count = torch.empty(1, dtype=torch.int32, device=ids.device)
     _sort_slots[(1,)](
-        ids, owners if expert_map is None else expert_map, slots, owners, padded_count, count,
-        BLOCK=block, SLOTS=triton.next_power_of_2(count), EXPERTS_POW2=triton.next_power_of_2(experts),
-        BLOCKS=triton.next_power_of_2(blocks), PADDED=triton.next_power_of_2(blocks * block),
-        MAPPED=expert_map is not None, num_warps=8,
-    )  # fmt: skip
+        ids,
+        expert_map,
+        slots,
+        owners,
+        padded_count,
+        count,
+        BLOCK=block,
+        SLOTS=triton.next_power_of_2(count),
+        EXPERTS=triton.next_power_of_2(experts),
+        BLOCKS=triton.next_power_of_2(blocks),
+        PADDED=triton.next_power_of_2(blocks * block),
+        num_warps=8,
+    )
     return slots, owners, padded_count

@@ -1,72 +1,137 @@
 """The order in which the kernels want codes and absmax in memory. Pure functions on tensors.
 
-A tile is 16 rows by 64 inputs (by 32 where the blocksize is 32), the weights that one warp multiplies with four (two)
-tensor-core instructions m16n8k16. Its bytes are stored so that a lane's single 16-byte load brings exactly the weights
-that this lane holds as that instruction's operand A (PTX ISA, "Matrix fragments for mma.m16n8k16"): no shared memory,
-no shuffle. Which inputs meet in which instruction is free, as long as the activations agree: lane 4g + t, word s,
-nibble p + 2r + 4h is the weight of row 8r + g and input 32 (s / 2) + 8t + 4 (s % 2) + 2h + p, so that the activations
-that a lane holds as operand B are 8 neighbours too, one 16-byte load.
+A weight is cut into tiles of 16 rows by 64 inputs (by 32 where the blocksize is 32: a tile must not cross a
+block). One warp multiplies a tile by four (two) tensor-core instructions m16n8k16, with the weight as operand
+A. The codes are stored so that one 16-byte load brings a lane exactly the weights that it has to hold for these
+instructions (PTX ISA, "Matrix fragments for mma.m16n8k16"; g and t below are its groupID and
+threadID_in_group), without shuffles and without shared memory.
 
-Codes only move. absmax becomes float16, in units of 1 / ABSMAX_FACTOR: at most 2^-11 off, a quarter of what rounding the
-codebook to bfloat16 does, and half the bytes. The pair of rows that a lane holds, g and g + 8, is adjacent.
+A tile. Lane 4g + t has rows g and g + 8, and in each half of 32 inputs the eight neighbours from 8t on:
+
+                                      q = 0                                       q = 1
+                   t = 0         t = 1         t = 2         t = 3         t = 0
+      inputs    0-3    4-7    8-11  12-15   16-19  20-23   24-27  28-31   32-35  36-39   ...
+    row  0    |    lane 0   |    lane 1   |    lane 2   |    lane 3   |    lane 0   |
+    row  1    |    lane 4   |    lane 5   |    lane 6   |    lane 7   |    lane 4   |
+     ...      |             |             |             |             |             |
+    row  7    |    lane 28  |    lane 29  |    lane 30  |    lane 31  |    lane 28  |
+    row  8    |    lane 0   |    lane 1   |    lane 2   |    lane 3   |    lane 0   |
+     ...      |             |             |             |             |             |
+    row 15    |    lane 28  |    lane 29  |    lane 30  |    lane 31  |    lane 28  |
+       word        0     1       0     1       0     1       0     1       2     3     ...
+
+A word of a lane: four neighbouring inputs of two rows. The numbers are those of the nibbles, 0 for the lowest
+four bits:
+
+                 first   second   third   fourth input
+    row g          0        1       4        5
+    row g + 8      2        3       6        7
+
+Axes. In this package the name of a tensor ends in the letters of its axes, from the slowest on: `words_wls` is
+[w, l, s].
+
+    letter   size                what it counts
+    E        experts             experts of this rank
+    R        rows / 16           tiles of rows
+    C        inputs / 64 (32)    tiles of inputs (columns)
+    B        inputs / blocksize  blocks of inputs with one absmax
+
+    row of a tile = 8r + g, input of a tile = 32q + 8t + 4e + 2h + p:
+    r        2                   halves of the rows
+    g        8                   rows of a half
+    q        2 (1)               halves of the inputs
+    t        4                   eights of a half
+    e        2                   fours of an eight
+    h        2                   twos of a four
+    p        2                   inputs of a two
+
+    the same as stored, lane l = 4g + t, word s = 2q + e, nibble = 4h + 2r + p:
+    l        32                  lanes
+    s        4 (2)               32-bit words of a lane; the size is called S
+
+    in a running kernel:
+    w        WARPS               warps, each with a C of its own
+    n        16, or 16 R         rows of the weight, (r g) or (R r g), which are columns of the result
+    k        16 S                inputs of a tile, in any order that weight and activations share
+    m        BM                  rows of activations; with M in front of it, eight of M groups
+
+Codes only move. absmax becomes float16 in units of 1 / ABSMAX_FACTOR: at most 2^-11 off, a quarter of what
+rounding the codebook to bfloat16 does, and half the bytes. Rows g and g + 8 stand side by side, since a lane
+needs both.
 """
 
 import torch
 
 ROWS = 16  # of a tile
-MAX_INPUTS = 64
-LANES = 32
+MAX_INPUTS = 64  # of a tile
+LANES = 32  # of a warp
 ABSMAX_FACTOR = 256.0  # absmax between 2.4e-7 and MAX_PACKED_ABSMAX keeps all 11 bits
 MAX_PACKED_ABSMAX = 255.0
 
 
 def tile_inputs(blocksize: int) -> int:
-    """Inputs of a tile: a tile must not cross a block."""
+    """Inputs of a tile, 64 or 32."""
     return min(MAX_INPUTS, blocksize)
 
 
 def padded_rows(rows: int) -> int:
+    """`rows` rounded up to whole tiles."""
     return -(-rows // ROWS) * ROWS
 
 
 def pack_codes(codes: torch.Tensor, inputs: int) -> torch.Tensor:
-    """uint8 [..., rows, in / 2], first element in the high nibble -> int32 [..., tiles of rows, tiles of inputs, 32, s].
+    """Codes as stored in a checkpoint to codes in tiles.
 
-    `inputs` of a tile divide the weight's; missing rows of the last tile are code 0.
+    Args:
+        codes: uint8 [..., rows, in / 2], first element in the high nibble.
+        inputs: of a tile, 32 or 64; they divide the weight's.
+
+    Returns:
+        int32 [..., R, C, 32, S]. Rows beyond the weight's are code 0.
     """
     *batch, rows, half = codes.shape
+    row_tiles, input_tiles = padded_rows(rows) // ROWS, 2 * half // inputs
     codes = torch.nn.functional.pad(codes, (0, 0, 0, padded_rows(rows) - rows))
     nibbles = torch.stack((codes >> 4, codes & 15), dim=-1)
-    #                          [..., R, r, g, C, s / 2, t, s % 2, h, p]
-    nibbles = nibbles.view(-1, padded_rows(rows) // ROWS, 2, 8, 2 * half // inputs, inputs // 32, 4, 2, 2, 2)
-    nibbles = nibbles.permute(0, 1, 4, 3, 6, 5, 7, 8, 2, 9).contiguous()  # [..., R, C, g, t, s / 2, s % 2, h, r, p]
-    pairs = nibbles.view(-1, 2)
-    packed = (pairs[:, 0] | (pairs[:, 1] << 4)).view(torch.int32)
-    return packed.view(*batch, padded_rows(rows) // ROWS, 2 * half // inputs, LANES, inputs // 16)
+    nibbles_RrgCqtehp = nibbles.view(-1, row_tiles, 2, 8, input_tiles, inputs // 32, 4, 2, 2, 2)
+    nibbles_RCgtqehrp = nibbles_RrgCqtehp.permute(0, 1, 4, 3, 6, 5, 7, 8, 2, 9).contiguous()
+    pairs = nibbles_RCgtqehrp.view(-1, 2)
+    words = (pairs[:, 0] | (pairs[:, 1] << 4)).view(torch.int32)
+    return words.view(*batch, row_tiles, input_tiles, LANES, inputs // 16)
 
 
 def unpack_codes(packed: torch.Tensor, rows: int) -> torch.Tensor:
-    """The inverse of `pack_codes`: uint8 [..., rows, in / 2]."""
+    """The inverse of `pack_codes`: int32 [..., R, C, 32, S] -> uint8 [..., rows, in / 2]."""
     *batch, row_tiles, input_tiles, _, words = packed.shape
     flat = packed.contiguous().view(torch.uint8).view(-1, 1)
     nibbles = torch.cat((flat & 15, flat >> 4), dim=1)
-    nibbles = nibbles.view(-1, row_tiles, input_tiles, 8, 4, words // 2, 2, 2, 2, 2)  # R, C, g, t, s / 2, s % 2, h, r, p
-    nibbles = nibbles.permute(0, 1, 8, 3, 2, 5, 4, 6, 7, 9).contiguous().view(-1, 2)
-    codes = (nibbles[:, 0] << 4) | nibbles[:, 1]
+    nibbles_RCgtqehrp = nibbles.view(-1, row_tiles, input_tiles, 8, 4, words // 2, 2, 2, 2, 2)
+    nibbles_RrgCqtehp = nibbles_RCgtqehrp.permute(0, 1, 8, 3, 2, 5, 4, 6, 7, 9).contiguous()
+    pairs = nibbles_RrgCqtehp.view(-1, 2)
+    codes = (pairs[:, 0] << 4) | pairs[:, 1]
     return codes.view(*batch, row_tiles * ROWS, -1)[..., :rows, :].contiguous()
 
 
 def pack_absmax(absmax: torch.Tensor) -> torch.Tensor:
-    """float32 [..., rows, blocks] -> float16 [..., tiles of rows, blocks, 16], rows of a tile in the order 0, 8, 1, 9, ...;
-    missing rows of the last tile are 0. Infinite beyond MAX_PACKED_ABSMAX."""
+    """absmax as stored in a checkpoint to absmax in tiles.
+
+    Args:
+        absmax: float32 [..., rows, B], at most MAX_PACKED_ABSMAX (beyond, the result is infinite).
+
+    Returns:
+        float16 [..., R, B, 16] in units of 1 / ABSMAX_FACTOR, the rows of a tile in the order (g r): 0, 8, 1, 9, ...
+        Rows beyond the weight's are 0.
+    """
     *batch, rows, blocks = absmax.shape
+    row_tiles = padded_rows(rows) // ROWS
     absmax = torch.nn.functional.pad(absmax * ABSMAX_FACTOR, (0, 0, 0, padded_rows(rows) - rows)).to(torch.float16)
-    tiles = absmax.view(*batch, -1, 2, ROWS // 2, blocks)  # r g blocks
-    return tiles.movedim(-1, -3).transpose(-1, -2).reshape(*batch, padded_rows(rows) // ROWS, blocks, ROWS)
+    absmax_RrgB = absmax.view(*batch, row_tiles, 2, 8, blocks)
+    absmax_RBgr = absmax_RrgB.movedim(-1, -3).transpose(-1, -2)
+    return absmax_RBgr.reshape(*batch, row_tiles, blocks, ROWS)
 
 
 def pack(weight: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [..., rows, in / 2] and absmax [..., rows, in / blocksize] in the kernels' order."""
+    """Codes [..., rows, in / 2] and absmax [..., rows, in / blocksize] by `pack_codes` and `pack_absmax`."""
     return pack_codes(weight, tile_inputs(blocksize)), pack_absmax(absmax)
 
 
@@ -81,7 +146,10 @@ def gate_and_up_tiles(rows: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def operand_order(x: torch.Tensor, inputs: int) -> torch.Tensor:
-    """Activations [..., in] as the prefill kernels want them in memory: input 16s + 8h + 2t + p of a tile is the one that
-    meets the weight of lane t, word s, nibble bits h and p."""
-    parts = x.view(*x.shape[:-1], -1, inputs // 32, 4, 2, 2, 2)  # s / 2, t, s % 2, h, p
-    return parts.movedim(-4, -2).reshape(x.shape)
+    """Activations [..., in] in the order of inputs that the kernels of `large` read: (q e h t p) in each tile of `inputs`.
+
+    So the 16 inputs that meet in one instruction are neighbours.
+    """
+    x_Cqtehp = x.view(*x.shape[:-1], -1, inputs // 32, 4, 2, 2, 2)
+    x_Cqehtp = x_Cqtehp.movedim(-4, -2)
+    return x_Cqehtp.reshape(x.shape)

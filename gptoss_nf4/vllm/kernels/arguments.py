@@ -1,0 +1,86 @@
+"""What the kernels take, in groups. Triton passes a named tuple to a kernel whole, and its fields keep their names there.
+
+A field that is None is None when the kernel is compiled: `if weight.bias is not None` costs nothing where it runs.
+Letters stand for the axes of `tiles`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+
+from gptoss_nf4.vllm.kernels.codebook import codebook
+from gptoss_nf4.vllm.kernels.tiles import ABSMAX_FACTOR, ROWS
+
+
+class Packed(NamedTuple):
+    """A weight as a layer keeps it, or the weights of its experts, in the order of `tiles`."""
+
+    codes: torch.Tensor
+    """int32 [E, R, C, 32, S]; E is 1 for a linear layer."""
+    absmax: torch.Tensor
+    """float16 [E, R, B, 16], in units of 1 / ABSMAX_FACTOR."""
+    bias: torch.Tensor | None
+    """[E, 16 R] in the dtype of the activations."""
+    blocksize: int
+    """Inputs with one absmax."""
+    quant_type: str
+    """nf4 or fp4."""
+
+
+class Weight(NamedTuple):
+    """A packed weight as a kernel takes it; the first three fields are those of `Packed`."""
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    bias: torch.Tensor | None
+    table: torch.Tensor
+    """`Codebook.table`."""
+    unscale: float
+    """By which sums of products are multiplied, see the contract in `codebook`."""
+    R: int
+    """Row tiles of an expert."""
+    C: int
+    """Input tiles."""
+    B: int
+    """Blocks of absmax a row."""
+    S: tl.constexpr
+    """Words of a lane in a tile."""
+    TILES_PER_BLOCK: tl.constexpr
+    """Input tiles that share an absmax."""
+
+
+class Routing(NamedTuple):
+    """Which slots go to which expert. Slot s is choice s % top_k of token s // top_k.
+
+    Either slots are sorted by expert and padded to whole blocks, as vLLM's `moe_align_block_size` and `sort.sort_slots`
+    return them. Or each slot is a block of its own, and `slots` and `padded_count` are None.
+    """
+
+    slots: torch.Tensor | None
+    """int32 [padded]: whole blocks for each expert, filled up with numbers that are no slots, but larger."""
+    experts: torch.Tensor
+    """int32 [blocks]: local expert of each block, -1 for another rank's."""
+    padded_count: torch.Tensor | None
+    """int32 [1]: how many of `slots` are in use."""
+
+
+def kernel_weight(packed: Packed, dtype: torch.dtype) -> Weight:
+    """`packed` as the kernels take it for activations in `dtype` (float16 or bfloat16)."""
+    codes, absmax, bias, blocksize, quant_type = packed
+    if codes.dtype != torch.int32 or absmax.dtype != torch.float16:
+        raise TypeError(f"packed weight of {codes.dtype} and {absmax.dtype}, expected int32 and float16")
+    _, row_tiles, input_tiles, _, words = codes.shape
+    book = codebook(quant_type, dtype, codes.device)
+    return Weight(
+        codes=codes,
+        absmax=absmax,
+        bias=bias,
+        table=book.table,
+        unscale=1 / (book.factor * ABSMAX_FACTOR),
+        R=row_tiles,
+        C=input_tiles,
+        B=absmax.shape[-2],
+        S=tl.constexpr(words),
+        TILES_PER_BLOCK=tl.constexpr(max(1, blocksize // (words * ROWS))),
+    )

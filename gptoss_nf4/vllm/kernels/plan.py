@@ -1,0 +1,100 @@
+"""Which kernels run a product, and how: by its number of rows and by the GPU. Measured on an H100 (NOTES.md)."""
+
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import ClassVar
+
+import torch
+import triton
+
+from gptoss_nf4.vllm.kernels import large, small
+from gptoss_nf4.vllm.kernels.decode import PAIRS_BYTES
+
+MAX_LINEAR_ROWS = 64  # beyond, a dense copy of the weight and cuBLAS are faster
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What of a GPU the choice depends on."""
+
+    wgmma: bool
+    """Hopper's matrix instructions; Triton compiles the same products to mma.sync elsewhere."""
+    shared_bytes: int
+    """Shared memory of a multiprocessor."""
+
+    @property
+    def holds_tables(self) -> bool:
+        """Whether the table of `decode.lookup` leaves room for six programs of four warps, as registers do."""
+        return self.shared_bytes >= 6 * (PAIRS_BYTES + 2048)
+
+
+@dataclass(frozen=True)
+class Small:
+    """The kernels of `small`: decoding."""
+
+    rows: int
+    """Of activations, of a program: 8, 16 or 32."""
+    warps: int
+    """Of a program; they share its inputs."""
+
+    kernels: ClassVar[ModuleType] = small
+
+    def options(self, gpu: Gpu) -> dict:
+        """The kernels' constants and Triton's launch options."""
+        options = {"BM": self.rows, "WARPS": self.warps, "SHARED_TABLE": gpu.holds_tables, "num_warps": self.warps}
+        # Six programs of four warps want 80 registers a thread; Triton's interpreter does not know the option.
+        return options | {"maxnreg": 80} if gpu.holds_tables and self.rows == 8 else options
+
+
+@dataclass(frozen=True)
+class Large:
+    """The kernels of `large`: prefill."""
+
+    rows: int
+    """Of activations, of a program: 16 to 128."""
+    stages: int = 3
+    """A program reads stages - 1 input tiles ahead."""
+
+    kernels: ClassVar[ModuleType] = large
+
+    def options(self, gpu: Gpu) -> dict:
+        """The kernels' constants and Triton's launch options."""
+        return {"BM": self.rows, "STAGES": self.stages, "WGMMA": gpu.wgmma, "num_warps": large.WARPS}
+
+
+Plan = Small | Large
+
+
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    """Of a CUDA device; without one, and in Triton's interpreter, a GPU with neither wgmma nor room for tables."""
+    if device.type != "cuda" or triton.knobs.runtime.interpret:
+        return Gpu(wgmma=False, shared_bytes=0)
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(wgmma=properties.major == 9, shared_bytes=properties.shared_memory_per_multiprocessor)
+
+
+def plan_linear(rows: int) -> Small | None:
+    """For a linear layer on `rows` rows of activations; None: a dense copy of the weight, and cuBLAS."""
+    if rows <= 8:
+        return Small(rows=8, warps=8)
+    if rows <= 32:
+        return Small(rows=16, warps=4)
+    if rows <= MAX_LINEAR_ROWS:
+        return Small(rows=32, warps=4)
+    return None
+
+
+def plan_experts(tokens: int, top_k: int, experts: int, gpu: Gpu) -> Plan:
+    """For both products of the experts, by the mean number of rows that an expert gets."""
+    mean = tokens * top_k / experts
+    if mean <= 4:
+        return Small(rows=8, warps=4)
+    if mean <= 8:
+        return Small(rows=16, warps=4)
+    if mean <= 24:
+        return Large(rows=32)
+    if mean <= 128 or not gpu.wgmma:  # with mma.sync 128 rows take more registers than there are
+        return Large(rows=64)
+    return Large(rows=128, stages=4)
