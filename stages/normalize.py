@@ -18,7 +18,7 @@ def main(cfg: DictConfig) -> str:
     for name in report["joined_dense"]:
         print(f"normalize: {name} has 4-bit and 16-bit parts and is served dense")
     scale = report["scaling"]["residual_scale"]
-    return f"{report['values']} values to {cfg.dtype}, {report['underflow']} became zero, residual_scale {scale:g}"
+    return f"{report['cast_values']} values to {cfg.dtype}, {report['underflow']} became zero, residual_scale {scale:g}"
 
 
 if __name__ == "__main__":

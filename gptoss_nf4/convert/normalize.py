@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -61,10 +61,15 @@ def normalize(
                 losses[tensor.name] = residual.require_small(loss, tensor.name, scale)
         for name, state in states.items():
             out.append(name, state)
+    total = sum(counts.values(), CastCounts())
     return {
         "dtype": dtype,
         "source_dtypes": _dtypes_of_origins(dense),
-        **asdict(sum(counts.values(), CastCounts())),
+        # Not "values": `dvc metrics show` takes a table with a column of that name for pandas' and ends in an error.
+        "cast_values": total.values,
+        "overflow": total.overflow,
+        "underflow": total.underflow,
+        "non_finite": total.non_finite,
         "underflow_by_tensor": {
             name: {"values": c.values, "underflow": c.underflow} for name, c in counts.items() if c.underflow
         },
