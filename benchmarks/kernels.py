@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,9 @@ from gptoss_nf4.vllm.activation import clamped_swiglu
 from gptoss_nf4.vllm.kernels import launch, tiles
 from gptoss_nf4.vllm.kernels.arguments import Packed, Routing
 from gptoss_nf4.vllm.kernels.plan import Large, Plan, gpu_of, plan_experts
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 D = GPT_OSS_20B
 COPIES = 3
@@ -133,13 +137,19 @@ def expert_times(copy: float, read: float) -> list[list]:
         distinct = statistics.mean(len(batch.ids.unique()) for batch in batches)
         partial_dtype = DTYPE if isinstance(plan, Large) else torch.float32
 
-        def up(i, plan=plan, batches=batches):
+        def up(i: int, plan: Plan = plan, batches: list[Batch] = batches) -> torch.Tensor:
             batch = batches[i]
             return launch.swiglu_experts(batch.x, D.experts_per_token, batch.routing, w13[i % COPIES], D.intermediate, plan)
 
         middle = [up(i) for i in range(count)]
 
-        def down(i, plan=plan, batches=batches, middle=middle, dtype=partial_dtype):
+        def down(
+            i: int,
+            plan: Plan = plan,
+            batches: list[Batch] = batches,
+            middle: list[torch.Tensor] = middle,
+            dtype: torch.dtype = partial_dtype,
+        ) -> torch.Tensor:
             batch = batches[i]
             return launch.down_experts(middle[i], batch.topk_weights, batch.routing, w2[i % COPIES], D.hidden, plan, dtype)
 
@@ -171,7 +181,7 @@ def linear_times() -> list[list]:
     return rows
 
 
-def bitsandbytes_linear(x: torch.Tensor, weight: torch.Tensor, state) -> torch.Tensor:
+def bitsandbytes_linear(x: torch.Tensor, weight: torch.Tensor, state: "QuantState") -> torch.Tensor:
     """As vLLM's own bitsandbytes method does it: dequantizing where that is faster."""
     import bitsandbytes
     import bitsandbytes.functional as bnb
@@ -202,18 +212,18 @@ def errors(experts: int = 4, top_k: int = 2) -> list[list]:
     """The rows of the errors' table: both products of every plan, on fresh inputs that are exact for them."""
     rows = []
     w13, w2 = random_stored(experts, 2 * D.intermediate, D.hidden), random_stored(experts, D.hidden, D.intermediate)
-    tiled = [tiles.gate_and_up_tiles(t, 1) for t in (w13.codes, w13.absmax)]
+    codes, absmax = (tiles.gate_and_up_tiles(t, 1) for t in (w13.codes, w13.absmax))
     for dtype in (torch.bfloat16, torch.float16):
         bias13, bias2 = ((torch.randn(w.codes.shape[:2], device=DEVICE) * 0.1).to(dtype) for w in (w13, w2))
         tiled_bias = tiles.gate_and_up_tiles(bias13, 1).contiguous()
-        packed13 = Packed(*tiles.pack(*tiled, BLOCKSIZE), tiled_bias, BLOCKSIZE, "nf4")
+        packed13 = Packed(*tiles.pack(codes, absmax, BLOCKSIZE), tiled_bias, BLOCKSIZE, "nf4")
         packed2 = Packed(*tiles.pack(w2.codes, w2.absmax, BLOCKSIZE), bias2, BLOCKSIZE, "nf4")
         for tokens in ERROR_TOKENS:
             plan = plan_experts(tokens, top_k, experts, gpu_of(DEVICE))
             batch = random_batch(tokens, dtype, plan, experts, top_k)
             expert = batch.ids.flatten()
 
-            def order(t, plan=plan):
+            def order(t: torch.Tensor, plan: Plan = plan) -> torch.Tensor:
                 return tiles.operand_order(t, tiles.tile_inputs(BLOCKSIZE)) if isinstance(plan, Large) else t
 
             expected = clamped_swiglu(products(w13.dense, bias13, expert, batch.x.repeat_interleave(top_k, 0)))

@@ -105,7 +105,7 @@ def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
     """Collect launches, as they are on `gpu`, instead of making them."""
     launches: list[Launch] = []
 
-    def record(function: JITFunction, *arguments, grid, warmup, **named) -> None:
+    def record(function: JITFunction, *arguments: object, grid: tuple, warmup: bool, **named: object) -> None:
         launches.append(Launch(function, dict(zip(function.arg_names, arguments, strict=False)) | named))
 
     with mock.patch.object(JITFunction, "run", record), mock.patch.object(launch, "gpu_of", return_value=gpu):

@@ -39,7 +39,9 @@ def packed_linear(
 
 
 @packed_linear.register_fake
-def _(x, codes, absmax, bias, out_features, blocksize, quant_type):
+def _(
+    x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None, out_features: int, *_: object
+) -> torch.Tensor:
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -88,5 +90,5 @@ def packed_experts(
 
 
 @packed_experts.register_fake
-def _(x: torch.Tensor, *args) -> torch.Tensor:
+def _(x: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
