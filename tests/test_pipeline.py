@@ -76,6 +76,17 @@ def test_a_changed_dtype_runs_no_layer_stage(project):
     assert repro(project, "assemble") == set()
 
 
+def test_a_changed_kernel_runs_nothing_of_a_conversion_and_an_upgraded_package_what_computes_with_packages(project):
+    with (project / "gptoss_nf4/vllm/kernels/small.py").open("a") as kernel:
+        kernel.write("# changed\n")
+    assert repro(project, "assemble") == set()
+    lock = project / "requirements/cpu.txt"
+    lock.write_text(lock.read_text().replace("bitsandbytes==", "bitsandbytes===", 1))
+    layers = {f"{stage}@{layer}" for stage in ("dequant", "requant") for layer in (0, 1)}
+    # Their outputs stayed the same, so assemble, which computes with no package, has nothing to do.
+    assert repro(project, "assemble") == {"fetch", "normalize", *layers}
+
+
 def test_commands_of_the_readme(project):
     assert repro(project, "requant@1") == set()
     assert repro(project, "-s", "-f", "assemble") == {"assemble"}

@@ -119,6 +119,11 @@ def dependencies_of(stage: str) -> list[str]:
     return definition.get("do", definition)["deps"]
 
 
+def test_no_stage_script_hides_a_module_of_the_standard_library():
+    """They lie in the directory that Python searches first: `stages/code.py` broke `import pdb`."""
+    assert not {path.stem for path in (ROOT / "stages").glob("*.py")} & sys.stdlib_module_names
+
+
 def holds_code(file: str) -> bool:
     """Whether there is more than a docstring in a file: the __init__ files of the rooms are no dependency."""
     return len(ast.parse((ROOT / file).read_text()).body) > 1
