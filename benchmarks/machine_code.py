@@ -2,8 +2,8 @@
 
     python -m benchmarks.machine_code [86]
 
-Every launch that gpt-oss-20b makes is recorded and compiled for the compute capability: registers, spills, shared memory,
-and the machine instructions of the innermost loop per 4-bit weight.
+Every launch that gpt-oss-20b makes, without adapters and with them, is recorded and compiled for the compute capability:
+registers, spills, shared memory, and the machine instructions of the innermost loop per 4-bit weight.
 """
 
 import re
@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from pathlib import Path
 from unittest import mock
 
@@ -28,6 +29,7 @@ from benchmarks.weights import GPT_OSS_20B
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.vllm.kernels import launch, sort, tiles
 from gptoss_nf4.vllm.kernels.arguments import Packed, Routing
+from gptoss_nf4.vllm.kernels.lora import Factors, Lora
 from gptoss_nf4.vllm.kernels.plan import Gpu, plan_experts
 
 # By compute capability: A100, RTX 3090, H100.
@@ -38,6 +40,7 @@ GPUS = {
 }
 TOKENS = (1, 8, 32, 64, 128, 256, 2048)
 LINEAR_ROWS = (1, 16, 64, 65)
+LORA_RANKS = (16, 64)
 META = torch.device("meta")
 # Tiles that a warp decodes in an iteration of its loop.
 TILES = {
@@ -68,7 +71,9 @@ class Launch:
         dtypes = [f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor.is_floating_point()]
         constants = [parameter.name for parameter in self.function.params if parameter.is_constexpr]
         settings = [f"{name} {self.arguments[name]}" for name in constants]
-        if "routing" in self.arguments and self.arguments["routing"].slots is None:
+        if isinstance(lora := self.arguments.get("lora"), Lora):
+            settings.append(f"LoRA of rank {lora.RANK.value}, {len(lora.ends)} slices")
+        if self.arguments.get("routing") is not None and self.arguments["routing"].slots is None:
             settings.append("one slot a block")
         return f"{self.kernel} ({', '.join(dtypes + settings)})".replace("torch.", "")
 
@@ -112,12 +117,19 @@ def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
         yield launches
 
 
-def launches(d: Dimensions, dtype: torch.dtype, gpu: Gpu, blocksize: int = 64) -> list[Launch]:
-    """Every launch of a model that differs from the others by its kernel or settings."""
+def launches(
+    d: Dimensions, dtype: torch.dtype, gpu: Gpu, blocksize: int = 64, lora_rank: int | None = None
+) -> list[Launch]:
+    """Every launch of a model that differs from the others by its kernel or settings. lora_rank: with adapters."""
     w13 = _packed(d.experts, 2 * d.intermediate, d.hidden, dtype, blocksize)
     w2 = _packed(d.experts, d.hidden, d.intermediate, dtype, blocksize)
     qkv = _packed(1, d.q_rows + 2 * d.kv_rows, d.hidden, dtype, blocksize)
     top_k, experts = d.experts_per_token, d.experts
+    w13_factors = w2_factors = qkv_factors = None
+    if lora_rank:
+        w13_factors = _factors(lora_rank, experts, [2 * d.intermediate], d.hidden, dtype)
+        w2_factors = _factors(lora_rank, experts, [d.hidden], d.intermediate, dtype)
+        qkv_factors = _factors(lora_rank, 1, [d.q_rows, d.kv_rows, d.kv_rows], d.hidden, dtype)
     with recorded(gpu) as found:
         for tokens in TOKENS:
             plan = plan_experts(tokens, top_k, experts, gpu)
@@ -127,10 +139,10 @@ def launches(d: Dimensions, dtype: torch.dtype, gpu: Gpu, blocksize: int = 64) -
             routing = Routing(None, blocks, None) if tokens == 1 else Routing(blocks, blocks, blocks)
             x = torch.empty(tokens, d.hidden, dtype=dtype, device=META)
             topk_weights = torch.empty(tokens, top_k, device=META)
-            launch.experts(x, topk_weights, routing, w13, w2, plan)
+            launch.experts(x, topk_weights, routing, w13, w2, plan, None, w13_factors, w2_factors)
         for rows in LINEAR_ROWS:
             x = torch.empty(rows, d.hidden, dtype=dtype, device=META)
-            launch.linear(x, qkv, d.q_rows + 2 * d.kv_rows)
+            launch.linear(x, qkv, d.q_rows + 2 * d.kv_rows, factors=qkv_factors)
     return list({each.label: each for each in found}.values())
 
 
@@ -141,6 +153,15 @@ def _packed(experts: int, rows: int, columns: int, dtype: torch.dtype, blocksize
     absmax = torch.empty(experts, row_tiles, columns // blocksize, tiles.ROWS, dtype=torch.float16, device=META)
     bias = torch.empty(experts, rows, dtype=dtype, device=META)
     return Packed(codes, absmax, bias, blocksize, "nf4")
+
+
+def _factors(rank: int, experts: int, slices: list[int], inputs: int, dtype: torch.dtype) -> Factors:
+    adapters = 4
+    a = torch.empty(adapters, experts, len(slices) * rank, inputs, dtype=dtype, device=META)
+    b = torch.empty(adapters, experts, sum(slices), rank, dtype=dtype, device=META)
+    of_tokens = torch.empty(max(TOKENS), dtype=torch.int64, device=META)
+    of_slots = None if experts == 1 else torch.empty(1, dtype=torch.int32, device=META)
+    return Factors(a, b, of_tokens, of_slots, tuple(accumulate(slices)))
 
 
 @dataclass(frozen=True)
@@ -188,8 +209,9 @@ def main() -> None:
     if capability not in GPUS:
         known = ", ".join(map(str, GPUS))
         sys.exit(f"error: benchmarks.machine_code: compute capability: got {capability}, expected one of {known}")
-    rows = []
-    for each in launches(GPT_OSS_20B, torch.bfloat16, GPUS[capability]):
+    rows, gpu = [], GPUS[capability]
+    found = [launches(GPT_OSS_20B, torch.bfloat16, gpu, lora_rank=rank) for rank in (None, *LORA_RANKS)]
+    for each in {each.label: each for each in chain(*found)}.values():
         compiled = each.compiled(capability)
         r, loop = resources(each, compiled), loop_length(disassembled(compiled, "-sass"))
         a_weight = f"{loop / each.decoded:.2f}" if loop and each.decoded else None

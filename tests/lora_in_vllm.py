@@ -16,7 +16,12 @@ from gptoss_nf4.engine.generate import TOP, generation
 
 
 def run(job: dict) -> list[dict]:
-    """`job`: checkpoint, engine (arguments of vLLM), adapters (name -> directory), requests ([prompt, name or null])."""
+    """`job`: checkpoint, engine (arguments of vLLM), adapters (name -> directory), requests ([prompt, name or null]), and
+    packed (whether to take the GPU's path, as `packed_in_vllm` does)."""
+    if job["packed"]:
+        from packed_in_vllm import use_the_gpus_path
+
+        use_the_gpus_path()
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

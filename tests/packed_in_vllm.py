@@ -1,6 +1,7 @@
 """vLLM on the CPU with the GPU's path: packed weights and the kernels, run by Triton's interpreter, in float16.
 
 The interpreter has to be chosen before the kernels are imported, hence a script; prints the agreement as JSON.
+`lora_in_vllm` does the same with adapters.
 """
 
 import json
@@ -19,7 +20,8 @@ from gptoss_nf4.engine.generate import generate
 from gptoss_nf4.source.layouts import open_checkpoint
 
 
-def main(source: str, checkpoint: str) -> None:
+def use_the_gpus_path() -> dict[str, str]:
+    """From now on layers pack their weights. Returns a mapping in which the dtypes of their parameters will be."""
     from kernel_cases import align
 
     dtypes = {}
@@ -34,6 +36,11 @@ def main(source: str, checkpoint: str) -> None:
         module.runs_on_kernels = lambda dtype: True
     # vLLM's own operator has no CPU build.
     gptoss_nf4.vllm.ops.moe_align_block_size = lambda ids, block, experts, expert_map: align(ids, block, [*range(experts)])
+    return dtypes
+
+
+def main(source: str, checkpoint: str) -> None:
+    dtypes = use_the_gpus_path()
     engine = {"dtype": "float16", "max_model_len": 32, "max_num_batched_tokens": 32, "max_num_seqs": 1}
     engine["enforce_eager"] = True
     generations = generate(Path(checkpoint), ["2 + 2 ="], 2, engine)

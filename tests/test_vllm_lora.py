@@ -24,6 +24,8 @@ from gptoss_nf4.check import reference
 from gptoss_nf4.check.agreement import Agreement, Generation
 from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.flow import convert
+from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.samples import embedded
 from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.vllm.experts import ExpertsLoRA, run_used_experts
 
@@ -105,16 +107,25 @@ def adapters(tiny, tmp_path_factory) -> Adapters:
 
 
 def agreements(
-    checkpoint: Path, adapters: Adapters, tmp_path: Path, names: list[str | None], settings: dict | None = None, **engine
+    checkpoint: Path,
+    adapters: Adapters,
+    tmp_path: Path,
+    names: list[str | None],
+    settings: dict | None = None,
+    packed: bool = False,
+    prompts: list[str] = PROMPTS,
+    max_tokens: int = NEW_TOKENS,
+    **engine,
 ) -> dict[str | None, Agreement]:
     """Every prompt with every adapter, all in one batch; how far each is from PEFT."""
-    requests = [[prompt, name] for prompt in PROMPTS for name in names]
+    requests = [[prompt, name] for prompt in prompts for name in names]
     job = {
         "checkpoint": str(checkpoint),
         "engine": ENGINE | {"max_loras": sum(name is not None for name in names)} | engine,
         "adapters": {name: str(adapters.directories[name]) for name in names if name},
         "requests": requests,
-        "max_tokens": NEW_TOKENS,
+        "max_tokens": max_tokens,
+        "packed": packed,
     }
     (tmp_path / "job.json").write_text(json.dumps(job))
     command = [sys.executable, ROOT / "tests" / "lora_in_vllm.py", tmp_path / "job.json"]
@@ -193,6 +204,51 @@ def test_two_ranks(float32, adapters, tmp_path, expert_parallel):
     settings = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     engine = {"tensor_parallel_size": 2, "enable_expert_parallel": expert_parallel}
     require_close(agreements(float32, adapters, tmp_path, [None, "all", "split"], settings, **engine))
+
+
+@pytest.mark.slow
+def test_the_gpus_path_serves_adapters(tmp_path):
+    """The kernels, in Triton's interpreter, within vLLM: prompts and decoding, base and adapters in one batch."""
+    d = Dimensions(
+        layers=1,
+        hidden=128,
+        intermediate=64,
+        experts=4,
+        experts_per_token=2,
+        heads=2,
+        kv_heads=1,
+        head_dim=64,
+        vocabulary=262,
+    )
+    embedded.write_checkpoint(tmp_path / "source", d)
+    model, artifacts = local(tmp_path / "source", tmp_path / "artifacts")
+    convert(model, artifacts, RequantOptions(), "float16")
+    source = open_checkpoint(tmp_path / "source")
+    models = {
+        "base": reference.build(source),
+        "all": save(
+            reference.build(source), tmp_path / "all", 1, target_modules=ATTENTION, target_parameters=EXPERTS + ROUTER
+        ),
+        "attention": save(reference.build(source), tmp_path / "attention", 2, target_modules=ATTENTION, r=8),
+    }
+    adapters = Adapters({name: tmp_path / name for name in ("all", "attention")}, models)
+    tokens = [5, 80, 200, 31, 7]
+    for name in adapters.directories:
+        assert (adapters.reference(name, tokens) - adapters.reference(None, tokens)).abs().max() > 1, name
+    engine = {"dtype": "float16", "max_model_len": 32, "max_num_batched_tokens": 128}
+    found = agreements(
+        artifacts.checkpoint,
+        adapters,
+        tmp_path,
+        [None, "all", "attention"],
+        packed=True,
+        prompts=["The capital", "2 + 2 ="],
+        max_tokens=3,
+        **engine,
+    )
+    for name, agreement in found.items():
+        assert agreement.positions >= 10, name
+        assert agreement.worst_difference < 0.1, (name, agreement)  # in float16; without the kernels it is the same
 
 
 def post(url: str, **fields) -> tuple[int, str]:

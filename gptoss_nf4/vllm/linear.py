@@ -62,14 +62,20 @@ class Nf4LinearMethod(LinearMethodBase):
         layer.weight = torch.nn.Parameter(codes[None], requires_grad=False)
         layer.absmax = torch.nn.Parameter(absmax[None], requires_grad=False)
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., in] -> [..., out] in x's dtype."""
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None, **adapters: object
+    ) -> torch.Tensor:
+        """x [..., in] -> [..., out] in x's dtype.
+
+        adapters: of a packed layer, what `ops.packed_linear_with_adapters` takes in addition.
+        """
         if not layer.nf4_packed:
             weight = dequantize(layer.weight, layer.absmax, layer.nf4_blocksize, self.settings.quant_type, x.dtype)
             return linear(x, weight, bias)
         if bias is not None:
             bias = pad(bias, (0, padded_rows(layer.nf4_rows) - layer.nf4_rows))[None]
-        out = torch.ops.gptoss_nf4.packed_linear(
+        operators = torch.ops.gptoss_nf4
+        out = (operators.packed_linear_with_adapters if adapters else operators.packed_linear)(
             x.reshape(-1, x.shape[-1]),
             layer.weight,
             layer.absmax,
@@ -77,5 +83,6 @@ class Nf4LinearMethod(LinearMethodBase):
             layer.nf4_rows,
             layer.nf4_blocksize,
             self.settings.quant_type,
+            **adapters,
         )
         return out.view(*x.shape[:-1], layer.nf4_rows)

@@ -84,17 +84,18 @@ class Nf4MoEMethod(FusedMoEMethodBase):
         """Give the layer what vLLM's LoRA wrapper looks for: a kernel that knows LoRA, and weights under known names."""
         from gptoss_nf4.vllm.lora.experts import kernel_with_lora
 
-        if layer.w13_codes.device.type != "cpu":
+        if layer.w13_codes.device.type != "cpu" and not layer.nf4_packed:
             raise UserError(
-                "adapters on a GPU are not served yet",
+                "adapters are not served in float32 on a GPU",
                 where=self.prefix,
-                got="--enable-lora",
-                expected="an engine without it, or on the CPU",
-                next_step="serve without --enable-lora",
+                got="--enable-lora --dtype float32",
+                expected="float16 or bfloat16, or the CPU",
+                next_step="serve without --dtype float32",
             )
-        layer.w13_weight, layer.w2_weight = layer.w13_codes.data, layer.w2_codes.data  # for their device and rank
-        quant_config = self.get_fused_moe_quant_config(layer)
-        self.moe_kernel = kernel_with_lora(self.moe, quant_config, self._weights(layer), self.settings.residual_scale)
+        # For their device and number of experts; vLLM insists on three dimensions.
+        layer.w13_weight, layer.w2_weight = layer.w13_codes.data.flatten(1, -2), layer.w2_codes.data.flatten(1, -2)
+        quant_config, scale = self.get_fused_moe_quant_config(layer), self.settings.residual_scale
+        self.moe_kernel = kernel_with_lora(self.moe, quant_config, self._weights(layer), scale, layer.nf4_packed)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         return biased_moe_quant_config(layer.w13_expert_bias, layer.w2_expert_bias)

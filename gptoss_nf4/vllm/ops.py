@@ -1,14 +1,18 @@
-"""The kernels as two operators that torch.compile and CUDA graphs take as they are.
+"""The kernels as operators that torch.compile and CUDA graphs take as they are.
 
 How a product is split depends on the number of tokens, which is known only when it runs: inside an operator the
-compiler does not look.
+compiler does not look. The same holds for whether a step needs adapters. `no_lora` is vLLM's flag for that, bool [1] on
+the CPU. Where it is set, the kernels run as if there were none. vLLM captures CUDA graphs with and without adapters apart.
 """
+
+from collections.abc import Sequence
 
 import torch
 from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
 
 from gptoss_nf4.vllm.kernels import launch
 from gptoss_nf4.vllm.kernels.arguments import Packed, Routing
+from gptoss_nf4.vllm.kernels.lora import Factors, expand
 from gptoss_nf4.vllm.kernels.plan import gpu_of, plan_experts
 from gptoss_nf4.vllm.kernels.sort import fits as sorts
 from gptoss_nf4.vllm.kernels.sort import sort_slots
@@ -45,6 +49,51 @@ def _(
     return x.new_empty(x.shape[0], out_features)
 
 
+@torch.library.custom_op("gptoss_nf4::packed_linear_with_adapters", mutates_args=())
+def packed_linear_with_adapters(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    blocksize: int,
+    quant_type: str,
+    adapters: torch.Tensor,
+    no_lora: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    lora_ends: Sequence[int],
+) -> torch.Tensor:
+    """`packed_linear` and what adapters add. adapters, lora_*: the fields of `kernels.lora.Factors`."""
+    factors = Factors(lora_a, lora_b, adapters, ends=tuple(lora_ends)) if needed(no_lora) else None
+    return launch.linear(x, Packed(codes, absmax, bias, blocksize, quant_type), out_features, factors=factors)
+
+
+@packed_linear_with_adapters.register_fake
+def _(x, codes, absmax, bias, out_features, *args):
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.custom_op("gptoss_nf4::add_adapters", mutates_args=("out",))
+def add_adapters(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    adapters: torch.Tensor,
+    no_lora: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    lora_ends: Sequence[int],
+) -> None:
+    """Add to `out` [rows, out], the result of a dense linear layer, what the adapters add for x [rows, in]."""
+    if needed(no_lora):
+        expand(out, x, Factors(lora_a, lora_b, adapters, ends=tuple(lora_ends)))
+
+
+def needed(no_lora: torch.Tensor | None) -> bool:
+    """Whether some token of the step may have an adapter."""
+    return no_lora is None or not bool(no_lora)
+
+
 @torch.library.custom_op("gptoss_nf4::packed_experts", mutates_args=())
 def packed_experts(
     x: torch.Tensor,
@@ -74,21 +123,82 @@ def packed_experts(
     Returns:
         [tokens, hidden] in x's dtype; choices of other ranks' experts add nothing.
     """
-    tokens, top_k = topk_ids.shape
-    if tokens == 0:
-        return torch.empty_like(x)
-    plan = plan_experts(tokens, top_k, experts, gpu_of(x.device))
-    if tokens == 1:  # each slot its own block: nothing to sort
-        local = topk_ids.flatten() if expert_map is None else expert_map[topk_ids.flatten().long()]
-        routing = Routing(None, local, None)
-    else:
-        sort = sort_slots if sorts(tokens * top_k, experts) else moe_align_block_size
-        routing = Routing(*sort(topk_ids, plan.rows, experts, expert_map))
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     w13 = Packed(w13_codes, w13_absmax, w13_bias, w13_blocksize, quant_type)
     w2 = Packed(w2_codes, w2_absmax, w2_bias, w2_blocksize, quant_type)
-    return launch.experts(x, topk_weights, routing, w13, w2, plan)
+    _experts(out, x, topk_weights, topk_ids, expert_map, experts, w13, w2)
+    return out
 
 
 @packed_experts.register_fake
 def _(x: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("gptoss_nf4::packed_experts_with_adapters", mutates_args=("out",))
+def packed_experts_with_adapters(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    experts: int,
+    w13_codes: torch.Tensor,
+    w13_absmax: torch.Tensor,
+    w13_bias: torch.Tensor,
+    w13_blocksize: int,
+    w2_codes: torch.Tensor,
+    w2_absmax: torch.Tensor,
+    w2_bias: torch.Tensor,
+    w2_blocksize: int,
+    quant_type: str,
+    adapters: torch.Tensor,
+    no_lora: torch.Tensor | None,
+    w13_lora_a: torch.Tensor,
+    w13_lora_b: torch.Tensor,
+    w2_lora_a: torch.Tensor,
+    w2_lora_b: torch.Tensor,
+    w2_lora_scale: float,
+) -> None:
+    """`packed_experts` into `out` [tokens, hidden], where vLLM wants it, with what adapters add.
+
+    adapters, *_lora_*: the fields of `kernels.lora.Factors` for w13 and w2.
+    """
+    w13 = Packed(w13_codes, w13_absmax, w13_bias, w13_blocksize, quant_type)
+    w2 = Packed(w2_codes, w2_absmax, w2_bias, w2_blocksize, quant_type)
+    w13_factors = w2_factors = None
+    if needed(no_lora):
+        local = _local(topk_ids, expert_map)
+        w13_factors = Factors(w13_lora_a, w13_lora_b, adapters, local)
+        w2_factors = Factors(w2_lora_a, w2_lora_b, adapters, local, scale=w2_lora_scale)
+    _experts(out, x, topk_weights, topk_ids, expert_map, experts, w13, w2, w13_factors, w2_factors)
+
+
+def _experts(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    experts: int,
+    w13: Packed,
+    w2: Packed,
+    w13_factors: Factors | None = None,
+    w2_factors: Factors | None = None,
+) -> None:
+    """Choose a plan, sort the slots by expert, and start the kernels."""
+    tokens, top_k = topk_ids.shape
+    if tokens == 0:
+        return
+    plan = plan_experts(tokens, top_k, experts, gpu_of(x.device))
+    if tokens == 1:  # each slot its own block: nothing to sort
+        routing = Routing(None, _local(topk_ids, expert_map), None)
+    else:
+        sort = sort_slots if sorts(tokens * top_k, experts) else moe_align_block_size
+        routing = Routing(*sort(topk_ids, plan.rows, experts, expert_map))
+    launch.experts(x, topk_weights, routing, w13, w2, plan, out, w13_factors, w2_factors)
+
+
+def _local(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """The local expert of each slot, -1 for another rank's."""
+    return topk_ids.flatten() if expert_map is None else expert_map[topk_ids.flatten().long()]

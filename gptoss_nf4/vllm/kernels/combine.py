@@ -16,10 +16,11 @@ def _sum_slots(partial, out, N, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + token * N + n, total.to(out.dtype.element_ty), mask=n < N)
 
 
-def sum_slots(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[tokens, k, hidden] -> [tokens, hidden] in `dtype`, summed in float32."""
+def sum_slots(partial: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """[tokens, k, hidden] -> [tokens, hidden] in `dtype`, summed in float32; into `out` if it is given (contiguous)."""
     tokens, top_k, hidden = partial.shape
-    out = torch.empty(tokens, hidden, dtype=dtype, device=partial.device)
+    if out is None:
+        out = torch.empty(tokens, hidden, dtype=dtype, device=partial.device)
     if tokens:
         block = 1024
         grid = (tokens, triton.cdiv(hidden, block))

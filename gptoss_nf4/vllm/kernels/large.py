@@ -6,8 +6,7 @@ whole experts to memory instead would mean to write and read four times the byte
 `wgmma`, on Ampere `mma.sync`.
 
 The kernels are `swiglu_experts` and `down_experts`. They take the arguments of their namesakes in `small`, but
-activations in the order of `tiles.operand_order`, and sorted slots only. Between the loop and `clamped_swiglu`
-is the place to add something to gate and up, or to give them out as they are.
+activations in the order of `tiles.operand_order`, and sorted slots only. What adapters add comes after the loop.
 
 Names end in the letters of their axes, see `tiles`. Here R is the four row tiles of a program, and n its 64 rows, (R r g).
 """
@@ -18,6 +17,7 @@ import triton
 import triton.language as tl
 
 from gptoss_nf4.vllm.kernels.decode import COMPILED, decode, decode_scaled, halves, load_table
+from gptoss_nf4.vllm.kernels.lora import add_delta
 from gptoss_nf4.vllm.kernels.swiglu import clamped_swiglu
 
 WARPS = 4  # of a program
@@ -36,7 +36,7 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def swiglu_experts(
-    x, weight, out, routing, count, top_k, K, N, BM: tl.constexpr, STAGES: tl.constexpr, WGMMA: tl.constexpr
+    x, weight, lora, out, routing, count, top_k, K, N, BM: tl.constexpr, STAGES: tl.constexpr, WGMMA: tl.constexpr
 ):
     """out[slot] = clamped SwiGLU of w[expert] @ x[slot // top_k] + bias[expert].
 
@@ -45,7 +45,7 @@ def swiglu_experts(
 
     Args:
         x: [tokens, K] float16 or bfloat16. out: [count, N]. Both in `tiles.operand_order`.
-        weight: a `Weight` with tiles of gate and of up rows in turn.
+        weight: a `Weight` with tiles of gate and of up rows in turn. lora: a `lora.Lora` or None.
         routing: a `Routing` for blocks of BM, with slots.
         count: the number of slots, tokens * top_k.
         STAGES: a program reads STAGES - 1 input tiles ahead.
@@ -80,6 +80,9 @@ def swiglu_experts(
     bias_n = weight.bias + first * 16 + (n // 16) * 32 + n % 16
     gate_nm = gate_nm * weight.unscale + tl.load(bias_n, mask=exists_n, other=0.0).to(tl.float32)[:, None]
     up_nm = up_nm * weight.unscale + tl.load(bias_n + 16, mask=exists_n, other=0.0).to(tl.float32)[:, None]
+    if lora is not None:
+        gate_nm = add_delta(gate_nm, lora, expert, 2 * n, 0, slot_m, used_m)
+        up_nm = add_delta(up_nm, lora, expert, 2 * n + 1, 0, slot_m, used_m)
     value_nm = clamped_swiglu(gate_nm, up_nm).to(out.dtype.element_ty)
     # These rows are the inputs of the second product. Bring them into `tiles.operand_order`.
     value_qtehpm = tl.reshape(value_nm, [ROW_TILES // 2, 4, 2, 2, 2, BM])
@@ -91,7 +94,7 @@ def swiglu_experts(
 
 @triton.jit
 def down_experts(
-    x, weight, out, routing, slot_weights, count, K, N, BM: tl.constexpr, STAGES: tl.constexpr, WGMMA: tl.constexpr
+    x, weight, lora, out, routing, slot_weights, count, K, N, BM: tl.constexpr, STAGES: tl.constexpr, WGMMA: tl.constexpr
 ):
     """out[slot] = (w[expert] @ x[slot] + bias[expert]) * slot_weights[slot].
 
@@ -99,7 +102,7 @@ def down_experts(
 
     Args:
         x: [count, K] float16 or bfloat16, in `tiles.operand_order`. out: [count, N] in its own dtype.
-        weight: a `Weight`. routing: a `Routing` for blocks of BM, with slots.
+        weight: a `Weight`. lora: a `lora.Lora` or None. routing: a `Routing` for blocks of BM, with slots.
         slot_weights: float32 [count].
         count: the number of slots.
         STAGES, WGMMA: as in `swiglu_experts`.
@@ -129,8 +132,11 @@ def down_experts(
         weight_nk = _weights(tiles, tile_R, exists_R, C, weight, registers, dtype, True, WGMMA)
         sum_nm = tl.dot(weight_nk, x_km, sum_nm)
     bias_n = tl.load(weight.bias + first * 16 + n, mask=n < weight.R * 16, other=0.0).to(tl.float32)
-    weight_m = tl.load(slot_weights + row_m, mask=used_m, other=0.0)
-    value_nm = (sum_nm * weight.unscale + bias_n[:, None]) * weight_m[None, :]
+    value_nm = sum_nm * weight.unscale + bias_n[:, None]
+    if lora is not None:
+        delta_nm = add_delta(tl.zeros_like(sum_nm), lora, expert, n, 0, slot_m, used_m)
+        value_nm += delta_nm * lora.scale
+    value_nm *= tl.load(slot_weights + row_m, mask=used_m, other=0.0)[None, :]
     tl.store(out_mn, tl.trans(value_nm.to(out.dtype.element_ty)), mask=stored_mn)
 
 

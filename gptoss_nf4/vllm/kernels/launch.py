@@ -6,14 +6,20 @@ No function here waits for the GPU or looks at a tensor's values, so all may be 
 import torch
 import triton
 
-from gptoss_nf4.vllm.kernels import dense
+from gptoss_nf4.vllm.kernels import dense, lora
 from gptoss_nf4.vllm.kernels.arguments import Packed, Routing, kernel_weight
 from gptoss_nf4.vllm.kernels.combine import sum_slots
 from gptoss_nf4.vllm.kernels.plan import Large, Plan, Small, gpu_of, plan_linear
 from gptoss_nf4.vllm.kernels.tiles import ROWS, operand_order
 
 
-def linear(x: torch.Tensor, weight: Packed, out_features: int, plan: Small | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    weight: Packed,
+    out_features: int,
+    plan: Small | None = None,
+    factors: lora.Factors | None = None,
+) -> torch.Tensor:
     """A linear layer.
 
     Args:
@@ -21,6 +27,7 @@ def linear(x: torch.Tensor, weight: Packed, out_features: int, plan: Small | Non
         weight: of one expert; its bias is added if it has one.
         out_features: rows of the weight without padding.
         plan: in place of what `plan_linear` chooses.
+        factors: of adapters, if they add something.
 
     Returns:
         [rows, out_features] in x's dtype.
@@ -29,14 +36,18 @@ def linear(x: torch.Tensor, weight: Packed, out_features: int, plan: Small | Non
     plan = plan or plan_linear(rows)
     if plan is None:
         bias = None if weight.bias is None else weight.bias[0, :out_features]
-        return torch.nn.functional.linear(x, dequantize(weight, out_features, x.dtype), bias)
+        out = torch.nn.functional.linear(x, dequantize(weight, out_features, x.dtype), bias)
+        if factors is not None:
+            lora.expand(out, x.contiguous(), factors)
+        return out
     x = x.contiguous()
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
     argument = kernel_weight(weight, x.dtype)
+    added = None if factors is None else lora.shrink(x, factors, rows, 1)
     plan.kernels.linear[argument.R, triton.cdiv(rows, plan.rows)](
-        x, argument, out, count=rows, K=inputs, N=out_features, **plan.options(gpu_of(x.device))
+        x, argument, added, out, count=rows, K=inputs, N=out_features, **plan.options(gpu_of(x.device))
     )
     return out
 
@@ -54,7 +65,15 @@ def dequantize(weight: Packed, out_features: int, dtype: torch.dtype) -> torch.T
 
 
 def experts(
-    x: torch.Tensor, topk_weights: torch.Tensor, routing: Routing, w13: Packed, w2: Packed, plan: Plan
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    routing: Routing,
+    w13: Packed,
+    w2: Packed,
+    plan: Plan,
+    out: torch.Tensor | None = None,
+    w13_factors: lora.Factors | None = None,
+    w2_factors: lora.Factors | None = None,
 ) -> torch.Tensor:
     """The weighted sum of each token's experts.
 
@@ -64,6 +83,8 @@ def experts(
         routing: of the slots, for blocks of `plan.rows`.
         w13: tiles of gate and of up rows in turn (`tiles.gate_and_up_tiles`), with bias.
         w2: rows of hidden, with bias.
+        out: what to return, if it exists already.
+        w13_factors, w2_factors: of adapters, if they add something.
 
     Returns:
         [tokens, hidden] in x's dtype; slots of other ranks' experts add nothing.
@@ -76,13 +97,19 @@ def experts(
     if isinstance(plan, Large):
         partial_dtype = x.dtype  # half the bytes
         x = operand_order(x, w13.codes.shape[-1] * ROWS)
-    middle = swiglu_experts(x, top_k, routing, w13, intermediate, plan)
-    partial = down_experts(middle, topk_weights, routing, w2, hidden, plan, partial_dtype)
-    return sum_slots(partial.view(tokens, top_k, hidden), x.dtype)
+    middle = swiglu_experts(x, top_k, routing, w13, intermediate, plan, w13_factors)
+    partial = down_experts(middle, topk_weights, routing, w2, hidden, plan, partial_dtype, w2_factors)
+    return sum_slots(partial.view(tokens, top_k, hidden), x.dtype, out)
 
 
 def swiglu_experts(
-    x: torch.Tensor, top_k: int, routing: Routing, w13: Packed, intermediate: int, plan: Plan
+    x: torch.Tensor,
+    top_k: int,
+    routing: Routing,
+    w13: Packed,
+    intermediate: int,
+    plan: Plan,
+    factors: lora.Factors | None = None,
 ) -> torch.Tensor:
     """x [tokens, hidden] -> [tokens * top_k, intermediate]; rows of other ranks' experts are not written.
 
@@ -94,6 +121,7 @@ def swiglu_experts(
     plan.kernels.swiglu_experts[triton.cdiv(weight.R, plan.kernels.SWIGLU_TILES), routing.experts.shape[0]](
         x,
         weight,
+        _shrink(x, factors, slots, top_k, routing, plan),
         out,
         routing=routing,
         count=slots,
@@ -113,6 +141,7 @@ def down_experts(
     hidden: int,
     plan: Plan,
     dtype: torch.dtype,
+    factors: lora.Factors | None = None,
 ) -> torch.Tensor:
     """x [slots, intermediate] -> [slots, hidden] in `dtype`, times topk_weights; zeros for other ranks' experts.
 
@@ -124,6 +153,7 @@ def down_experts(
     plan.kernels.down_experts[triton.cdiv(weight.R, plan.kernels.DOWN_TILES), routing.experts.shape[0]](
         x,
         weight,
+        _shrink(x, factors, slots, topk_weights.shape[1], routing, plan),
         out,
         routing=routing,
         slot_weights=topk_weights,
@@ -133,3 +163,14 @@ def down_experts(
         **plan.options(gpu_of(x.device)),
     )
     return out
+
+
+def _shrink(
+    x: torch.Tensor, factors: lora.Factors | None, slots: int, top_k: int, routing: Routing, plan: Plan
+) -> lora.Lora | None:
+    """`lora.shrink` for the product of `plan`, which reads the same x."""
+    if factors is None:
+        return None
+    if isinstance(plan, Small):
+        return lora.shrink(x, factors, slots, top_k)
+    return lora.shrink(x, factors, slots, top_k, block=plan.rows, routing=routing, operand_order=True)

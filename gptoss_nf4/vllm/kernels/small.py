@@ -8,8 +8,7 @@ no barrier, and touches shared memory for the codebook's table at most. The 16 x
 by absmax in float32, once per 64 inputs. At the end the warps' sums are added up in shared memory.
 
 The kernels are `linear`, `swiglu_experts` and `down_experts`. They share the loop, `_products`, and differ before
-and after it. Between `_products` and `clamped_swiglu` is the place to add something to gate and up, or to give them
-out as they are.
+and after it. What adapters add is computed within `_products`, see `lora`.
 
 Names end in the letters of their axes, see `tiles`.
 """
@@ -20,6 +19,7 @@ import triton
 import triton.language as tl
 
 from gptoss_nf4.vllm.kernels.decode import decode, fill_shared, halves, load_table, lookup
+from gptoss_nf4.vllm.kernels.lora import delta, slice_of
 from gptoss_nf4.vllm.kernels.swiglu import clamped_swiglu
 
 # Row tiles of a program: a gate and an up tile, or two neighbours.
@@ -46,26 +46,26 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def linear(x, weight, out, count, K, N, BM: tl.constexpr, WARPS: tl.constexpr, SHARED_TABLE: tl.constexpr):
+def linear(x, weight, lora, out, count, K, N, BM: tl.constexpr, WARPS: tl.constexpr, SHARED_TABLE: tl.constexpr):
     """out[row] = w @ x[row] + bias.
 
     A program takes one row tile; the grid is row tiles, blocks of BM rows of x.
 
     Args:
         x: [count, K] float16 or bfloat16. out: [count, N] in its own dtype.
-        weight: a `Weight` of one expert.
+        weight: a `Weight` of one expert. lora: a `lora.Lora` or None.
         SHARED_TABLE: decode by `lookup`, else by `decode`.
     """
     tile = tl.program_id(0)
     row_m = tl.program_id(1) * BM + tl.arange(0, BM)
     row_m = tl.where(row_m < count, row_m, -1)
-    sum_nm, _ = _products(Rows(x, row_m, 1, K), weight, 0, tile, WARPS, SHARED_TABLE, False)
+    sum_nm, _ = _products(Rows(x, row_m, 1, K), weight, lora, 0, tile, WARPS, SHARED_TABLE, False, False)
     _store(out, sum_nm, row_m, tile, N)
 
 
 @triton.jit
 def swiglu_experts(
-    x, weight, out, routing, count, top_k, K, N, BM: tl.constexpr, WARPS: tl.constexpr, SHARED_TABLE: tl.constexpr
+    x, weight, lora, out, routing, count, top_k, K, N, BM: tl.constexpr, WARPS: tl.constexpr, SHARED_TABLE: tl.constexpr
 ):
     """out[slot] = clamped SwiGLU of w[expert] @ x[slot // top_k] + bias[expert].
 
@@ -74,7 +74,7 @@ def swiglu_experts(
 
     Args:
         x: [tokens, K] float16 or bfloat16. out: [count, N] in its own dtype.
-        weight: a `Weight` with tiles of gate and of up rows in turn.
+        weight: a `Weight` with tiles of gate and of up rows in turn. lora: a `lora.Lora` or None.
         routing: a `Routing` for blocks of BM.
         count: the number of slots, tokens * top_k.
     """
@@ -85,13 +85,25 @@ def swiglu_experts(
     if expert < 0:
         return
     slot_m = _slots(routing, block, count, BM)
-    gate_nm, up_nm = _products(Rows(x, slot_m, top_k, K), weight, expert, 2 * pair, WARPS, SHARED_TABLE, True)
+    rows = Rows(x, slot_m, top_k, K)
+    gate_nm, up_nm = _products(rows, weight, lora, expert, 2 * pair, WARPS, SHARED_TABLE, True, True)
     _store(out, clamped_swiglu(gate_nm, up_nm), slot_m, pair, N)
 
 
 @triton.jit
 def down_experts(
-    x, weight, out, routing, slot_weights, count, K, N, BM: tl.constexpr, WARPS: tl.constexpr, SHARED_TABLE: tl.constexpr
+    x,
+    weight,
+    lora,
+    out,
+    routing,
+    slot_weights,
+    count,
+    K,
+    N,
+    BM: tl.constexpr,
+    WARPS: tl.constexpr,
+    SHARED_TABLE: tl.constexpr,
 ):
     """out[slot] = (w[expert] @ x[slot] + bias[expert]) * slot_weights[slot].
 
@@ -99,7 +111,7 @@ def down_experts(
 
     Args:
         x: [count, K] float16 or bfloat16. out: [count, N] in its own dtype.
-        weight: a `Weight`. routing: a `Routing` for blocks of BM.
+        weight: a `Weight`. lora: a `lora.Lora` or None. routing: a `Routing` for blocks of BM.
         slot_weights: float32 [count].
         count: the number of slots.
     """
@@ -113,7 +125,8 @@ def down_experts(
         _store(out, zeros_nm, slot_m, tile, N)
         _store(out, zeros_nm, slot_m, tile + 1, N)
         return
-    first_nm, second_nm = _products(Rows(x, slot_m, 1, K), weight, expert, tile, WARPS, SHARED_TABLE, True)
+    rows = Rows(x, slot_m, 1, K)
+    first_nm, second_nm = _products(rows, weight, lora, expert, tile, WARPS, SHARED_TABLE, True, False)
     weight_m = tl.load(slot_weights + slot_m, mask=slot_m >= 0, other=0.0)
     _store(out, first_nm * weight_m[None, :], slot_m, tile, N)
     _store(out, second_nm * weight_m[None, :], slot_m, tile + 1, N)
@@ -128,19 +141,38 @@ def _slots(routing, block, count, BM: tl.constexpr):
 
 
 @triton.jit
-def _products(rows, weight, expert, tile, WARPS: tl.constexpr, SHARED_TABLE: tl.constexpr, TWO: tl.constexpr):
-    """w[expert] @ x[slot // top_k] + bias: float32 [n, m] of row tile `tile`, and if TWO of the next one.
+def _products(
+    rows,
+    weight,
+    lora,
+    expert,
+    tile,
+    WARPS: tl.constexpr,
+    SHARED_TABLE: tl.constexpr,
+    TWO: tl.constexpr,
+    GATE_AND_UP: tl.constexpr,
+):
+    """w[expert] @ x[slot // top_k] + bias, plus what adapters add: float32 [n, m].
 
-    Where there is no next one, the second result is that of the same tile again, not to be stored.
+    The first result is that of row tile `tile`, and if TWO, the second one that of the next tile. Where there is no next
+    one, it is that of the same tile again, not to be stored. GATE_AND_UP: the two tiles are one of gate and one of up
+    rows, which are interleaved in lora_B.
     """
     BM: tl.constexpr = rows.slot_m.shape[0]
     to_next = (tile + 1 < weight.R).to(tl.int32)
+    first_row = tile * 16
     tile = expert * weight.R + tile.to(tl.int64)
     codes = weight.codes + tile * weight.C * (32 * weight.S)
     absmax = weight.absmax.to(tl.pointer_type(tl.int32)) + tile * weight.B * 8
     tiles = Tiles(codes, codes + to_next * weight.C * (32 * weight.S), absmax, absmax + to_next * weight.B * 8)
     warp = tl.arange(0, WARPS)
     ahead = _load(rows, tiles, weight, warp)
+    if lora is not None:  # here, so that its loads are on their way together with the first of the weight's
+        slice = slice_of(lora, first_row)
+        row_n = first_row + tl.arange(0, 16) * (2 if GATE_AND_UP else 1)
+        first_delta_nm = delta(lora, expert, row_n, slice, rows.slot_m)
+        if TWO:
+            second_delta_nm = delta(lora, expert, row_n + (1 if GATE_AND_UP else 16), slice, rows.slot_m)
     decoder = fill_shared(weight.table) if SHARED_TABLE else load_table(weight.table)
     first_wnm = tl.zeros([WARPS, 16, BM], tl.float32)
     second_wnm = tl.zeros([WARPS, 16, BM], tl.float32)
@@ -158,6 +190,10 @@ def _products(rows, weight, expert, tile, WARPS: tl.constexpr, SHARED_TABLE: tl.
         first_nm += tl.load(bias).to(tl.float32)[:, None]
         if TWO:
             second_nm += tl.load(bias + to_next * 16).to(tl.float32)[:, None]
+    if lora is not None:
+        first_nm += first_delta_nm
+        if TWO:
+            second_nm += second_delta_nm
     return first_nm, second_nm
 
 

@@ -5,13 +5,13 @@ from types import FrameType
 
 import torch
 from vllm.config import VllmConfig
-from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.worker_manager import WorkerLoRAManager
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.vllm.lora.linear import runs_on_kernels, use_kernels
 from gptoss_nf4.vllm.lora.loading import AdapterLoader
 
 # Options of vLLM that give its experts other stacks than those that `experts.py` reads.
@@ -24,8 +24,16 @@ def attach(manager: LoRAModelManager, vllm_config: VllmConfig, residual_scale: f
     config = vllm_config.model_config.hf_config.to_dict()
     dimensions = Dimensions.from_config(config, vllm_config.model_config.model)
     _worker_manager()._lora_model_cls = AdapterLoader(manager, dimensions, residual_scale)
-    if manager.device.type == "cpu":
-        for module in manager.modules.values():
+    # CUDA graphs are padded, and the kernels read vLLM's buffer beyond the tokens that it sets.
+    for punica_wrapper in manager.punica_wrapper_mapping.values():
+        punica_wrapper._token_lora_indices.fill_(-1)
+    on_kernels = any(runs_on_kernels(module) for module in manager.modules.values())
+    for module in manager.modules.values():
+        if not isinstance(module, BaseLinearLayerWithLoRA):
+            continue
+        if on_kernels:
+            use_kernels(module)
+        elif manager.device.type == "cpu":
             _add_a_row_for_no_adapter(module)
 
 
@@ -61,14 +69,12 @@ def _worker_manager() -> WorkerLoRAManager:
     )
 
 
-def _add_a_row_for_no_adapter(module: BaseLayerWithLoRA) -> None:
+def _add_a_row_for_no_adapter(module: BaseLinearLayerWithLoRA) -> None:
     """Give the stacks of a linear layer a last row of zeros.
 
     vLLM's CPU operators index the stacks with -1 for tokens of the base, and that is the last row
     (vllm/lora/ops/torch_ops/lora_ops.py): without it they would get the last adapter's part.
     """
-    if not isinstance(module, BaseLinearLayerWithLoRA):
-        return
 
     def with_zeros(stacks: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(torch.cat((stack, torch.zeros_like(stack[:1]))) for stack in stacks)
