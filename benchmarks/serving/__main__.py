@@ -23,6 +23,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kv-gib", type=float, help="fixed size of the KV cache (default: what --gib leaves)")
     parser.add_argument("--max-model-len", type=int, default=131072)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--passes", type=int, default=1, help="over all engines that start together, taking turns")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="each contender also with LoRA, and adapters of this rank")
     parser.add_argument("--long", action="store_true", help="also one prompt of the full length, with the plugin")
     parser.add_argument("--profile", nargs="*", choices=CONTENDERS, default=[], help="also device time per kernel")
     return parser.parse_args()
@@ -40,10 +42,12 @@ def main() -> None:
             rounds=args.rounds,
             long_prompt=args.long,
             profile=name in args.profile,
+            lora_rank=rank,
         )
         for name in args.contenders
+        for rank in ([None, args.lora] if args.lora else [None])
     ]
-    results = prepare(jobs) | {"contenders": measure_all(grouped(jobs, args.together))}
+    results = prepare(jobs) | {"contenders": measure_all(grouped(jobs, args.together), args.passes)}
     print(report(results))
     out = Path("metrics/serving.json")
     out.parent.mkdir(exist_ok=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from benchmarks.serving.jobs import BATCHES, CONTENDERS, OURS, PREFILLS, Job
+from benchmarks.serving import adapters
+from benchmarks.serving.jobs import ADAPTERS, BATCHES, CONTENDERS, OURS, PREFILLS, Job
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +29,9 @@ def main() -> None:
     llm = engine(job)
     result = {"ready_seconds": time.monotonic() - started} | read_log(job.log.read_text(), job.checkpoint)
     print("READY", file=parent, flush=True)
-    if sys.stdin.readline() != "GO\n":
-        return
-    print("RESULT " + json.dumps(result | measure(llm, job)), file=parent, flush=True)
-    sys.stdin.readline()  # the end of file, once all of the group have measured: GPU memory stays taken until then
+    # Until the end of file, once all of the group have measured: GPU memory stays taken as long.
+    while sys.stdin.readline() == "GO\n":
+        print("RESULT " + json.dumps(result | measure(llm, job)), file=parent, flush=True)
 
 
 def engine(job: Job) -> "LLM":
@@ -43,6 +43,7 @@ def engine(job: Job) -> "LLM":
         from gptoss_nf4.vllm.moe import Nf4MoEMethod
 
         mock.patch.object(Nf4MoEMethod, "packs", return_value=False).start()  # as in float32 on a GPU
+    lora = {"enable_lora": True, "max_loras": ADAPTERS, "max_lora_rank": job.lora_rank} if job.lora_rank else {}
     total = torch.cuda.get_device_properties(0).total_memory
     return LLM(
         str(job.checkpoint),
@@ -58,6 +59,7 @@ def engine(job: Job) -> "LLM":
         compilation_config={"cudagraph_capture_sizes": GRAPH_SIZES},
         kv_cache_memory_bytes=int(job.kv_gib * 2**30) if job.kv_gib else None,
         **contender.engine_args,
+        **lora,
     )
 
 
@@ -87,6 +89,8 @@ def measure(llm: "LLM", job: Job) -> dict[str, Any]:
         "batches": [measure_batch(llm, batch, 128, 257, job.rounds, vocabulary) for batch in BATCHES],
         "prefill_ms": {tokens: measure_prefill(llm, tokens, job.rounds, vocabulary) for tokens in PREFILLS},
     }
+    if job.lora_rank:
+        result["adapters"] = adapters.measure(llm, job, vocabulary)
     if job.long_prompt and job.contender == OURS:
         prompt = random_prompts(1, job.max_model_len - 16, vocabulary)
         result["full_length_prompt_seconds"] = generate_seconds(llm, prompt, 16)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 BATCHES = (1, 8, 32)
 PREFILLS = (2048, 8192)  # tokens of a prompt
+ADAPTERS = 8  # that an engine with LoRA holds
 SHARED_KV_GIB = 5.0  # of each engine that starts with others; one request of the full length needs 3.1
 
 
@@ -39,6 +40,16 @@ class Job:
     rounds: int
     long_prompt: bool
     profile: bool
+    lora_rank: int | None = None  # None: an engine without LoRA
+
+    @property
+    def name(self) -> str:
+        """Of its results and its log."""
+        return self.contender if self.lora_rank is None else f"{self.contender}-lora"
+
+    @property
+    def adapter(self) -> Path:
+        return self.directory / f"adapter-{self.lora_rank}"
 
     @property
     def checkpoint(self) -> Path:
@@ -46,7 +57,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        return self.directory / f"{self.contender}.log"
+        return self.directory / f"{self.name}.log"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"directory": str(self.directory)})
@@ -60,12 +71,12 @@ class Job:
 def grouped(jobs: list[Job], together: int) -> list[list[Job]]:
     """`jobs` in the groups whose engines start together, at most `together` each.
 
-    The plugin's is a group of its own where its cache takes what is left of the memory. Whoever starts with others gets a
+    The plugin's are groups of their own where a cache takes what is left of the memory. Whoever starts with others gets a
     cache of fixed size.
     """
     alone = [job for job in jobs if job.contender == OURS and not job.kv_gib]
     others = [job for job in jobs if job not in alone]
-    groups = [alone] if alone else []
+    groups = [[job] for job in alone]
     for start in range(0, len(others), together):
         group = others[start : start + together]
         if len(group) > 1:

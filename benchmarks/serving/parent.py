@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ def prepare(jobs: list[Job]) -> dict[str, Any]:
     import torch
 
     from benchmarks import weights
+    from benchmarks.serving import adapters
 
     if not torch.cuda.is_available():
         sys.exit("error: benchmarks.serving: no NVIDIA GPU: got none, expected one with 24 GB; run it on such a machine")
@@ -26,6 +28,9 @@ def prepare(jobs: list[Job]) -> dict[str, Any]:
         started = time.monotonic()
         weights.ensure(directory, kind, weights.GPT_OSS_20B, "cuda")
         print(f"weights {kind}: {time.monotonic() - started:.0f} s", flush=True)
+    for job in jobs:
+        if job.lora_rank:
+            adapters.ensure(job.adapter, weights.GPT_OSS_20B, job.lora_rank)
     torch.cuda.empty_cache()
     read = read_rate(jobs[0].checkpoint)
     print(f"reading the files: {read:.1f} GB/s", flush=True)
@@ -42,21 +47,35 @@ def read_rate(directory: Path) -> float:
     return total / (time.perf_counter() - started) / 1e9
 
 
-def measure_all(groups: list[list[Job]]) -> dict[str, dict]:
-    """Results by contender, without those that failed. The engines of a group start together and measure in turn."""
+def measure_all(groups: list[list[Job]], passes: int = 1) -> dict[str, dict]:
+    """Results by name of job, without those that failed: medians over `passes`.
+
+    The engines of a group start together. In each pass they measure in turn.
+    """
     results = {}
     for group in groups:
         engines = [Engine(job) for job in group]
         for engine in engines:  # all of them first: nobody starts while one measures
             engine.wait_until_ready()
-        for engine in engines:
-            name, result = engine.job.contender, engine.measure()
-            if result is not None:
-                results[name] = result
-            print(f"{name}: {f'failed, see {engine.job.log}' if result is None else json.dumps(result)}", flush=True)
+        found: dict[str, list[dict | None]] = {engine.job.name: [] for engine in engines}
+        for _ in range(passes):
+            for engine in engines:
+                name, result = engine.job.name, engine.measure()
+                found[name].append(result)
+                print(f"{name}: {f'failed, see {engine.job.log}' if result is None else json.dumps(result)}", flush=True)
+        results |= {name: medians(each) for name, each in found.items() if None not in each}
         for engine in engines:
             engine.end()
     return results
+
+
+def medians(values: list[Any]) -> Any:
+    """Of objects of the same structure: one of its medians."""
+    if isinstance(values[0], dict):
+        return {key: medians([value[key] for value in values]) for key in values[0]}
+    if isinstance(values[0], list):
+        return [medians(list(each)) for each in zip(*values, strict=True)]
+    return values[0] if None in values else statistics.median(values)
 
 
 class Engine:

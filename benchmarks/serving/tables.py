@@ -1,6 +1,6 @@
 """Results as tables."""
 
-from benchmarks.serving.jobs import BATCHES, OURS, PREFILLS
+from benchmarks.serving.jobs import ADAPTERS, BATCHES, OURS, PREFILLS
 from benchmarks.tables import markdown
 
 BATCH_COLUMNS = [f"batch {batch}" for batch in BATCHES]
@@ -14,6 +14,7 @@ def report(results: dict) -> str:
         speed(contenders),
         *([against_the_plugin(contenders)] if OURS in contenders else []),
         routing(contenders),
+        *([adapters(contenders)] if any("adapters" in result for result in contenders.values()) else []),
     ]
     for name, result in contenders.items():
         if "full_length_prompt_seconds" in result:
@@ -64,6 +65,20 @@ def against_the_plugin(contenders: dict[str, dict]) -> str:
             *(f"{their / our:.2f}x" for our, their in zip(prefills(ours), prefills(result), strict=True)),
         ]
         for name, result in contenders.items()
+    ]
+    return markdown(columns, rows)
+
+
+def adapters(contenders: dict[str, dict]) -> str:
+    """Output tokens per second of requests on adapters; those on the base are in the first table."""
+    columns = [
+        "requests on adapters",
+        *(f"{batch} tok/s" for batch in BATCH_COLUMNS),
+        f"{BATCH_COLUMNS[-1]} over {ADAPTERS}",
+    ]
+    found = {name: result["adapters"] for name, result in contenders.items() if "adapters" in result}
+    rows = [
+        [name, *(f"{rate:.0f}" for rate in each["one_adapter"]), f"{each['spread']:.0f}"] for name, each in found.items()
     ]
     return markdown(columns, rows)
 

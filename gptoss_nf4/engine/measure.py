@@ -69,8 +69,8 @@ def random_prompts(count: int, tokens: int, vocabulary: int) -> list[dict]:
     return [{"prompt_token_ids": random.choices(range(vocabulary), k=tokens)} for _ in range(count)]
 
 
-def generate(llm: "LLM", prompts: list[dict], output_tokens: int) -> list:
-    """vLLM's outputs with every prompt continued by exactly `output_tokens` tokens.
+def generate(llm: "LLM", prompts: list[dict], output_tokens: int, adapters: list | None = None) -> list:
+    """vLLM's outputs with every prompt continued by exactly `output_tokens` tokens. adapters: a LoRARequest a prompt.
 
     Sampled, not greedy: a model of random weights, given its likeliest tokens, soon repeats a few, and a batch of them
     would use a few experts.
@@ -78,7 +78,7 @@ def generate(llm: "LLM", prompts: list[dict], output_tokens: int) -> list:
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=1, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapters)
     produced = [len(output.outputs[0].token_ids) for output in outputs]
     if produced != [output_tokens] * len(prompts):
         raise RuntimeError(f"vLLM produced {produced} tokens, not {output_tokens} for each of {len(prompts)} prompts")
@@ -92,7 +92,15 @@ def generate_seconds(llm: "LLM", prompts: list[dict], output_tokens: int) -> flo
     return time.perf_counter() - started
 
 
-def measure_batch(llm: "LLM", batch: int, input_tokens: int, output_tokens: int, rounds: int, vocabulary: int) -> dict:
+def measure_batch(
+    llm: "LLM",
+    batch: int,
+    input_tokens: int,
+    output_tokens: int,
+    rounds: int,
+    vocabulary: int,
+    adapters: list | None = None,
+) -> dict:
     """One batch size, after one round that is not counted; medians over requests, then over `rounds`.
 
     By vLLM's own clock, so the engine has to be made with disable_log_stats=False: a step is the time from a request's
@@ -100,7 +108,7 @@ def measure_batch(llm: "LLM", batch: int, input_tokens: int, output_tokens: int,
     """
     firsts, steps = [], []
     for _ in range(rounds + 1):
-        outputs = generate(llm, random_prompts(batch, input_tokens, vocabulary), output_tokens)
+        outputs = generate(llm, random_prompts(batch, input_tokens, vocabulary), output_tokens, adapters)
         stats = [output.metrics for output in outputs]
         firsts.append(statistics.median(s.first_token_latency for s in stats))
         steps.append(statistics.median((s.last_token_ts - s.first_token_ts) / (output_tokens - 1) for s in stats))

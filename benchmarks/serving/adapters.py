@@ -1,0 +1,77 @@
+"""An adapter of random weights on everything that Unsloth trains by default, and what serving it costs.
+
+In PEFT's fused form, since that is what vLLM's own loader takes too.
+"""
+
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.serving.jobs import ADAPTERS, BATCHES, Job
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+    from gptoss_nf4.format.dimensions import Dimensions
+
+STD = 0.01  # of lora_A and lora_B: too little to change where the router sends a token
+
+
+def ensure(directory: Path, d: "Dimensions", rank: int) -> None:
+    """The adapter in `directory`, made where it is missing."""
+    import torch
+    from safetensors.torch import save_file
+
+    from gptoss_nf4.storage.writing import write_json
+
+    config = directory / "adapter_config.json"
+    if config.exists():
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    modules = {  # inputs, outputs, experts
+        "self_attn.q_proj": (d.hidden, d.q_rows, 1),
+        "self_attn.k_proj": (d.hidden, d.kv_rows, 1),
+        "self_attn.v_proj": (d.hidden, d.kv_rows, 1),
+        "self_attn.o_proj": (d.q_rows, d.hidden, 1),
+        "mlp.experts.base_layer": (d.hidden, 2 * d.intermediate, d.experts),  # PEFT's name of gate_up_proj
+        "mlp.experts": (d.intermediate, d.hidden, d.experts),  # and of down_proj
+    }
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for layer in range(d.layers):
+        for module, (inputs, outputs, experts) in modules.items():
+            for factor, shape in (("A", (experts * rank, inputs)), ("B", (outputs, experts * rank))):
+                values = torch.randn(shape, generator=generator) * STD
+                tensors[f"base_model.model.model.layers.{layer}.{module}.lora_{factor}.weight"] = values.bfloat16()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    write_json(  # last: its presence says that the adapter is whole
+        config,
+        {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": rank,
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+    )
+
+
+def measure(llm: "LLM", job: Job, vocabulary: int) -> dict[str, Any]:
+    """Output tokens per second: by batch size on one adapter, and of the largest batch over all ADAPTERS.
+
+    vLLM knows adapters by number, so the same files serve as all of them. Rounds of all settings take turns.
+    """
+    from vllm.lora.request import LoRARequest
+
+    from gptoss_nf4.engine.measure import measure_batch
+
+    path = str(job.adapter)
+    requests = [LoRARequest(f"adapter-{number}", number, path) for number in range(1, ADAPTERS + 1)]
+    settings = [(batch, requests[:1]) for batch in BATCHES] + [(BATCHES[-1], requests)]
+    rates: list[list[float]] = [[] for _ in settings]
+    for _ in range(job.rounds):
+        for found, (batch, of) in zip(rates, settings, strict=True):
+            asked = [of[place % len(of)] for place in range(batch)]
+            result = measure_batch(llm, batch, 128, 257, 1, vocabulary, asked)
+            found.append(result["output_tokens_per_second"])
+    *one, spread = (statistics.median(found) for found in rates)
+    return {"one_adapter": one, "spread": spread}
