@@ -70,11 +70,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             continue
         try:
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):  # 8.0 and true are neither
+                raise ValueError
             expected_bytes = math.prod(shape) * ITEM_BYTES[dtype]
-            inside = 0 <= start <= end <= size - data_start and all(type(n) is int and n >= 0 for n in (start, *shape))
         except (KeyError, TypeError, ValueError):
             raise damaged(f"tensor {name} with header {str(entry)[:80]}", "a known dtype, shape and data_offsets") from None
-        if not inside:
+        if not start <= end <= size - data_start:
             raise damaged(
                 f"tensor {name} at bytes {start} to {end} of the data", f"a place within its {size - data_start} bytes"
             )
