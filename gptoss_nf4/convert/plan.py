@@ -151,8 +151,13 @@ def _stored_quantization(source: Source, name: str, parts: tuple[Module, ...]) -
 
 
 def _states_of_model(source: Source) -> set[tuple[str, int]]:
-    """(quant_type, blocksize) of the first expert of layer 0, which every other module must match."""
-    state = source.modules(0, names.W13)[0].state
+    """(quant_type, blocksize) of the first expert of layer 0, which every other module must match.
+
+    Empty where that expert is not 4-bit. Only its state is read, not those of all experts.
+    """
+    modules = names.modules_of(source.dimensions, 0)
+    name, shape = next((name, shape) for fusion, name, shape in modules if fusion == names.W13)
+    state = source.module(name, shape).state
     return {(state.quant_type, state.blocksize)} if state else set()
 
 
