@@ -12,3 +12,8 @@ class UserError(Exception):
 def printable(text: str) -> str:
     """`text` on one line, with control characters as escapes: it may hold names out of a stranger's checkpoint."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what a library's error says, at most 200 characters; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
