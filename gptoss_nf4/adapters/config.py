@@ -90,7 +90,7 @@ class AdapterConfig:
         return self._alphas.get(module, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets_parameter(self, name: str) -> bool:
-        """Whether target_parameters holds the full name `name` or, as PEFT allows, its end behind a dot."""
+        """Whether target_parameters names the parameter `name`, a full name, or an end of it behind a dot, as in PEFT."""
         return any(name == target or name.endswith(f".{target}") for target in self.target_parameters)
 
     def grouped_by_expert(self, parameter: str) -> bool:
