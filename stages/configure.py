@@ -19,7 +19,11 @@ HEADER = "# Made from conf/ by `python stages/configure.py`; change values there
 
 
 def composed(overrides: list[str]) -> DictConfig:
-    """conf/ with overrides, resolved; name and layers of a model that conf/ does not know are read from the model."""
+    """conf/ with `overrides`, resolved. UserError for a bad setting.
+
+    Name and layers of a model that conf/ does not know are read from the model. Where model.path is an adapter, its base
+    becomes the model and the adapter is added to `adapters`.
+    """
     cfg = _compose(overrides)
     if cfg.model.kind == "local":
         if OmegaConf.is_missing(cfg.model, "path"):

@@ -100,7 +100,7 @@ class AdapterConfig:
     def swapped_experts(self) -> bool | None:
         """Whether PEFT took the inputs of fused experts for their outputs. None where the versions do not tell.
 
-        gpt-oss stores expert weights as [experts, in, out], and transformers' module says so by `is_transposed` from 5.0 on.
+        gpt-oss stores expert weights as [experts, in, out], and transformers' module says `is_transposed` from 5.0 on.
         PEFT before 0.19.0 never swapped. 0.19.0 swapped where the module says `is_transposed`. 0.19.1 and later swap where
         it does not. No library writes the version of transformers, but a user may add it to adapter_config.json.
         """
