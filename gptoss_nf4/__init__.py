@@ -1,15 +1,15 @@
 """Exact conversion of Unsloth NF4 gpt-oss checkpoints into fused 4-bit checkpoints that vLLM serves.
 
-`flow.py` shows the whole conversion in one function. The rooms, from the ground up; each may import those before it:
+`flow.py` shows the whole conversion in one function. The parts, from the ground up; imports go up this list only:
 
     errors.py    the one exception that a user is meant to see
     format/      what the bytes mean: dimensions, names, the NF4 codec; pure
-    storage/     files: reading what strangers wrote, writing beside and renaming
-    source/      the layouts that can be read, behind one face
+    storage/     files: reading what strangers wrote; writing beside the target, then renaming
+    source/      the layouts that can be read, behind one interface
     adapters/    LoRA adapters as Unsloth and PEFT save them, in one canonical form
     samples/     sources that need no download
-    fetch/       bringing a source and describing it
-    convert/     the conversion, a module a stage
+    fetch/       bringing a source or an adapter, and describing it
+    convert/     the conversion, a module for each stage
     check/       the proof and other checks of the result
     flow.py      all of it in order
 

@@ -1,8 +1,8 @@
-"""The one exception that a user is meant to see; anything else is a bug of ours and keeps its traceback."""
+"""The one exception that a user is meant to see. Any other is a bug of ours and keeps its traceback."""
 
 
 class UserError(Exception):
-    """A fault in the input or the set-up, told in one line: what, where, got, expected, what to do next."""
+    """A fault in the input or the set-up, told in one line: what, where, what came, what was expected, what to do."""
 
     def __init__(self, what: str, *, where: object, got: object, expected: object, next_step: str):
         line = f"{what}: {where}: got {got}, expected {expected}; {next_step}"
@@ -10,5 +10,10 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with control characters (names may come from a checkpoint) shown as escapes."""
+    """`text` on one line, with control characters as escapes: it may hold names out of a stranger's checkpoint."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what a library's error says, at most 200 characters; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,4 +1,4 @@
-"""The whole conversion without DVC: each line is one stage."""
+"""The whole conversion without DVC: each call is one stage."""
 
 from dataclasses import asdict
 
@@ -24,7 +24,20 @@ def convert(
     residual_scale: object = AUTO,
     device: str = "cpu",
 ) -> dict:
-    """Convert `model` into `artifacts.checkpoint` and return what the proof and the audit found."""
+    """Convert `model` into the checkpoint directory `artifacts.checkpoint`.
+
+    Args:
+        dtype: of everything that is not 4-bit: "float16", "bfloat16" or "float32".
+        residual_scale: "auto" or a power of two up to 1; see `format/residual.py`.
+        device: torch's, where mode nf4 quantizes. Mode exact does not use it.
+
+    Returns:
+        The fields of `Comparison`, which the proof counted, and `floating_tensors`: their number by safetensors dtype. A
+        weight that differs is counted, not raised: see `check.proof.require_exact`.
+
+    Raises:
+        UserError: for a source, a setting or a machine with which this cannot be done.
+    """
     fetch(model, artifacts)
     source = open_source(model, artifacts)
     for layer in range(source.dimensions.layers):

@@ -1,4 +1,4 @@
-"""What all stage scripts share: how a stage is started, and its typed configuration."""
+"""What all stage scripts share: how a stage starts, and its settings as the library's types."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))  # stages run from a checkout, installed or not
 
 
 def _one_line_for_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What the interpreter calls for an exception that nothing caught: Ctrl-C, also while importing, is no bug of ours."""
+    """Called for an exception that nothing caught. Ctrl-C, also while importing, gets one line instead of a traceback."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
@@ -36,9 +36,9 @@ METRICS = Path("metrics")
 
 
 def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
-    """Run `function` with params.yaml and the command line's overrides and print the line that it returns, with the time.
+    """Make `function` a script's main: run it with params.yaml and the command line's overrides, print what it returns.
 
-    A UserError ends it with one line and status 1, Ctrl-C with one and status 130 (above).
+    The time is added to that line. A UserError ends the script with one line and status 1, Ctrl-C with status 130.
     """
 
     @functools.wraps(function)
@@ -55,6 +55,7 @@ def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
 
 
 def model_of(cfg: DictConfig) -> tuple[Model, Artifacts]:
+    """The model of params.yaml, and where its artifacts lie."""
     fields = {key: cfg.model[key] for key in ("name", "kind", "path", "repository", "revision", "expected")}
     if cfg.model.kind == "synthetic":
         fields["dimensions"] = Dimensions(layers=len(cfg.model.layers), **cfg.model.dimensions)
@@ -62,13 +63,13 @@ def model_of(cfg: DictConfig) -> tuple[Model, Artifacts]:
 
 
 def adapters_of(cfg: DictConfig) -> list[AdapterSource]:
-    """The adapters of params.yaml, which `configure.py` made of what the user gave."""
+    """The adapters of params.yaml."""
     fields = ("path", "repository", "revision", "any_base")
     return [AdapterSource(name, **{key: entry[key] for key in fields}) for name, entry in cfg.adapters.items()]
 
 
 def adapter_of(cfg: DictConfig) -> AdapterSource:
-    """The one that `adapter=NAME` names on the command line."""
+    """The adapter that `adapter=NAME` names on the command line. UserError for an unknown name."""
     for adapter in adapters_of(cfg):
         if adapter.name == cfg.adapter:
             return adapter
@@ -82,21 +83,22 @@ def adapter_of(cfg: DictConfig) -> AdapterSource:
 
 
 def engine_of(cfg: DictConfig) -> dict:
-    """vLLM's arguments for this run; sets the engine's environment variables, which vLLM reads when it is imported.
+    """vLLM's arguments for this run. Also sets the engine's environment variables, so call it before vLLM is imported.
 
-    The dtype is named, since vLLM's own choice for a float32 checkpoint is to round it to 16 bit.
+    The dtype is always given: vLLM would round a float32 checkpoint to 16 bit.
     """
     os.environ.update(OmegaConf.to_container(cfg.engine.env))
     return {"dtype": cfg.dtype} | OmegaConf.to_container(cfg.engine.args)
 
 
 def layer_of(cfg: DictConfig) -> int:
+    """The layer that `layer=L` names on the command line. UserError where the model has no such layer."""
     if type(cfg.layer) is not int or cfg.layer not in cfg.model.layers:
         raise UserError(
             "no such layer",
             where=f"model {cfg.model.name}",
             got=f"layer={cfg.layer}",
             expected=f"0 to {len(cfg.model.layers) - 1}",
-            next_step="pass layer=0, say",
+            next_step="pass one of these, such as layer=0",
         )
     return cfg.layer

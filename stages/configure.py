@@ -16,20 +16,27 @@ from gptoss_nf4.source.model import hub_config, safe_model_name
 from gptoss_nf4.storage.writing import write_text
 
 HEADER = "# Made from conf/ by `python stages/configure.py`; change values there, or pass them to it.\n"
+# What the user has to give with model=local and with model=hub.
+REQUIRED = {"path": "the directory of a checkpoint", "repository": "a Hub repository as owner/name"}
 
 
 def composed(overrides: list[str]) -> DictConfig:
-    """conf/ with overrides, resolved; name and layers of a model that conf/ does not know are read from the model."""
+    """conf/ with `overrides`, resolved. UserError for a bad setting.
+
+    Name and layers of a model that conf/ does not know are read from the model. Where model.path is an adapter, its base
+    becomes the model and the adapter is added to `adapters`.
+    """
     cfg = _compose(overrides)
-    if cfg.model.kind == "local":
-        if OmegaConf.is_missing(cfg.model, "path"):
+    for key, expected in REQUIRED.items():
+        if OmegaConf.is_missing(cfg.model, key):
             raise UserError(
                 "bad setting",
-                where="model.path",
+                where=f"model.{key}",
                 got="nothing",
-                expected="the directory of a checkpoint",
-                next_step="run `python stages/configure.py model=local model.path=DIRECTORY`",
+                expected=expected,
+                next_step=f"run `python stages/configure.py model={cfg.model.kind} model.{key}=...`",
             )
+    if cfg.model.kind == "local":
         directory = directory_of(cfg.model.path, "model.path")
         adapter = adapter_as_model(directory, cfg.model.base)
         if adapter is not None:

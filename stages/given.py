@@ -1,4 +1,4 @@
-"""What the user may give where a model or an adapter is asked for: directories, Hub repositories, adapters as models."""
+"""Reading what the user gives as a model or an adapter: a directory, a Hub repository, or an adapter as the model."""
 
 import re
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def is_repository(given: str) -> bool:
-    """Whether `given` can only be a repository: it has the form of one, and no such directory exists."""
+    """Whether `given` is a repository: it has the form owner/name, and there is no such path here."""
     return REPOSITORY.fullmatch(given) is not None and not Path(given).expanduser().exists()
 
 
 def directory_of(given: str, where: str) -> Path:
-    """`given` as an absolute path; UserError where it is no directory."""
+    """`given` as an absolute path. UserError, which names setting `where`, if it is no directory."""
     directory = Path(given).expanduser().resolve()
     if not directory.is_dir():
         raise UserError(
@@ -36,7 +36,7 @@ def directory_of(given: str, where: str) -> Path:
 
 
 def adapter_entry(name: str, given: object) -> dict:
-    """An entry of `adapters` with all its fields, from a directory, a Hub repository or a mapping of fields."""
+    """An entry of `adapters` with all its fields. `given`: a directory, a Hub repository or a mapping of some fields."""
     fields: dict = {}
     if isinstance(given, str):
         fields = {"repository": given} if is_repository(given) else {"path": given}
@@ -53,14 +53,14 @@ def adapter_entry(name: str, given: object) -> dict:
         )
     if fields.get("path"):
         fields["path"] = str(directory_of(fields["path"], f"adapters.{name}"))
-    # What makes stage adapter run again: the directory, or for a repository the entry itself.
+    # A dependency of stage adapter. DVC wants a path; a repository has none here, and its entry is in the stage's params.
     return ADAPTER_FIELDS | fields | {"defined_by": fields.get("path") or "conf/config.yaml"}
 
 
 def adapter_as_model(directory: Path, base: str | None) -> tuple[str, list[str]] | None:
-    """(the adapter's name, overrides that choose its base) where `directory` holds an adapter; None where it does not.
+    """(the adapter's name, overrides that choose its base) if `directory` holds an adapter, else None.
 
-    `base`: what the user says, else what adapter_config.json says.
+    `base` is what the user says. Where that is None, adapter_config.json decides; UserError where it names no base.
     """
     if not (directory / ADAPTER_CONFIG).is_file() or (directory / "config.json").is_file():
         return None
@@ -74,7 +74,7 @@ def adapter_as_model(directory: Path, base: str | None) -> tuple[str, list[str]]
             next_step="pass model.base=DIRECTORY, or model.base=unsloth/gpt-oss-20b-unsloth-bnb-4bit",
         )
     name = directory.name
-    if re.fullmatch(r"checkpoint-\d+", name):  # a trainer's, whose directory says what it is of
+    if re.fullmatch(r"checkpoint-\d+", name):  # a trainer's: the directory above says of what
         name = f"{directory.parent.name}-{name}"
     if not is_repository(base):
         return safe_model_name(name), ["model=local", f"model.path={quoted(str(directory_of(base, 'model.base')))}"]
@@ -85,5 +85,5 @@ def adapter_as_model(directory: Path, base: str | None) -> tuple[str, list[str]]
 
 
 def quoted(text: str) -> str:
-    """`text` as a value on Hydra's command line, whatever it contains."""
+    """`text`, whatever it contains, as a value on Hydra's command line."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,32 +1,33 @@
 """`dvc repro` on every core: python stages/parallel.py [targets of dvc repro, assemble by default]
 
-DVC runs one stage after another, and reads and writes the whole of dvc.lock after each. Layers do not depend on each
-other, so this runs the commands of the stages that `dvc status` calls changed, as many at a time as there are cores, and
-has `dvc commit` record each kind of stage at once. It ends in a plain `dvc repro`, which runs what is left and finds the
-rest done: same commands, same bytes, same dvc.lock.
+DVC runs one stage after another, and reads and writes the whole of dvc.lock after each. But layers do not depend on each
+other. So this asks `dvc status` which stages changed and runs their commands, as many at a time as there are cores. Then
+`dvc commit` records all stages of a kind at once. A plain `dvc repro` comes last: it runs what is left and finds the rest
+done. Commands, bytes and dvc.lock are the same as without this script.
 """
 
 import json
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 
 import yaml
 
-# What dvc.yaml calls the stages that run side by side, of whatever layer; a layer's kinds one after the other.
+# Kinds of stages, by their names in dvc.yaml. Those of LAYER_KINDS run in this order, each for all layers side by side.
 LAYER_KINDS, NORMALIZE = ("dequant", "requant"), "normalize"
 KINDS = (*LAYER_KINDS, NORMALIZE)
 DVC = [sys.executable, "-m", "dvc"]
 
 
 def dvc(*arguments: str) -> str:
-    """Run DVC and return what it prints; where it fails, end with its message and status."""
+    """Run DVC and return what it prints. Where it fails, exit with its status; it has printed why."""
     done = subprocess.run([*DVC, *arguments], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
@@ -34,34 +35,39 @@ def dvc(*arguments: str) -> str:
 
 
 def kinds_of_stages(layers: list[int], changed: set[str]) -> dict[str, list[str]]:
-    """Kind -> the stages of it to run."""
-    # A layer that is de-nested again is fused again: its absmax may have changed.
+    """The stages to run, by kind, of a model with `layers`. `changed` has the stages that `dvc status` names."""
+    # Where dequant runs again, requant does: absmax may change.
     needed = changed | {f"requant@{layer}" for layer in layers if f"dequant@{layer}" in changed}
     found = {kind: [f"{kind}@{layer}" for layer in layers] for kind in KINDS} | {NORMALIZE: [NORMALIZE]}
     return {kind: run for kind, stages in found.items() if (run := [stage for stage in stages if stage in needed])}
 
 
 def run_script(arguments: list[str]) -> None:
-    """What `python script arguments` does, in a process that has imported most of it already."""
+    """Do what `python SCRIPT ARGUMENTS` does, in a process that has imported most modules already."""
     sys.argv = arguments
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the server, of which this is a fork, ignores it
         runpy.run_path(arguments[0], run_name="__main__")
     except KeyboardInterrupt:
-        sys.excepthook(*sys.exc_info())  # the script's own: one line
+        sys.excepthook(*sys.exc_info())  # the script has set it: one line
 
 
 class Scripts:
-    """Runs the stages' scripts, `workers` at a time; none starts once one has failed."""
+    """Runs the scripts of stages, `workers` at a time. Once one has failed, no other starts."""
 
     def __init__(self, workers: int) -> None:
         self._pool = ThreadPoolExecutor(workers)
         self._failed, self._lock = threading.Event(), threading.Lock()
-        # Imports take as long as a layer: a server does them once, and forks for each command.
+        # Imports take as long as a layer. A server does them once and forks for each command.
         self._server = multiprocessing.get_context("forkserver")
         self._server.set_forkserver_preload(["common", "gptoss_nf4.convert.requant"])
+        # While the server imports, Ctrl-C would end it with a traceback. It inherits that it is to ignore it.
+        heeded = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        forkserver.ensure_running()
+        signal.signal(signal.SIGINT, heeded)
 
     def start(self, stage: str) -> Future:
-        """A future of whether the stage ran and succeeded."""
+        """Queue `stage`. The future tells whether it ran and succeeded."""
         return self._pool.submit(self._run, stage)
 
     def _run(self, stage: str) -> bool:
@@ -70,7 +76,7 @@ class Scripts:
         kind, _, layer = stage.partition("@")
         command = [f"stages/{kind}.py", *([f"layer={layer}"] if layer else [])]
         process = self._server.Process(target=run_script, args=(command,))
-        # Starting a process looks whether others have ended, which must not happen while their thread does (it reads 255).
+        # start() also reaps processes that have ended. Meanwhile join() in another thread would miss one, and report 255.
         with self._lock:
             process.start()
         connection.wait([process.sentinel])
@@ -82,8 +88,10 @@ class Scripts:
 
 
 def run_stages(kinds: dict[str, list[str]], workers: int) -> None:
-    """Run and record them. `dvc commit` replaces a file by a link to the cache, and for a moment there is none: so a kind
-    is recorded when nothing that reads its files runs any more, and normalize, which reads none of them, runs meanwhile.
+    """Run the stages of `kinds`, and record those that are done.
+
+    `dvc commit` replaces each file by a link to the cache, and for a moment there is none. So a kind is recorded only when
+    no stage that reads its files is running. normalize reads none of the layers' files, so it runs meanwhile.
     """
     scripts = Scripts(workers)
     done: dict[str, list[str]] = {}
@@ -105,9 +113,10 @@ def run_stages(kinds: dict[str, list[str]], workers: int) -> None:
 
 
 def record(done: dict[str, list[str]], kinds: dict[str, list[str]]) -> None:
-    """Have DVC record the stages that are done: a kind's name stands for all of its stages, and writes dvc.lock once.
+    """Have DVC record the stages that are `done`.
 
-    The others of that kind did not change.
+    Where all stages of a kind that had to run are done, the kind's name is given: it stands for all layers, of which the
+    others have not changed, and DVC then writes dvc.lock once.
     """
     targets: list[str] = []
     for kind, stages in done.items():
@@ -117,10 +126,11 @@ def record(done: dict[str, list[str]], kinds: dict[str, list[str]]) -> None:
 
 
 def repro(targets: list[str]) -> int:
-    """Run what is out of date, and the status of the `dvc repro` that it ends in."""
+    """Run what is out of date. Returns the status of the `dvc repro` at the end."""
     layers = yaml.safe_load(Path("params.yaml").read_text())["model"]["layers"]
     print(dvc("repro", "--single-item", "fetch"), end="", flush=True)
-    changed = set(json.loads(dvc("status", "--json", *KINDS) or "{}"))  # by kind: DVC looks at all for each target
+    # By kind, not by stage: DVC looks at all stages again for each target.
+    changed = set(json.loads(dvc("status", "--json", *KINDS) or "{}"))
     if kinds := kinds_of_stages(layers, changed):
         run_stages(kinds, len(os.sched_getaffinity(0)))
     return subprocess.run([*DVC, "repro", *targets]).returncode

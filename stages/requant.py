@@ -9,7 +9,7 @@ from gptoss_nf4.source.model import open_source
 
 
 def device_of(setting: str, mode: str) -> str:
-    """Where mode nf4 computes; mode exact computes nothing and must not pay for importing torch."""
+    """torch's device for mode nf4. Mode exact needs none, and must not pay for importing torch."""
     if setting != "auto" or mode == EXACT:
         return setting
     import torch

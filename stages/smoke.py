@@ -20,7 +20,7 @@ GIB = 1 << 30
 
 
 def require_finite(generations: list[Generation], checkpoint: Path) -> None:
-    """Fail where the engine computed NaN or infinity, and say what helps against a residual stream beyond float16."""
+    """UserError where the engine computed NaN or infinity. It says what helps if the residual stream left float16."""
     bad = [generation for generation in generations if not generation.finite]
     if bad:
         raise UserError(
@@ -33,7 +33,7 @@ def require_finite(generations: list[Generation], checkpoint: Path) -> None:
 
 
 def advice(checkpoint: Path) -> str:
-    """What helps where the residual stream leaves the dtype's range: more room than residual_scale gives now."""
+    """What helps where the residual stream leaves the dtype's range: a smaller residual_scale than now, or bfloat16."""
     config_file = checkpoint / "config.json"
     scale = scale_of(read_json_object(config_file)["quantization_config"], config_file)
     more_room = "residual_scale=auto" if scale > AUTO_FLOAT16 else f"residual_scale={max(scale / 16, SMALLEST)!r}"
@@ -41,7 +41,7 @@ def advice(checkpoint: Path) -> str:
 
 
 def compare(source: Source, generations: list[Generation], limit_gib: float) -> dict:
-    """Agreement with the reference, or why it was skipped."""
+    """Agreement with the reference. Where that would need more than `limit_gib` of memory: why it was skipped."""
     needed = reference.float32_bytes(source.dimensions) / GIB
     if needed > limit_gib:
         return {"skipped": f"a float32 reference needs {needed:.1f} GiB, smoke.reference_gib is {limit_gib}"}
@@ -52,19 +52,23 @@ def compare(source: Source, generations: list[Generation], limit_gib: float) -> 
 
 
 def check(result: dict, dtype: str, cfg: DictConfig) -> None:
-    """Fail where vLLM is further from the reference than its dtype explains."""
+    """UserError where vLLM is further from the reference than its dtype explains."""
     if "skipped" in result:
         return
-    limits = {"top-1 agreement": (-result["top1_agreement"], -cfg.smoke.min_top1_agreement)}
+    limits = {"top-1 agreement": (result["top1_agreement"], "at least", cfg.smoke.min_top1_agreement)}
     if dtype == "float32" and cfg.engine.max_float32_difference is not None:
-        limits["log-probability difference"] = (result["worst_logprob_difference"], cfg.engine.max_float32_difference)
-    for what, (got, limit) in limits.items():
-        if not got <= limit:
+        limits["log-probability difference"] = (
+            result["worst_logprob_difference"],
+            "at most",
+            cfg.engine.max_float32_difference,
+        )
+    for what, (got, bound, limit) in limits.items():
+        if not (got >= limit if bound == "at least" else got <= limit):
             raise UserError(
                 f"vLLM does not agree with transformers in {what}",
                 where=f"smoke, {dtype}",
-                got=f"{abs(got):.4g}",
-                expected=f"{abs(limit):.4g}",
+                got=f"{got:.4g}",
+                expected=f"{bound} {limit:.4g}",
                 next_step="see metrics/smoke.json; this is a bug, please report it",
             )
 
@@ -77,7 +81,7 @@ def main(cfg: DictConfig) -> str:
     try:
         generations = generate(artifacts.checkpoint, list(cfg.smoke.prompts), cfg.smoke.max_tokens, engine_args)
     except RuntimeError:
-        if engine_args["dtype"] == "float16":  # a GPU ends with an assertion on token numbers that were sampled from NaN
+        if engine_args["dtype"] == "float16":  # a GPU ends with an assertion on token ids sampled from NaN
             print(f"smoke: if vLLM ended on values that are not finite: {advice(artifacts.checkpoint)}", file=sys.stderr)
         raise
     require_finite(generations, artifacts.checkpoint)

@@ -18,7 +18,7 @@ from gptoss_nf4.storage.writing import write_json
 def compare(
     source: Source, adapter: Adapter, base: list[Generation], adapted: list[Generation], limit_gib: float
 ) -> dict[str, dict]:
-    """Agreement of both with their references, or why it was skipped."""
+    """Agreement of base and adapter with their references. Where these need more than `limit_gib`: why it was skipped."""
     needed = reference.float32_bytes(source.dimensions) / GIB
     if needed > limit_gib:
         skipped = {"skipped": f"a float32 reference needs {needed:.1f} GiB, smoke.reference_gib is {limit_gib}"}

@@ -1,4 +1,4 @@
-"""Check a finished checkpoint against the digests that were recorded when it was proved: exact, on any machine."""
+"""Check a finished checkpoint, on any machine, against the digests that stage prove recorded."""
 
 from common import model_of, stage
 from omegaconf import DictConfig

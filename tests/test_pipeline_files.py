@@ -51,6 +51,14 @@ def test_every_model_and_engine_composes(model, engine):
     assert len(cfg.model.layers) == {"tiny": 2, "massive": 3, "20b": 24, "120b": 36}[model.rsplit("_", 1)[-1]]
 
 
+@pytest.mark.parametrize(("model", "key"), [("local", "path"), ("hub", "repository")])
+def test_a_model_without_its_place_is_refused(model, key):
+    from configure import composed
+
+    with pytest.raises(UserError, match=rf"model\.{key}: got nothing.*model={model} model\.{key}="):
+        composed([f"model={model}"])
+
+
 def test_a_local_model_takes_name_and_layers_from_its_directory(tiny):
     from configure import composed
 

@@ -153,18 +153,18 @@ def test_smoke_says_what_to_do_about_values_that_are_not_finite(massive, tmp_pat
 
 
 def test_what_does_not_know_of_the_scale_is_refused():
-    from gptoss_nf4.vllm.model import require_nothing_from_outside
+    from gptoss_nf4.vllm.model import refuse_unscaled_access
 
     def config(lora=None, embeds=False, eagle=None):
         return SimpleNamespace(
             lora_config=lora, speculative_config=eagle, model_config=SimpleNamespace(model="m", enable_prompt_embeds=embeds)
         )
 
-    require_nothing_from_outside(config())
-    require_nothing_from_outside(config(eagle=SimpleNamespace(use_eagle=lambda: False)))
+    refuse_unscaled_access(config())
+    refuse_unscaled_access(config(eagle=SimpleNamespace(use_eagle=lambda: False)))
     for asked_for, named in (
         ({"embeds": True}, "prompt embeddings"),
         ({"eagle": SimpleNamespace(use_eagle=lambda: True)}, "EAGLE"),
     ):
         with pytest.raises(UserError, match=named):
-            require_nothing_from_outside(config(**asked_for))
+            refuse_unscaled_access(config(**asked_for))

@@ -1,6 +1,7 @@
 """Bad input gets one line: what, where, got, expected, what next; and leaves nothing half-written."""
 
 import json
+import struct
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from project_imports import ROOT
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.fetch import fetch
+from gptoss_nf4.storage.tensor_reader import read_header
 
 EXPERT = "model.layers.1.mlp.experts.down_projs.2"
 
@@ -45,6 +47,26 @@ def test_damaged_tensors_are_named_before_anything_is_written(source_copy, tmp_p
     assert all(word in str(caught.value) for word in (": got ", ", expected ", "; "))
     assert "\n" not in str(caught.value)
     assert not artifacts.root.exists()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"data_offsets": [0, 8.0]},
+        {"data_offsets": [0.0, 8]},
+        {"data_offsets": [False, 8]},
+        {"data_offsets": [-8, 0]},
+        {"shape": [8.0]},
+        {"shape": [-2, -4]},
+    ],
+)
+def test_a_header_whose_numbers_are_not_whole_is_refused_before_data_is_read(tmp_path, entry):
+    """JSON's 8.0 equals 8 and its false equals 0, so comparing alone lets them pass."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]} | entry}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(UserError, match=r"damaged shard.*tensor w with header"):
+        read_header(file)
 
 
 @pytest.mark.parametrize(

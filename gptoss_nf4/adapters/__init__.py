@@ -1,18 +1,19 @@
-"""LoRA adapters of gpt-oss: what Unsloth or PEFT saved, checked against the base and brought into one canonical form.
+"""LoRA adapters of gpt-oss as Unsloth or PEFT save them: checked against the base, and brought into one canonical form.
 
-The room reads top down:
+In reading order:
 
 - `peft_fields`: what each field of PEFT's LoraConfig means here: read, without effect, or refused.
-- `patterns`: PEFT's rule for `rank_pattern` and `alpha_pattern`.
+- `patterns`: PEFT's rules for `rank_pattern` and `alpha_pattern`.
 - `config`: adapter_config.json as an `AdapterConfig`.
-- `names`: the one table of key forms.
-- `resolve`: which module each pair of lora_A and lora_B changes, with its rank, scale and order. Names and shapes only.
+- `names`: the one table of the forms that keys have.
+- `resolve`: which module each pair of lora_A and lora_B changes, with its rank, scale and order, by names and shapes.
 - `canonical`: the tensors themselves, as `Delta`s.
 - `base`: whether an adapter was trained on this base.
 - `adapter`: a directory of files, as an `Adapter`.
+- `peft_form`: writing an adapter in the form that PEFT loads, for references.
 
-All but `adapter` are pure functions of a configuration, of tensors by name and of a base's `Dimensions`. They serve two
-users: the pipeline, which opens directories by `Adapter`, and the vLLM plugin, which holds tensors that vLLM has loaded.
-The room may import `gptoss_nf4.errors`, `format` and `storage`, with torch; never vLLM, DVC or Hydra. Stages, `convert`,
-`check` and `vllm` may import it.
+Only `adapter` and `peft_form` touch files. The others are pure functions of a configuration, of tensors by name and of a
+base's `Dimensions`.
+
+May import `storage`, `format` and `errors`. Imported by `fetch`, `check`, the plugin and the stages.
 """

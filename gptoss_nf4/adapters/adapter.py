@@ -1,4 +1,4 @@
-"""An adapter in a directory: found, opened, checked, described; its tensors are read when they are asked for."""
+"""An adapter in a directory: found, opened, checked and described. A tensor is read only when it is asked for."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ MAX_CONFIG_BYTES = 4 << 20  # a rank_pattern with every module of gpt-oss-120b t
 
 
 class Adapter:
-    """What `save_pretrained` of Unsloth or PEFT wrote, or a trainer's checkpoint.
+    """A directory that `save_pretrained` of Unsloth or PEFT wrote, or a trainer's checkpoint.
 
     >>> adapter = Adapter(Path("outputs/checkpoint-500"))
     >>> for layer, deltas in adapter.layers(dimensions):
@@ -31,7 +31,7 @@ class Adapter:
     """
 
     def __init__(self, directory: Path):
-        """Read the configuration and the header of the tensors; UserError where either is missing, damaged or refused."""
+        """Read configuration and tensor header. UserError where one is missing, damaged or not supported."""
         self.directory = directory
         _require_adapter(directory)
         self.config = AdapterConfig.from_dict(read_json_object(directory / CONFIG_FILE), directory / CONFIG_FILE)
@@ -48,29 +48,28 @@ class Adapter:
                 )
 
     def modules(self, d: Dimensions) -> dict[int, list[Module]]:
-        """What the adapter changes, by layer, from names and shapes alone; see `resolve` for what is checked."""
+        """The modules that the adapter changes, by layer. Names and shapes decide; `resolve` says what is checked."""
         return resolve(self.config, {name: info.shape for name, info in self.tensors.items()}, d, self.weights_file)
 
     def layers(self, d: Dimensions) -> Iterator[tuple[int, dict[str, Delta]]]:
-        """Each layer's deltas by full name, one layer in memory at a time; layers without any do not come."""
+        """(layer, its deltas by full name), one layer in memory at a time. Layers without deltas are left out."""
         for layer, modules in self.modules(d).items():
             yield layer, {module.name: delta_of(module, self._read, self.weights_file) for module in modules}
 
     def layer(self, d: Dimensions, layer: int) -> dict[str, Delta]:
-        """One layer's deltas by full name."""
+        """One layer's deltas by full name, none where the adapter does not change the layer."""
         modules = self.modules(d).get(layer, [])
         return {module.name: delta_of(module, self._read, self.weights_file) for module in modules}
 
     def validate(self, d: Dimensions) -> None:
-        """Check every tensor against the base's dimensions, and every value; UserError for the first fault."""
+        """Check every tensor against the base's dimensions, and every value. UserError for the first fault."""
         for _ in self.layers(d):
             pass
 
     def describe(self, d: Dimensions) -> dict:
-        """What the adapter changes and how much, for a report in JSON; checks all that `validate` does.
+        """What the adapter changes and how much, for a report in JSON. Checks all that `validate` does.
 
-        `frobenius_norm` is that of the whole delta, scale included; divided by the norm of the base's weight it is the
-        delta's relative size.
+        `frobenius_norm` is that of the module's whole delta, with the scale and over all experts.
         """
         changed = {}
         for modules in self.modules(d).values():
@@ -88,7 +87,7 @@ class Adapter:
         }
 
     def base_matches(self, base: str, *also: str) -> BaseMatch:
-        """Whether `base_model_name_or_path` is `base`, a repository or a path; `also`: further names of that base."""
+        """Whether the adapter was trained on `base`, a repository or a path. `also` are further names of that base."""
         return match_base(self.config.base_model, base, *also)
 
     def _read(self, name: str) -> torch.Tensor:
@@ -98,7 +97,7 @@ class Adapter:
 
 
 def _about(module: Module) -> dict:
-    """Ranks and scales of a module; of experts, how many have a delta."""
+    """Shape, ranks and scales of a module, and of experts how many have a delta."""
     about = {
         "shape": list(module.shape),
         "ranks": sorted({factors.rank for factors in module.factors}),
@@ -111,7 +110,7 @@ def _about(module: Module) -> dict:
 
 
 def _require_adapter(directory: Path) -> None:
-    """UserError where `directory` does not hold one adapter in safe files; says what it holds instead."""
+    """UserError where `directory` does not hold one adapter in safe files. It says what is there instead."""
 
     def refuse(got: str, expected: str, next_step: str) -> UserError:
         return UserError("no adapter", where=directory, got=got, expected=expected, next_step=next_step)
@@ -121,10 +120,10 @@ def _require_adapter(directory: Path) -> None:
     require_plain_files(directory)
     if not (directory / CONFIG_FILE).is_file():
         inside = [path.parent for path in directory.glob(f"*/{CONFIG_FILE}")]
-        inside.sort(key=lambda path: (len(path.name), path.name))  # checkpoint-1000 behind checkpoint-500
+        inside.sort(key=lambda path: (len(path.name), path.name))  # checkpoint-1000 after checkpoint-500
         if inside:
             found = ", ".join(path.name for path in inside[:8])
-            raise refuse(f"{len(inside)} adapters in it: {found}", "one adapter", f"give one of them, as {inside[-1]}")
+            raise refuse(f"{len(inside)} adapters in it: {found}", "one adapter", f"give one of them, such as {inside[-1]}")
         if (directory / "config.json").is_file():
             raise refuse("config.json of a whole model", CONFIG_FILE, "convert it with model=local model.path=DIR")
         raise refuse(f"no {CONFIG_FILE}", "what model.save_pretrained(DIR) writes", "check the path")
@@ -135,4 +134,4 @@ def _require_adapter(directory: Path) -> None:
         if (directory / PICKLE_FILE).is_file():
             advice = "load it in PEFT and save it with model.save_pretrained(DIR)"
             raise refuse(f"{PICKLE_FILE}, a pickle, which can run code", WEIGHTS_FILE, advice)
-        raise refuse(f"no {WEIGHTS_FILE}", f"it beside {CONFIG_FILE}", "save the adapter again")
+        raise refuse(f"no {WEIGHTS_FILE}", f"this file beside {CONFIG_FILE}", "save the adapter again")

@@ -1,8 +1,8 @@
 """Whether an adapter was trained on this base, as far as names can tell.
 
 A fine-tune in 4 bit is exact only on the NF4 weights that it was trained on, say unsloth/gpt-oss-20b-unsloth-bnb-4bit.
-openai/gpt-oss-20b (MXFP4) and unsloth/gpt-oss-20b have the same dimensions, so an adapter trained on them loads without
-an error; but its deltas were made for other weights.
+openai/gpt-oss-20b (MXFP4) and unsloth/gpt-oss-20b have the same dimensions. So an adapter trained on them loads without an
+error, but its deltas were made for other weights.
 """
 
 import os
@@ -15,23 +15,27 @@ HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots(?:/|$)")
 
 
 class Verdict(Enum):
-    EXACT = "exact"
-    OTHER_WEIGHTS = "other weights"  # of the same model
-    OTHER_MODEL = "other model"
-    UNKNOWN = "unknown"
+    """Whether the adapter's base is ours."""
+
+    EXACT = "exact"  # the same weights
+    OTHER_WEIGHTS = "other weights"  # the same model with other weights, such as MXFP4
+    OTHER_MODEL = "other model"  # such as gpt-oss-120b instead of 20b
+    UNKNOWN = "unknown"  # the names do not tell
 
 
 @dataclass(frozen=True)
 class BaseMatch:
+    """The result of `match_base`."""
+
     verdict: Verdict
     statement: str
     """One sentence for the user."""
 
 
 def match_base(trained_on: str | None, base: str, *also: str) -> BaseMatch:
-    """Compare an adapter's `base_model_name_or_path` with a base's name; `also`: further names of it.
+    """Compare an adapter's `base_model_name_or_path` with the names of a base: `base` and `also`.
 
-    Names are Hub repositories or paths. `base` is the one that the statement uses.
+    Names are Hub repositories or paths. The statement calls the base `base`.
     """
     known_as = (base, *also)
     if not trained_on:
@@ -54,7 +58,7 @@ def match_base(trained_on: str | None, base: str, *also: str) -> BaseMatch:
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether two names mean the same repository or directory; a local copy goes by its directory's name."""
+    """Whether two names mean the same weights: one repository, one directory, or a local copy named like a repository."""
     one_repository, other_repository = _repository(one), _repository(other)
     if one_repository and other_repository:
         return one_repository == other_repository
@@ -64,7 +68,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def _repository(name: str) -> str | None:
-    """owner/name of a Hub repository, or of a snapshot in the Hub's cache; None for another path. Lower case."""
+    """owner/name, in lower case, of a Hub repository or of a snapshot in the Hub's cache. None for any other path."""
     cached = HUB_CACHE.search(name)
     if cached:
         return f"{cached[1]}/{cached[2]}".lower()
@@ -73,7 +77,7 @@ def _repository(name: str) -> str | None:
 
 
 def _family(name: str) -> str | None:
-    """gpt-oss-20b or the like, in lower case; None where the name does not tell."""
+    """gpt-oss-20b or the like, in lower case. None where the name does not tell."""
     found = FAMILY.findall(name)
     return found[-1].lower() if found else None
 

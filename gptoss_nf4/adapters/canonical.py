@@ -1,4 +1,4 @@
-"""The canonical form of a delta: float32 factors, by the base's own modules, with the scale in lora_B."""
+"""The canonical form of a delta: lora_A and lora_B in float32, for one module of the base, with the scale in lora_B."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ Read = Callable[[str], torch.Tensor]
 class Delta:
     """What an adapter adds to one weight of the base: `weight += b @ a`.
 
-    The rows of w13 are in the base's order: gate and up of each channel in turn. An expert without a delta has zeros, and
-    so has one with a smaller rank than the largest of its module, behind its own.
+    The rows of w13 are in the base's order, gate and up interleaved. Experts of one module share r, the largest rank among
+    them. The factors of a smaller rank are padded with zeros, and those of an expert without a delta are all zeros.
     """
 
     name: str
-    """Full name of the target, as `model.layers.0.self_attn.q_proj` or `model.layers.0.mlp.experts.w13`."""
+    """Full name of the target, such as `model.layers.0.self_attn.q_proj` or `model.layers.0.mlp.experts.w13`."""
     a: torch.Tensor
-    """lora_A, float32 [r, in], with experts [E, r, in]."""
+    """lora_A, float32 [r, in]; with experts [E, r, in]."""
     b: torch.Tensor
-    """lora_B times the scale, float32 [out, r], with experts [E, out, r]."""
+    """lora_B times the scale, float32 [out, r]; with experts [E, out, r]."""
 
     def frobenius_norm(self) -> float:
         """Root of the sum of squares of b @ a, over all experts, without forming the product.
 
-        |B A|^2 = trace(A^T B^T B A) = the sum over (B^T B) * (A A^T), two matrices of r x r; in float64.
+        |B A|^2 = trace(A^T B^T B A) = the sum of the elements of (B^T B) * (A A^T), two [r, r] matrices, in float64.
         """
         a, b = self.a.double(), self.b.double()
         square = ((b.mT @ b) * (a @ a.mT)).sum()
@@ -42,20 +42,21 @@ class Delta:
 def deltas(
     config: AdapterConfig, tensors: Mapping[str, torch.Tensor], d: Dimensions, where: object = "adapter"
 ) -> Iterator[Delta]:
-    """The deltas of an adapter whose tensors are in memory, by layers; all checks of `resolve` and `delta_of`.
+    """The deltas of an adapter whose tensors are in memory, layer by layer.
 
-    Keys may have PEFT's prefix `base_model.model.` or not; tensors may have any floating dtype.
+    Keys may have PEFT's prefix `base_model.model.` or not. Tensors may have any floating dtype. UserError, which calls the
+    adapter `where`, for all that `resolve` and `delta_of` refuse.
     """
     by_layer = resolve(config, {key: tensor.shape for key, tensor in tensors.items()}, d, where)
     return (delta_of(module, tensors.__getitem__, where) for modules in by_layer.values() for module in modules)
 
 
 def delta_of(module: Module, read: Read, where: object) -> Delta:
-    """Read the tensors of one module and bring them into the canonical form; UserError for a value that is not finite."""
+    """Read the tensors of one module and bring them into canonical form. UserError for a value that is not finite."""
 
     def values(key: str) -> torch.Tensor:
         stored = read(key)
-        tensor = stored.float()  # before the check: float64 may overflow
+        tensor = stored.float()  # before the check, since a float64 value may overflow here
         smallest, largest = tensor.aminmax()  # NaN if any value is
         if not stored.is_floating_point() or not (isfinite(smallest) and isfinite(largest)):
             raise UserError(
@@ -86,7 +87,7 @@ def delta_of(module: Module, read: Read, where: object) -> Delta:
 
 
 def _by_expert(factors: Factors, a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A fused pair, [E * r, x] and [y, r * E], as [E, r, in] and [E, out, r]."""
+    """All experts' lora_A [E * r, x] and lora_B [y, r * E] as [E, r, in] and [E, out, r]. Swapped: x is out, y is in."""
     a = a.reshape(experts, factors.rank, -1)  # rows of lora_A are grouped by expert in every order
     if factors.grouped_by_expert:
         b = b.reshape(-1, experts, factors.rank).permute(1, 0, 2)

@@ -1,4 +1,4 @@
-"""adapter_config.json: what scale, rank and order the tensors beside it have."""
+"""adapter_config.json: the scale, the rank and the order of the tensors beside it."""
 
 import math
 import re
@@ -15,17 +15,17 @@ RANK_MAJOR = "rank_major"  # column j * E + e is column j of expert e: PEFT's ow
 GROUPED_BY_EXPERT = "grouped_by_expert"  # column e * r + j: Unsloth's from 2026-02-05 to 2026.9.5
 LAYOUTS = (RANK_MAJOR, GROUPED_BY_EXPERT)
 
-# A rank beyond it could not be served: the largest max_lora_rank of vLLM 0.32.0. It bounds memory too.
+# The largest max_lora_rank of vLLM 0.32.0: a larger rank could not be served. It also bounds memory.
 MAX_RANK = 512
-MAX_TEXT = 4096  # as long as a path may be
+MAX_TEXT = 4096  # characters, as many as a path may have
 EMBEDDINGS = ("embed_tokens", "lm_head")
-# What target_parameters may end in: the experts' two weights, and the weight of a linear module or of the router.
+# The last part of a name in target_parameters: an experts' weight, or the weight of a linear module or of the router.
 WEIGHTS = ("gate_up_proj", "down_proj", "weight")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """A PEFT LoRA configuration without anything that changes the function beyond scale * B @ A."""
+    """A PEFT LoRA configuration that means `weight += scale * B @ A` and nothing else."""
 
     where: object
     """The file, for errors."""
@@ -35,19 +35,19 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     target_modules: tuple[str, ...] | str
-    """Names, or a regular expression; the tensors tell what was trained, so it is not evaluated."""
+    """Names or a regular expression. It is not evaluated: the tensors tell what was trained."""
     target_parameters: tuple[str, ...]
     base_model: str | None
     peft_version: str | None
     transformers_version: str | None
-    """Written by no library; see `swapped_experts`."""
+    """No library writes it, but a user may. See `swapped_experts`."""
     auto_mapping: Mapping
     layouts: Mapping[str | None, str]
-    """Column order of lora_B by the fused parameter's name; None stands for all others."""
+    """Column order of a fused lora_B, by its parameter's name. The key None stands for all others."""
 
     @classmethod
     def from_dict(cls, config: Mapping, where: object) -> "AdapterConfig":
-        """Read a parsed adapter_config.json; UserError for fields of a wrong type and for what cannot be served."""
+        """Read a parsed adapter_config.json. UserError for a field of a wrong type and for what cannot be served."""
         require_plain_lora(config, where)
         read = _Fields(config, where)
         result = cls(
@@ -68,7 +68,7 @@ class AdapterConfig:
             layouts=_layouts(config, where),
         )
         result._require_served_targets()
-        # Refuses bad patterns here, not when the first module asks.
+        # Bad patterns are refused now, not when the first module asks.
         _ = result._ranks, result._alphas
         return result
 
@@ -81,28 +81,28 @@ class AdapterConfig:
         return Patterns(self.alpha_pattern, f"{self.where}, alpha_pattern")
 
     def rank(self, module: str) -> int:
-        """The rank that PEFT gave `module`: a module's full name, or a parameter's where that was the target."""
+        """The rank of `module`, by PEFT's rules: a module's full name, or a parameter's where that was the target."""
         return self._ranks.get(module, self.r)
 
     def scale(self, module: str) -> float:
-        """The factor of B @ A: alpha / r, with rank-stabilized LoRA alpha / sqrt(r)."""
+        """The factor of B @ A for `module`, named as for `rank`: alpha / r, or alpha / sqrt(r) in rank-stabilized LoRA."""
         rank = self.rank(module)
         return self._alphas.get(module, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets_parameter(self, name: str) -> bool:
-        """Whether target_parameters names the parameter with the full name `name` (PEFT: the whole, or its end)."""
+        """Whether target_parameters names the parameter `name`, a full name, or an end of it behind a dot, as in PEFT."""
         return any(name == target or name.endswith(f".{target}") for target in self.target_parameters)
 
     def grouped_by_expert(self, parameter: str) -> bool:
-        """Whether the columns of `parameter`'s fused lora_B are grouped by expert (`gate_up_proj` or `down_proj`)."""
+        """Whether the fused lora_B of `parameter`, `gate_up_proj` or `down_proj`, has its columns grouped by expert."""
         return self.layouts.get(parameter, self.layouts.get(None, RANK_MAJOR)) == GROUPED_BY_EXPERT
 
     def swapped_experts(self) -> bool | None:
-        """Whether PEFT took a fused expert's inputs for its outputs, by version; None where versions do not tell.
+        """Whether PEFT took the inputs of fused experts for their outputs. None where the versions do not tell.
 
-        gpt-oss stores expert weights as [experts, in, out]. PEFT before 0.19 always read them so. From 0.19.1 on it
-        swaps unless the module says `is_transposed`, which transformers' gpt-oss does from 5.0 on; 0.19.0 swapped where
-        it says so. No library writes the version of transformers; a user may add it to adapter_config.json.
+        gpt-oss stores expert weights as [experts, in, out], and transformers' module says `is_transposed` from 5.0 on.
+        PEFT before 0.19.0 never swapped. 0.19.0 swapped where the module says `is_transposed`. 0.19.1 and later swap where
+        it does not. No library writes the version of transformers, but a user may add it to adapter_config.json.
         """
         peft = _version(self.peft_version)
         if peft is not None and peft < (0, 19, 0):
@@ -114,7 +114,7 @@ class AdapterConfig:
         return says_transposed if peft == (0, 19, 0) else not says_transposed
 
     def _require_served_targets(self) -> None:
-        """Refuse embeddings, head, biases and sinks by name; the keys of the tensors are checked again later."""
+        """Refuse embeddings, head, biases and sinks by name. The keys of the tensors are checked later, too."""
         modules = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
         parameters = self.target_parameters
         bad = [("target_modules", name) for name in modules if name.rpartition(".")[2] in EMBEDDINGS]
@@ -125,17 +125,17 @@ class AdapterConfig:
             raise UserError(
                 f"adapter not supported ({name[:80]})",
                 where=self.where,
-                got=f"it in {field}",
+                got=f"this name in {field}",
                 expected="weights of attention, router and experts only",
                 next_step="train without it",
             )
 
 
 def _layouts(config: Mapping, where: object) -> dict[str | None, str]:
-    """Column orders by parameter, as Unsloth's own `saved_lora_b_layouts` finds them.
+    """Column order by parameter, as Unsloth's own `saved_lora_b_layouts` finds it.
 
-    An Unsloth process run with UNSLOTH_MOE_LORA_MERGED=1 kept PEFT's order and recorded nothing; Unsloth itself takes
-    such an adapter for a grouped one, and so does this.
+    Unsloth run with UNSLOTH_MOE_LORA_MERGED=1 kept PEFT's order and recorded nothing. Unsloth itself then reads such an
+    adapter as grouped by expert, and so does this.
     """
 
     def known(layout: object) -> str:

@@ -1,10 +1,10 @@
-"""The one table of key forms: which key of an adapter's file stands for lora_A or lora_B of which module.
+"""The one table of the forms that keys have: which key stands for lora_A or lora_B of which module.
 
-A key is [base_model.model.]model.layers.{layer}.{form}.lora_{A or B}[.default].weight. The prefix is PEFT's (vLLM takes
-it off), `default` the adapter's name where a training loop saved its raw state.
+A key is [base_model.model.]model.layers.{layer}.{form}.lora_{A or B}[.default].weight. The prefix is PEFT's; vLLM removes
+it. `default` is the adapter's name, which a training loop that saves its raw state leaves in.
 
-A *target* is a module of the base as this room names it: as the converted checkpoint does where it holds all experts
-(`mlp.experts.w13`), with q, k and v apart.
+A *target* is a module of the base that an adapter changes. Experts have their fused names, as in the converted checkpoint
+(`mlp.experts.w13`). q, k and v are apart, as in the source.
 """
 
 import re
@@ -18,7 +18,7 @@ from gptoss_nf4.format.dimensions import Dimensions
 ROUTER = "mlp.router"
 W13 = names.W13.target
 W2 = names.W2.target
-# PEFT wraps the whole experts module once for each parameter, so the name does not tell which: the shape does.
+# PEFT wraps the whole experts module once for each parameter. So the name does not tell which parameter it is; shapes do.
 FUSED = "gate_up_proj or down_proj"
 
 # Form, relative to the layer -> target. `{e}` is an expert's number.
@@ -38,7 +38,7 @@ FORMS = {
 PARAMETERS = {"gate_up_proj": W13, "down_proj": W2}
 INNER = "mlp.experts.base_layer"
 
-# Put into names by torch.compile, FSDP and activation checkpointing.
+# torch.compile, FSDP and activation checkpointing put these into names.
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<module>model\.layers\.(?P<layer>\d{1,6})\.(?P<form>[\w.]+?))"
@@ -46,7 +46,7 @@ KEY = re.compile(
 )
 EXPERT = re.compile(r"(?<=projs\.)\d{1,6}$")
 
-# What a key contains that tells of something we do not serve -> what that is.
+# Part of a key of something that is not served -> what that is.
 FOREIGN = {
     "lora_magnitude_vector": "DoRA",
     "lora_embedding_": "an embedding",
@@ -61,7 +61,7 @@ FOREIGN = {
 
 @dataclass(frozen=True)
 class Place:
-    """The module that a pair of lora_A and lora_B stands at."""
+    """The module that a pair of lora_A and lora_B belongs to."""
 
     layer: int
     module: str
@@ -69,12 +69,12 @@ class Place:
     form: str
     """A key of FORMS."""
     expert: int | None
-    """Of Unsloth's module for each expert; else None."""
+    """The expert's number where the module is one expert's, as Unsloth has them. Else None."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The two tensors of one place, by their keys."""
+    """The keys of lora_A and lora_B of one place."""
 
     place: Place
     a: str
@@ -82,7 +82,7 @@ class Pair:
 
 
 def target_shapes(d: Dimensions) -> dict[str, tuple[int, int]]:
-    """[out, in] of every target, in the order in which they are reported; w13 and w2 have it for each expert."""
+    """[out, in] of every target, in the order of reports. For w13 and w2 it is that of one expert."""
     shapes = names.weight_shapes(d)
     attention = {name: shape for name, shape in shapes.items() if name in FORMS and "experts" not in name}
     experts = {fusion.target: shapes[fusion.sources[0]] for fusion in (names.W13, names.W2)}
@@ -90,7 +90,7 @@ def target_shapes(d: Dimensions) -> dict[str, tuple[int, int]]:
 
 
 def pair_keys(keys: Iterable[str], d: Dimensions, where: object) -> list[Pair]:
-    """Every key, in pairs of lora_A and lora_B, by layers; UserError for a key of no module here, or without its other."""
+    """All keys in pairs of lora_A and lora_B, sorted by layer. UserError for an unknown key and for one alone."""
     found: dict[Place, dict[str, str]] = {}
     for key in keys:
         place, side = _parse(key, d, where)
@@ -123,7 +123,7 @@ def pair_keys(keys: Iterable[str], d: Dimensions, where: object) -> list[Pair]:
 
 
 def _parse(key: str, d: Dimensions, where: object) -> tuple[Place, str]:
-    """The place and the side, A or B, that a key names; UserError where nothing would apply it."""
+    """(place, "A" or "B") that a key names. UserError for a key that cannot be served."""
 
     def refuse(what: str, expected: str, next_step: str) -> UserError:
         return UserError(what, where=where, got=key[:200], expected=expected, next_step=next_step)

@@ -1,7 +1,7 @@
-"""PEFT's rule for `rank_pattern` and `alpha_pattern`: which pattern, if any, a module's name matches.
+"""PEFT's rules for `rank_pattern` and `alpha_pattern`: which pattern, if any, a module's name matches.
 
-The rule (PEFT `utils/other.py: get_pattern_key`): a pattern is a regular expression for the whole name or for its end
-behind a dot; the first that matches counts. Most are plain names, and one adapter may have thousands of them.
+A pattern is a regular expression for the whole name, or for its end behind a dot. The first one that matches counts (PEFT
+`utils/other.py: get_pattern_key`). Most patterns are plain names, and one adapter may have thousands of them.
 """
 
 import re
@@ -10,8 +10,8 @@ from typing import Generic, TypeVar
 
 from gptoss_nf4.errors import UserError
 
-# Adapters come from strangers, and Python's regular expressions can take a time that grows exponentially. These bounds
-# keep each match below a few milliseconds. Plain names need no bound but that of their length: they match in one step.
+# Adapters come from strangers, and a regular expression can take exponential time in Python. These bounds keep each match
+# below a few milliseconds. Plain names match in one step, so only their length is bounded.
 MAX_EXPRESSIONS = 64
 MAX_LENGTH = 200
 MAX_CHOICES = 4  # repetitions and groups of one pattern
@@ -20,14 +20,14 @@ T = TypeVar("T")
 
 
 class Patterns(Generic[T]):
-    """A mapping from patterns to values.
+    """Values by pattern.
 
     >>> Patterns({"q_proj": 32, r"layers\\.[01]\\..*": 8}, where="rank_pattern").get("model.layers.0.self_attn.k_proj", 16)
     8
     """
 
     def __init__(self, values: Mapping[str, T], where: object):
-        """UserError for what is no regular expression, and for one that could take long."""
+        """UserError, which names `where`, for a pattern that is no regular expression or could take long."""
         self.where = where
         self._rules = [self._rule(pattern, value) for pattern, value in values.items()]
         expressions = [pattern for pattern in values if not PLAIN.fullmatch(pattern)]
@@ -42,7 +42,7 @@ class Patterns(Generic[T]):
         return default
 
     def _rule(self, pattern: str, value: T) -> tuple[str, re.Pattern, T]:
-        """(what a matching name must end with, the expression, its value). The ending only saves time."""
+        """(ending of every name that matches, compiled pattern, value). Comparing the ending first only saves time."""
         if len(pattern) > MAX_LENGTH:
             raise self._bad(f"a pattern of {len(pattern)} characters", f"at most {MAX_LENGTH}")
         plain = PLAIN.fullmatch(pattern)

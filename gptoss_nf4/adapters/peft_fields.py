@@ -1,7 +1,7 @@
 """Every field of PEFT's LoraConfig, and what it means for serving: read, without effect, or refused.
 
-Checked against PEFT 0.18.0 to 0.21.2; a test fails when PEFT gains a field. "Without effect" means that the function of
-the trained adapter does not depend on it: the field chose what was trained, or how, and the tensors say the rest.
+Checked against PEFT 0.18.0 to 0.21.2; a test fails when PEFT gains a field. A field is without effect if the function of
+the trained adapter does not depend on it: it chose what was trained, or how, and the tensors show the outcome.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ READ = frozenset(
         "init_lora_weights",
     }
 )
-# Not PEFT's: Unsloth's record of the column order, and the user's statement that config.swapped_experts asks for.
+# Fields that PEFT does not have: Unsloth's record of the column order, and what `swapped_experts` may need from the user.
 READ_BEYOND_PEFT = frozenset({"lora_B_layout", "unsloth_fused_expert_lora", "transformers_version"})
 
 WITHOUT_EFFECT = frozenset(
@@ -49,7 +49,7 @@ WITHOUT_EFFECT = frozenset(
     }
 )
 
-# Why a delta of the form scale * B @ A on the base's weight would not be this adapter; and what to do instead.
+# Field -> (why the adapter is more than scale * B @ A on the base's weight, what to do instead).
 REFUSED = {
     "use_dora": ("DoRA also rescales the whole weight, row by row", "train with use_dora=False"),
     "lora_bias": ("the adapter has biases", "train with lora_bias=False"),
@@ -68,12 +68,12 @@ REFUSED = {
 }
 
 # Starting values that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) move a part of the base's
-# weight into A and B: such an adapter fits the changed base alone, unless PEFT has subtracted the start while saving.
+# weight into A and B. Such an adapter fits only the base changed so, unless PEFT subtracted the start when it saved.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def require_plain_lora(config: Mapping, where: object) -> None:
-    """Refuse whatever makes an adapter more than `weight += scale * B @ A`; UserError names the first such field."""
+    """UserError for the first field that makes an adapter more than `weight += scale * B @ A`."""
 
     def refuse(field: str, value: object, why: str, next_step: str) -> UserError:
         return UserError(

@@ -1,7 +1,8 @@
-"""Writing an adapter in the one form that PEFT itself loads on transformers' gpt-oss: for references, not for serving.
+"""Writing an adapter in the form that PEFT loads on transformers' gpt-oss: for references, not for serving.
 
-Every module gets the largest rank, padded with zeros, and scale 1, so that one pair of numbers describes them all. PEFT
-keeps experts as [E * r, in] and [out, r * E]: row e * r + j of lora_A, column j * E + e of lora_B.
+Every module is padded with zeros to the largest rank, and has scale 1. So r and lora_alpha are the same for all. PEFT
+keeps lora_A of experts as [E * r, in] and lora_B as [out, r * E]. Rank j of expert e is row e * r + j of lora_A and column
+j * E + e of lora_B.
 """
 
 from pathlib import Path
@@ -15,14 +16,14 @@ from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.storage.writing import write_file, write_json
 
 PREFIX = "base_model.model."
-# Last part of a target's name -> what PEFT calls it on transformers' modules: targets of modules, or parameters.
+# Last part of a target's name -> its name in target_parameters. Other targets go into target_modules.
 PARAMETERS = {"w13": "mlp.experts.gate_up_proj", "w2": "mlp.experts.down_proj", "router": "mlp.router.weight"}
-# Where PEFT keeps the factors of an expert's parameter: the first targeted one lies outermost.
+# Where PEFT keeps lora_A and lora_B of an experts' parameter: it wraps the module twice, w2 outside.
 KEYS = {"w13": "experts.base_layer", "w2": "experts"}
 
 
 def write_peft_form(adapter: Adapter, d: Dimensions, directory: Path) -> None:
-    """Write `adapter` into `directory`, in float32."""
+    """Write `adapter` into `directory`, in float32. `d` are the base's dimensions."""
     from safetensors.torch import save_file
 
     deltas = {name: delta for _, layer in adapter.layers(d) for name, delta in layer.items()}
@@ -50,7 +51,7 @@ def write_peft_form(adapter: Adapter, d: Dimensions, directory: Path) -> None:
 
 
 def _with_both(deltas: dict[str, Delta], d: Dimensions) -> dict[str, Delta]:
-    """`deltas`, and zeros for an experts' weight in a layer where only the other has one, or neither."""
+    """`deltas`, with deltas of zeros for every w13 and w2 that has none."""
     found = dict(deltas)
     shapes = {"w13": (2 * d.intermediate, d.hidden), "w2": (d.hidden, d.intermediate)}
     for layer in range(d.layers):
@@ -63,7 +64,7 @@ def _with_both(deltas: dict[str, Delta], d: Dimensions) -> dict[str, Delta]:
 
 
 def _stored(delta: Delta, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """lora_A and lora_B of `rank` as PEFT stores them."""
+    """lora_A and lora_B, padded to `rank`, as PEFT stores them."""
     missing = rank - delta.a.shape[-2]
     a, b = pad(delta.a, (0, 0, 0, missing)), pad(delta.b, (0, missing))
     if a.ndim == 3:

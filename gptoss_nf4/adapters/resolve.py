@@ -1,4 +1,4 @@
-"""Which module each pair of lora_A and lora_B changes, and how: decided from names and shapes, before a value is read."""
+"""Which module each pair of lora_A and lora_B changes, and how. Names and shapes decide; no value is read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Factors:
-    """One pair of the file: its keys, and how to read it."""
+    """One pair of lora_A and lora_B: its keys `a` and `b`, and how to read them."""
 
     a: str
     b: str
     rank: int
-    """Of each expert where the pair holds all of them."""
+    """Where the pair holds all experts, that of each."""
     scale: float
     expert: int | None = None
-    """The one expert that the pair belongs to; None for all of the module's, or where it has none."""
+    """The expert that the pair belongs to. None where it belongs to all of them, or the module has none."""
     swapped: bool = False
-    """lora_A stands on the weight's outputs and lora_B on its inputs."""
+    """lora_A is on the weight's outputs, and lora_B on its inputs."""
     grouped_by_expert: bool = False
-    """Order of a fused lora_B's columns, see `config.LAYOUTS`."""
+    """Order of the columns of a fused lora_B, see `config.LAYOUTS`."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class Module:
     """A module of the base that the adapter changes."""
 
     name: str
-    """Full name of the target, as `model.layers.0.mlp.experts.w13`."""
+    """Full name of the target, such as `model.layers.0.mlp.experts.w13`."""
     shape: tuple[int, int]
-    """[out, in] of its weight, of one expert's where it has experts."""
+    """[out, in] of its weight; with experts, of the weight of one."""
     experts: int | None
     factors: tuple[Factors, ...]
 
 
 def resolve(config: AdapterConfig, shapes: Shapes, d: Dimensions, where: object) -> dict[int, list[Module]]:
-    """The modules that an adapter changes, by layer; `shapes` are its tensors' by key.
+    """The modules that an adapter changes, by layer. `shapes` has the shape of each of its tensors, by key.
 
-    Every key is used, exactly once. UserError for a key that nothing applies, a size that the base does not have, or a
-    rank other than the configuration's.
+    Every key is used exactly once. UserError, which calls the adapter `where`, for a key of no module, a size that does not
+    fit the base, or another rank than the configuration's.
     """
     return _Resolver(config, shapes, d, where).by_layer()
 
@@ -80,7 +80,7 @@ class _Resolver:
         return target_shapes(self.d)
 
     def _modules(self, layer: int, targets: dict[str, list[Factors]]) -> list[Module]:
-        """One layer's modules in the order of `target_shapes`; UserError where two forms claim the same weight."""
+        """One layer's modules in the order of `target_shapes`. UserError where keys of two forms change the same weight."""
         modules = []
         for target, shape in self._targets.items():
             factors = targets.get(target, [])
@@ -99,13 +99,13 @@ class _Resolver:
         return modules
 
     def _require_matrices(self, pair: Pair) -> None:
-        """lora_A [R, x] and lora_B [y, R], whatever they belong to; UserError otherwise."""
+        """UserError where lora_A and lora_B are not matrices [R, x] and [y, R]."""
         a, b = self.shapes[pair.a], self.shapes[pair.b]
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or min(*a, *b) < 1:
             raise self._wrong_size(pair, "[r, in] and [out, r]", "save the adapter again")
 
     def _factors(self, pair: Pair) -> Factors:
-        """Of a linear module, or of one expert's."""
+        """The factors of a linear module, or of the module of one expert."""
         out_features, in_features = self._targets[FORMS[pair.place.form]]
         if self._outer_sizes(pair) != (out_features, in_features):
             raise self._wrong_size(pair, f"[r, {in_features}] and [{out_features}, r]")
@@ -124,7 +124,7 @@ class _Resolver:
         return Factors(pair.a, pair.b, rank, self.config.scale(name), pair.place.expert)
 
     def _fused_factors(self, pair: Pair, parameter: str, swapped: bool) -> Factors:
-        """Of all experts' weights together: lora_A [E * r, in] and lora_B [out, r * E]."""
+        """The factors of all experts together: lora_A [E * r, in] and lora_B [out, r * E]."""
         rows = self.shapes[pair.a][0]
         name = _parameter_name(pair.place.layer, parameter)
         rank = self.config.rank(name)
@@ -140,7 +140,7 @@ class _Resolver:
         return Factors(pair.a, pair.b, rank, self.config.scale(name), swapped=swapped, grouped_by_expert=grouped)
 
     def _parameter(self, pair: Pair) -> str:
-        """`gate_up_proj` or `down_proj`, by the sizes: they differ in every model, whichever way round they are."""
+        """`gate_up_proj` or `down_proj`, told by the sizes: these differ in every model, swapped or not."""
         for parameter, target in PARAMETERS.items():
             if sorted(self._outer_sizes(pair)) == sorted(self._targets[target]):
                 return parameter
@@ -148,7 +148,7 @@ class _Resolver:
         raise self._wrong_size(pair, f"outer sizes of {expected}")
 
     def _require_whole_layers(self, fused: Mapping[Pair, str]) -> None:
-        """Each layer has the fused parameters that target_parameters names, and none twice."""
+        """UserError where a layer lacks a fused parameter that target_parameters names, or has one twice."""
         by_layer: dict[int, list[Pair]] = {}
         for pair in fused:
             by_layer.setdefault(pair.place.layer, []).append(pair)
@@ -167,7 +167,7 @@ class _Resolver:
                 )
 
     def _swapped(self, fused: Mapping[Pair, str]) -> bool:
-        """Whether the fused pairs are swapped: what the sizes of all of them allow, or else what the versions tell."""
+        """Whether the fused pairs are swapped. Sizes decide; where they fit either way, the versions do."""
         if not fused:
             return False
         possible = {False, True}
@@ -185,13 +185,13 @@ class _Resolver:
                 "orientation unknown",
                 where=self.config.where,
                 got=f"fused experts whose sizes fit either way round, and peft_version={self.config.peft_version}",
-                expected="gate_up_proj too, or the version of transformers, which PEFT's orientation depends on",
-                next_step='add "transformers_version": "X.Y.Z" of the training to adapter_config.json',
+                expected="gate_up_proj too, or the version of transformers, which tells the orientation",
+                next_step='add "transformers_version": "X.Y.Z", that of the training, to adapter_config.json',
             )
         return swapped
 
     def _outer_sizes(self, pair: Pair) -> tuple[int, int]:
-        """(rows of lora_B, columns of lora_A): [out, in] of the weight if not swapped."""
+        """(rows of lora_B, columns of lora_A). They are [out, in] of the weight, or [in, out] if swapped."""
         return self.shapes[pair.b][0], self.shapes[pair.a][1]
 
     def _wrong_size(
@@ -207,5 +207,5 @@ class _Resolver:
 
 
 def _parameter_name(layer: int, parameter: str) -> str:
-    """The full name that PEFT knows a fused parameter by: without the wrappers of the experts module."""
+    """The full name by which PEFT knows a fused parameter, without the wrappers of the experts module."""
     return f"{names.prefix(layer)}mlp.experts.{parameter}"

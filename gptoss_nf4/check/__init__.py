@@ -1,11 +1,12 @@
-"""Checks of a finished checkpoint, and what they compare it with.
+"""Checks of a finished checkpoint, and the references that they compare it with.
 
 - `proof.py`: every weight against the source's, through bitsandbytes.
-- `fitting.py`, `audit.py`: the files hold what config.json says; one dtype throughout.
-- `weights.py`: weights as bitsandbytes reads them.
+- `fitting.py`: the files hold the tensors that config.json asks for.
+- `audit.py`: that, and one dtype throughout.
+- `weights.py`: weights as bitsandbytes dequantizes them.
 - `reference.py`: transformers' gpt-oss in float32 on the source's weights.
 - `agreement.py`: an engine's log-probabilities against the reference's.
 
-May import `convert`, `source`, `storage`, `format` and `errors`. Imported by `flow`, the stages and the benchmarks; the
-plugin imports `fitting` alone, `engine` `agreement` alone.
+May import `convert`, `source`, `adapters`, `storage`, `format` and `errors`. Imported by `flow`, the stages and the
+benchmarks. The plugin imports only `fitting`, and `engine` only `agreement`.
 """

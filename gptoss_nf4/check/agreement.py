@@ -8,8 +8,12 @@ import torch
 
 @dataclass(frozen=True)
 class Generation:
-    """One greedy continuation. `logprobs[i]` maps token ids to the engine's log-probability of token i of
-    prompt + continuation, i from 1; empty where the engine gave none."""
+    """One greedy continuation of `prompt` by `text`.
+
+    `token_ids` are those of prompt and continuation, the first `prompt_tokens` of them the prompt's. `logprobs` has an
+    entry for each of them: the engine's log-probabilities (natural logarithm) of some candidates, by token id. It is empty
+    for the first token, and where the engine gave none.
+    """
 
     prompt: str
     text: str
@@ -19,19 +23,24 @@ class Generation:
 
     @property
     def finite(self) -> bool:
+        """Whether no log-probability is NaN or +infinity. That of an impossible token is -infinity."""
         return all(not math.isnan(value) and value < math.inf for step in self.logprobs for value in step.values())
 
 
 @dataclass
 class Agreement:
-    """Top-1 choices that agree, and the worst difference in log-probability over all tokens that the engine listed."""
+    """How an engine agrees with the reference, over `positions` token positions.
+
+    `agreeing` counts equal top-1 choices. `worst_difference` is the largest difference in log-probability over all
+    candidates that the engine listed.
+    """
 
     positions: int = 0
     agreeing: int = 0
     worst_difference: float = 0.0
 
     def add(self, generation: Generation, reference: torch.Tensor) -> None:
-        """`reference`: float32 [tokens, vocabulary] of `generation.token_ids`, row i for token i + 1."""
+        """Count one generation. `reference`: log-probabilities, float32 [tokens, vocabulary], row i of token i + 1."""
         for position, engine in enumerate(generation.logprobs):
             if position == 0 or not engine:
                 continue

@@ -1,4 +1,4 @@
-"""The audit of a finished checkpoint: whole, and one dtype for every floating tensor."""
+"""The audit of a finished checkpoint: it is whole, and every floating tensor has the same dtype."""
 
 from gptoss_nf4.check.fitting import require_fitting
 from gptoss_nf4.errors import UserError
@@ -7,14 +7,17 @@ from gptoss_nf4.format.dtypes import FLOATING, SAFETENSORS_NAMES
 from gptoss_nf4.format.quant_state import QuantState
 from gptoss_nf4.storage.checkpoint import Checkpoint
 
-# Quantization data, not weights: float32 whatever the model's dtype.
+# Quantization data is no weight: it is float32 whatever the model's dtype.
 QUANTIZATION_SIDECARS = (".absmax", ".quant_map")
 
 
 def audit(checkpoint: Checkpoint, dtype: str) -> dict[str, int]:
-    """Check that the checkpoint holds what its config.json says, and one dtype; returns its floating tensors by dtype.
+    """Check that the checkpoint holds what its config.json says, and that every floating tensor is in `dtype`.
 
-    Quantization data apart: absmax and codebooks are float32 whatever the model's dtype is. UserError names the tensor.
+    absmax and codebooks are not counted. A quantization state counts by the dtype it names. UserError names the tensor.
+
+    Returns:
+        Number of tensors and states by safetensors dtype, in which there is one entry.
     """
     require_fitting(checkpoint)
     expected = SAFETENSORS_NAMES[dtype]

@@ -5,9 +5,11 @@ from gptoss_nf4.format.residual import scale_of
 from gptoss_nf4.format.result import expected_tensors
 from gptoss_nf4.storage.checkpoint import Checkpoint
 
+NEXT_STEP = "run `dvc repro assemble` where it was converted, and copy all of it if it is served elsewhere"
+
 
 def require_fitting(checkpoint: Checkpoint) -> None:
-    """Check that a converted checkpoint holds the tensors that its config.json asks for; UserError names one."""
+    """Check that a converted checkpoint holds the tensors that its config.json asks for. UserError names one fault."""
     config_file = checkpoint.directory / "config.json"
     expected = expected_tensors(checkpoint.config, config_file)
     scale_of(checkpoint.config["quantization_config"], config_file)
@@ -18,7 +20,7 @@ def require_fitting(checkpoint: Checkpoint) -> None:
             where=checkpoint.directory,
             got=f"no {missing[0]} ({len(missing)} in all)",
             expected="every tensor of the model, in the index and in its file",
-            next_step="run `dvc repro assemble` again",
+            next_step=NEXT_STEP,
         )
     for name, (dtypes, shape) in expected.items():
         info = checkpoint.tensors[name]
@@ -27,6 +29,6 @@ def require_fitting(checkpoint: Checkpoint) -> None:
                 "wrong tensor",
                 where=info.file,
                 got=f"{name} {info.dtype} {list(info.shape)}",
-                expected=f"{' or '.join(sorted(dtypes))} {list(shape or ())}, by config.json",
-                next_step="run `dvc repro assemble` again",
+                expected=f"{' or '.join(sorted(dtypes))}{'' if shape is None else f' {list(shape)}'}, by config.json",
+                next_step=NEXT_STEP,
             )

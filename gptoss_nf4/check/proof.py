@@ -1,4 +1,4 @@
-"""The proof of exactness: what bitsandbytes reads from the source against what it reads from the result."""
+"""The proof of exactness: each weight as bitsandbytes dequantizes it from the source, and from the result."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from gptoss_nf4.storage.machine import cores
 
 @dataclass(frozen=True)
 class Comparison:
-    """Weights compared, those that differ, and by how much at most."""
+    """Number of weights compared, number of those that differ, and their largest difference."""
 
     compared: int = 0
     different: int = 0
@@ -39,18 +39,19 @@ class Comparison:
 
 
 def compare(source: Source, result: Checkpoint, options: RequantOptions, dtype: str) -> Comparison:
-    """Compare every weight of attention and experts, 4-bit or carried dense, on all cores.
+    """Compare every weight of attention and experts, 4-bit or dense, on all cores.
 
-    What is served dense (a module left in 16 bit, or q, k and v that differ) is compared after rounding to `dtype`. What
-    writes to the residual stream is compared as it is served: both sides times the recorded residual_scale, of which the
-    result's goes into absmax, as in the plugin.
+    The source's weight is rounded to `dtype` where the result's is dense: a module left in 16 bit, or q, k and v of which
+    not all are 4-bit. 4-bit weights that write to the residual stream are compared as they are served, times the recorded
+    residual_scale. On the result's side absmax is multiplied by it, as in the plugin; on the source's side the weight is.
     """
     scale = scale_of(result.config["quantization_config"], result.directory / "config.json")
     work = partial(_compare_layer, source, result, options, dtype, scale)
-    # spawn: a fork of a process with torch's threads can hang.
     workers = min(cores(), source.dimensions.layers)
-    if workers == 1 or source.dimensions.layers * source.dimensions.experts < 256:  # starting workers would take longer
+    few = source.dimensions.layers * source.dimensions.experts < 256  # done before workers would have started
+    if workers == 1 or few:
         return sum(map(work, range(source.dimensions.layers)), Comparison())
+    # spawn: a fork of a process with torch's threads can hang.
     with ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
@@ -81,9 +82,9 @@ def _compare_layer(
 def _result_parts(
     result: Checkpoint, target: Target, w13_order: str, scale: float
 ) -> Iterator[tuple[Module, torch.Tensor]]:
-    """(source module, its weight read from the result in float32, rows in the source's order).
+    """(source module, the result's weight of it, float32 [rows, in_features], rows in the source's order).
 
-    Experts are read one at a time, so that the memory needed is one expert's.
+    Experts are read one at a time, so this needs the memory of one.
     """
     if not target.fusion.stacked:
         rows = [part.shape[0] for part in target.parts]
@@ -92,15 +93,15 @@ def _result_parts(
         return
     state = stored_state(result, target.weight, scale)
     absmax = state.absmax
+    reorder = target.fusion == names.W13 and w13_order != INTERLEAVED
+    order = torch.from_numpy(interleaved_rows(w13_order, target.shape[1])) if reorder else slice(None)
     for number, part in enumerate(target.parts):
         state.absmax, state.shape = absmax[number].contiguous(), torch.Size(part.shape)
-        values = dequantize_float32(result.torch_row(target.weight, number), state)
-        reorder = target.fusion == names.W13 and w13_order != INTERLEAVED
-        yield part, values[torch.from_numpy(interleaved_rows(w13_order, len(values)))] if reorder else values
+        yield part, dequantize_float32(result.torch_row(target.weight, number), state)[order]
 
 
 def require_exact(result: Comparison, options: RequantOptions, artifacts: Artifacts) -> None:
-    """Raise a UserError where mode exact changed a weight."""
+    """UserError where mode exact changed a weight."""
     if options.mode == EXACT and result.different:
         raise UserError(
             "the result is not exact",

@@ -1,4 +1,4 @@
-"""An independent reference: transformers' gpt-oss in float32, on the source's weights as bitsandbytes reads them."""
+"""The reference: transformers' gpt-oss in float32, on the source's weights as bitsandbytes dequantizes them."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,7 @@ FLOAT32_BYTES = 4
 
 
 def float32_bytes(d: Dimensions) -> int:
-    """Memory of all weights in float32."""
+    """Bytes of all weights of the reference."""
     attention_and_experts = sum(
         rows * columns for layer in range(d.layers) for _, _, (rows, columns) in names.modules_of(d, layer)
     )
@@ -29,9 +29,9 @@ def float32_bytes(d: Dimensions) -> int:
 
 
 def build(source: Source) -> "GptOssForCausalLM":
-    """transformers' GptOssForCausalLM in float32; uses none of our fusing, only bitsandbytes and torch.
+    """transformers' GptOssForCausalLM in float32, on the CPU.
 
-    bitsandbytes dequantizes to float32 here: left alone it rounds to the state's dtype.
+    It is independent of the conversion: its weights come straight from the source, by bitsandbytes and torch alone.
     """
     from transformers import GptOssConfig, GptOssForCausalLM
 
@@ -44,7 +44,7 @@ def build(source: Source) -> "GptOssForCausalLM":
 
 
 def state_dict(source: Source) -> dict[str, torch.Tensor]:
-    """transformers' own names: experts [E, in, out] with gate and up interleaved in the last dimension."""
+    """Weights by transformers' names, float32. Experts are [E, in, out], gate and up interleaved in the last dimension."""
     d = source.dimensions
     tensors = {name: _float32(source, name) for name in names.outside_shapes(d)}
     for layer in range(d.layers):
@@ -68,7 +68,7 @@ def _float32(source: Source, name: str) -> torch.Tensor:
 
 
 def with_adapter(model: "GptOssForCausalLM", adapter: Adapter, d: Dimensions) -> "PeftModel":
-    """`model` with the adapter on it, by PEFT: lora_B and lora_A are multiplied in float32, nothing is merged."""
+    """`model` with the adapter on it, by PEFT in float32. Nothing is merged into the weights. `model` itself is changed."""
     from peft import PeftModel
 
     with TemporaryDirectory() as directory:
@@ -78,5 +78,5 @@ def with_adapter(model: "GptOssForCausalLM", adapter: Adapter, d: Dimensions) ->
 
 @torch.inference_mode()
 def log_probabilities(model: torch.nn.Module, token_ids: list[int]) -> torch.Tensor:
-    """float32 [tokens, vocabulary]: row i is the distribution of token i + 1."""
+    """Log-probabilities, float32 [tokens, vocabulary]. Row i is the distribution of token i + 1."""
     return model(torch.tensor([token_ids])).logits[0].log_softmax(-1)

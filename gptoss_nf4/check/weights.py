@@ -1,4 +1,4 @@
-"""Weights as bitsandbytes reads them: what proofs and references rest on. None of our own codec is used here."""
+"""Weights as bitsandbytes dequantizes them. The proof and the reference rest on these, not on our own codec."""
 
 from collections.abc import Iterable
 
@@ -13,7 +13,7 @@ from gptoss_nf4.storage.checkpoint import Checkpoint
 
 
 def source_weight(source: Source, module: Module) -> torch.Tensor:
-    """The weight of one module of a source, float32 [rows, in_features]."""
+    """The weight of one module of a source, float32 [rows, in_features], 4-bit or not."""
     if module.state is None:
         return source.floating(module.weight).tensor().float()
     stored = source.stored(module)
@@ -22,9 +22,9 @@ def source_weight(source: Source, module: Module) -> torch.Tensor:
 
 
 def stored_weight(checkpoint: Checkpoint, weight: str, scale: float = 1.0) -> torch.Tensor:
-    """A weight whose sidecars, if it is 4-bit, lie beside it under bitsandbytes' names: float32 of its shape.
+    """A weight of a converted checkpoint, float32 of its logical shape. It is dequantized if absmax lies beside it.
 
-    absmax is multiplied by `scale`, as the plugin does with what writes to the residual stream.
+    absmax is then multiplied by `scale`, as the plugin does for weights that write to the residual stream.
     """
     if f"{weight}.absmax" not in checkpoint.tensors:
         return checkpoint.torch(weight).float()
@@ -32,7 +32,7 @@ def stored_weight(checkpoint: Checkpoint, weight: str, scale: float = 1.0) -> to
 
 
 def stored_state(checkpoint: Checkpoint, weight: str, scale: float = 1.0) -> QuantState:
-    """bitsandbytes' own QuantState of `weight`; with float32 absmax times `scale`."""
+    """bitsandbytes' QuantState of 4-bit `weight`, on the CPU, its absmax multiplied by `scale`."""
     states = (names.STATE_PREFIX + quant_type for quant_type in QUANT_TYPES)
     kinds = (*names.SIDECARS, *names.NESTED_SIDECARS, *states)
     state = _state(checkpoint, [name for kind in kinds if (name := f"{weight}.{kind}") in checkpoint.tensors])
@@ -42,5 +42,5 @@ def stored_state(checkpoint: Checkpoint, weight: str, scale: float = 1.0) -> Qua
 
 
 def _state(checkpoint: Checkpoint, sidecars: Iterable[str]) -> QuantState:
-    """By `QuantState.from_dict`, which changes the dictionary that it gets."""
+    """bitsandbytes' QuantState of the tensors named. Its `from_dict` empties what it gets, so it gets a new dictionary."""
     return QuantState.from_dict({name: checkpoint.torch(name) for name in sidecars}, device=torch.device("cpu"))

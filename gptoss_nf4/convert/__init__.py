@@ -1,9 +1,9 @@
-"""The conversion, one module a stage.
+"""The conversion, one module for each stage.
 
-- `plan.py`: what one layer becomes: which fused tensors, which of them 4-bit.
+- `plan.py`: what one layer becomes: its fused modules, and which of them are 4-bit.
 - `dequant.py`, `requant.py`: a layer's absmax, then its fused 4-bit tensors. Neither imports torch in mode exact.
 - `normalize.py`: everything that is not 4-bit, in one dtype.
-- `assemble.py`: index, config and tokenizer, which make the files one checkpoint.
+- `assemble.py`: the index, config and tokenizer that make the files one checkpoint.
 
 May import `source`, `storage`, `format` and `errors`. Imported by `check`, `flow` and the stages.
 """

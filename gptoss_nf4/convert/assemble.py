@@ -1,6 +1,6 @@
-"""Stage assemble: the files that make the layers' tensors one checkpoint. No tensor is written.
+"""Stage assemble: the files that make one checkpoint of the layers' tensors. No tensor is written.
 
-They are the index, config.json, the generation config, the tokenizer and its chat template.
+The files are the index, config.json, the generation config, the tokenizer and its chat template.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from gptoss_nf4.storage.reading import read_bytes, read_json_object, read_text
 from gptoss_nf4.storage.tensor_reader import read_header
 from gptoss_nf4.storage.writing import write_bytes, write_json, write_text
 
-# The dtype is ours to say, and code that a source brings along has no place beside the result.
+# Keys that are not taken over: the conversion decides the dtype, and the result runs no code of the source's.
 DROPPED = ("torch_dtype", "dtype", "auto_map", "custom_pipelines")
 NO_TEMPLATE = "{{ raise_exception('this fine-tune was saved without a chat template') }}\n"
 
@@ -25,7 +25,7 @@ NO_TEMPLATE = "{{ raise_exception('this fine-tune was saved without a chat templ
 def assemble(
     source: Source, artifacts: Artifacts, options: RequantOptions, dtype: str, residual_scale: object = residual.AUTO
 ) -> None:
-    """Write the checkpoint's own files. Which ones is fixed, since dvc.yaml has to name them."""
+    """Write the files. Always the same ones, since dvc.yaml names them. UserError where an input is missing or bad."""
     check_dtype(dtype)
     directory, origin = artifacts.checkpoint, source.checkpoint.directory
     write_json(directory / INDEX_FILE, build_index(weight_files(source, artifacts)))
@@ -38,6 +38,7 @@ def assemble(
 
 
 def weight_files(source: Source, artifacts: Artifacts) -> list[Path]:
+    """The safetensors files of the result. UserError names the stage to run where one is missing."""
     files = [
         artifacts.require(artifacts.layer_weights(layer), f"requant@{layer}") for layer in range(source.dimensions.layers)
     ]
@@ -45,6 +46,7 @@ def weight_files(source: Source, artifacts: Artifacts) -> list[Path]:
 
 
 def build_index(files: list[Path]) -> dict:
+    """The index of `files`: file name by tensor name, and the size of all tensors in bytes."""
     weight_map, total = {}, 0
     for file in files:
         for name, info in read_header(file).items():
@@ -54,7 +56,7 @@ def build_index(files: list[Path]) -> dict:
 
 
 def build_config(source: Source, options: RequantOptions, dtype: str, residual_scale: float) -> dict:
-    """The source's config.json with the dtype and the quantization_config by which vLLM selects the plugin."""
+    """The source's config.json with our dtype, and the quantization_config by which vLLM selects the plugin."""
     targets = [t for layer in range(source.dimensions.layers) for t in plan_layer(source, layer, options)]
     quantized = next(target for target in targets if isinstance(target, QuantizedTarget))
     config = {key: value for key, value in source.checkpoint.config.items() if key not in DROPPED}
@@ -75,7 +77,7 @@ def build_config(source: Source, options: RequantOptions, dtype: str, residual_s
 
 
 def build_tokenizer_config(origin: Path) -> dict:
-    """tokenizer_config.json; older saves keep special tokens in special_tokens_map.json, which is folded in."""
+    """tokenizer_config.json. Older saves keep special tokens in special_tokens_map.json: those are taken over too."""
     config = read_json_object(_required(origin / "tokenizer_config.json"))
     older = origin / "special_tokens_map.json"
     whole = (read_json_object(older) if older.exists() else {}) | config
@@ -83,7 +85,7 @@ def build_tokenizer_config(origin: Path) -> dict:
 
 
 def chat_template(origin: Path, tokenizer_config: dict) -> str:
-    """The chat template as a file of its own, wherever the source keeps it (it is taken out of the config)."""
+    """The chat template, from its own file or else from `tokenizer_config`, where it is removed in any case."""
     inside = tokenizer_config.pop("chat_template", None)
     file = origin / "chat_template.jinja"
     if file.exists():
@@ -92,7 +94,7 @@ def chat_template(origin: Path, tokenizer_config: dict) -> str:
 
 
 def build_generation_config(source: Source) -> dict:
-    """generation_config.json, or its essentials from config.json where the save has none."""
+    """generation_config.json. Where the source has none, the special token ids of its config.json."""
     path = source.checkpoint.directory / "generation_config.json"
     if path.exists():
         return read_json_object(path)

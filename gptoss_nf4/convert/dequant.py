@@ -7,7 +7,10 @@ from gptoss_nf4.storage.tensor_writer import Declared, writing_tensors
 
 
 def dequant(source: Source, artifacts: Artifacts, layer: int) -> int:
-    """Write the layer's absmax as float32 [blocks], by the canonical name of its weight; returns the file's bytes."""
+    """Write the absmax of the layer's 4-bit modules, and return the size of the file in bytes.
+
+    Each is float32 [blocks], under the canonical name of its weight.
+    """
     modules = [module for fusion in FUSIONS for module in source.modules(layer, fusion)]
     blocks = {module: module.state.blocks for module in modules if module.state}
     declared = [Declared(module.weight, "F32", (count,)) for module, count in blocks.items()]

@@ -1,4 +1,4 @@
-"""Stage normalize: bringing every tensor that is not 4-bit to one dtype, counting what that loses."""
+"""Stage normalize: bringing every tensor that is not 4-bit to one dtype, and counting what that loses."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,8 +21,8 @@ from gptoss_nf4.storage.tensor_writer import Declared, TensorWriter, writing_ten
 class DenseTensor:
     """A tensor of the result that is not 4-bit.
 
-    `origins` are the floating tensors that it is made of, `dequantized` the number of 4-bit weights beside them. `read`
-    gives its values in order, in pieces, in the dtype that they have in the source.
+    It is made of the source's floating tensors `origins` and of `dequantized` 4-bit weights. `read` gives its values in
+    order and in pieces, in the dtype that they have in the source.
     """
 
     name: str
@@ -35,10 +35,10 @@ class DenseTensor:
 def normalize(
     source: Source, artifacts: Artifacts, options: RequantOptions, dtype: str, residual_scale: object = residual.AUTO
 ) -> dict:
-    """Write every tensor that is not 4-bit in `dtype`, and the quantization states with it; returns the report.
+    """Write every tensor that is not 4-bit in `dtype`, and every quantization state, and return the report.
 
-    Raises a UserError that names the tensor where a value overflows or is not finite, or where `residual_scale`, which
-    the plugin will apply, would lose too much. Nothing is left written then.
+    UserError names the tensor where a value overflows or is not finite, or where `residual_scale`, which the plugin will
+    apply, would lose too much. No file is written then.
     """
     scale = residual.resolve(residual_scale, dtype)
     stored_dtype = SAFETENSORS_NAMES[check_dtype(dtype)]
@@ -79,14 +79,14 @@ def normalize(
 
 
 def _dtypes_of_origins(dense: list[DenseTensor]) -> dict[str, int]:
-    """How many of the source's tensors have which dtype, by its safetensors name."""
+    """Number of the source's tensors by safetensors dtype."""
     counted = Counter(origin.dtype for tensor in dense for origin in tensor.origins)
     counted += Counter({"U8": sum(tensor.dequantized for tensor in dense)})
     return dict(sorted(counted.items()))
 
 
 def _write_cast(out: TensorWriter, tensor: DenseTensor, dtype: str, scale: float) -> tuple[CastCounts, ScalingLoss | None]:
-    """Write `tensor` in `dtype`; returns what casting lost, and what `scale` will lose if the tensor is one to scale."""
+    """Write `tensor` in `dtype`. Returns what casting lost, and what `scale` will lose; None if it is not to be scaled."""
     torch_dtype = getattr(torch, dtype)
     counts = CastCounts()
     loss = ScalingLoss() if scale != 1 and residual.writes_to_stream(tensor.name) else None
@@ -109,7 +109,7 @@ def _write_cast(out: TensorWriter, tensor: DenseTensor, dtype: str, scale: float
 
 
 def _culprit(origins: list[Floating], dtype: torch.dtype) -> str | None:
-    """Stored name of the first origin that does not fit `dtype`; None where the misfit came from a 4-bit weight."""
+    """Stored name of the first origin with a value that `dtype` cannot hold. None where it is a 4-bit weight's."""
     for origin in origins:
         for piece in origin.read():
             _, counts = cast(piece, dtype)
@@ -119,7 +119,7 @@ def _culprit(origins: list[Floating], dtype: torch.dtype) -> str | None:
 
 
 def _dense_tensors(source: Source, plans: list[list[Target]], w13_order: str) -> Iterator[DenseTensor]:
-    """Everything of the result that is not 4-bit: first what lies outside the layers, then layer by layer."""
+    """Every tensor of the result that is not 4-bit: first those outside the layers, then layer by layer."""
 
     def kept(name: str) -> DenseTensor:
         origin = source.floating(name)
@@ -137,7 +137,7 @@ def _dense_tensors(source: Source, plans: list[list[Target]], w13_order: str) ->
 
 
 def _fused_bias(source: Source, target: Target, w13_order: str) -> DenseTensor:
-    """[experts, rows] where experts are stacked, else [rows]."""
+    """The bias of `target`: [experts, rows] where experts are stacked, else [rows]."""
     origins = [source.floating(part.bias) for part in target.parts]
 
     def read() -> Iterator[torch.Tensor]:
@@ -151,7 +151,7 @@ def _fused_bias(source: Source, target: Target, w13_order: str) -> DenseTensor:
 
 
 def _joined_weight(source: Source, target: DenseTarget) -> DenseTensor:
-    """[rows, in_features]: dense parts as stored, 4-bit parts dequantized to float32."""
+    """The weight of `target`, [rows, in_features]: dense parts as stored, 4-bit parts dequantized to float32."""
     origins = {part: source.floating(part.weight) for part in target.parts if part.state is None}
 
     def read() -> Iterator[torch.Tensor]:
@@ -167,5 +167,5 @@ def _joined_weight(source: Source, target: DenseTarget) -> DenseTensor:
 
 
 def _one_dtype(parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """`parts` as they are if they share a dtype, else all in float32."""
+    """`parts` themselves if they share a dtype, else all of them in float32."""
     return parts if len({part.dtype for part in parts}) == 1 else [part.float() for part in parts]

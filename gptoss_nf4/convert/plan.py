@@ -1,4 +1,4 @@
-"""What one layer of the source becomes: which targets are 4-bit, which stay dense, and why. Reads headers only."""
+"""What one layer of the source becomes: which modules are 4-bit, and which stay dense. Only headers and states are read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ MODES = (EXACT, NF4)
 
 @dataclass(frozen=True)
 class RequantOptions:
-    """The `requant` section of params.yaml; `quant_type` and `blocksize` count in mode nf4 only."""
+    """Section `requant` of params.yaml; `quant_type` and `blocksize` are for mode nf4. UserError for a bad value."""
 
     mode: str = EXACT
     w13_order: str = INTERLEAVED
@@ -28,7 +28,7 @@ class RequantOptions:
 
     @classmethod
     def of(cls, section: Mapping) -> "RequantOptions":
-        """From the `requant` section; `device` says where to compute, not what, and is left out."""
+        """Read the `requant` section. Its `device` is left out: it says where to compute, not what."""
         return cls(**{key: value for key, value in section.items() if key != "device"})
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class RequantOptions:
 
 @dataclass(frozen=True)
 class Target:
-    """One module of the fused checkpoint, and the modules of the source that make it, in order."""
+    """A module of the fused checkpoint, and the source's modules that make it, in order. `name` is full."""
 
     name: str
     fusion: names.Fusion
@@ -66,7 +66,7 @@ class Target:
         return names.fused_shape(self.fusion, [part.shape for part in self.parts])
 
     def row_order(self, w13_order: str) -> np.ndarray | slice:
-        """Index that brings one part's rows into the target's order; a slice, which copies nothing, where they stay."""
+        """Index that brings one part's rows into the target's order. Where they stay: a slice, which copies nothing."""
         if self.fusion != names.W13 or w13_order == INTERLEAVED:
             return slice(None)
         return w13_rows(w13_order, self.parts[0].shape[0])
@@ -80,21 +80,22 @@ class QuantizedTarget(Target):
     blocksize: int
 
     def state(self, dtype: str) -> QuantState:
+        """bitsandbytes' state of the fused weight, without double quantization."""
         return QuantState(self.quant_type, self.blocksize, dtype, self.shape)
 
 
 @dataclass(frozen=True)
 class DenseTarget(Target):
-    """A target that is carried and served in the checkpoint's dtype."""
+    """A target that is stored and served in the checkpoint's dtype."""
 
     @property
     def joined(self) -> bool:
-        """Whether 4-bit parts had to be dequantized, since others of the same module are not 4-bit."""
+        """Whether some parts are 4-bit: these are dequantized, since the others are not 4-bit."""
         return any(part.state for part in self.parts)
 
 
 def plan_layer(source: Source, layer: int, options: RequantOptions) -> list[Target]:
-    """The targets of one layer, in the order of `names.FUSIONS`; UserError where the mode cannot make one."""
+    """The targets of one layer, in the order of `names.FUSIONS`. UserError where the mode cannot make one."""
     return [_plan_target(source, layer, fusion, options) for fusion in names.FUSIONS]
 
 
@@ -119,7 +120,7 @@ def _plan_target(source: Source, layer: int, fusion: names.Fusion, options: Requ
 
 
 def _stored_quantization(source: Source, name: str, parts: tuple[Module, ...]) -> tuple[str, int]:
-    """(quant_type, blocksize) that all parts of a target and the rest of the model share; UserError where they do not."""
+    """(quant_type, blocksize) that the parts of a target share with the rest of the model. UserError where they do not."""
     dense = [part for part in parts if part.state is None]
     if dense:
         raise UserError(
@@ -151,12 +152,18 @@ def _stored_quantization(source: Source, name: str, parts: tuple[Module, ...]) -
 
 
 def _states_of_model(source: Source) -> set[tuple[str, int]]:
-    """(quant_type, blocksize) of the first expert of layer 0, which every other module must match."""
-    state = source.modules(0, names.W13)[0].state
+    """(quant_type, blocksize) of the first expert of layer 0, which every other module must match.
+
+    Empty where that expert is not 4-bit. Only its state is read, not those of all experts.
+    """
+    modules = names.modules_of(source.dimensions, 0)
+    name, shape = next((name, shape) for fusion, name, shape in modules if fusion == names.W13)
+    state = source.module(name, shape).state
     return {(state.quant_type, state.blocksize)} if state else set()
 
 
 def _advice(source: Source) -> str:
+    """The next step for a model whose rows are not whole blocks."""
     widths = gcd(*(shape[1] for shape in names.weight_shapes(source.dimensions).values()))
     fitting = [size for size in BLOCKSIZES if widths % size == 0]
     if fitting:

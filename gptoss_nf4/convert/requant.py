@@ -1,6 +1,6 @@
 """Stage requant: making one layer's fused 4-bit tensors, by moving rows or by quantizing again.
 
-In mode exact no torch is imported: 48 stages that import it would take minutes.
+Mode exact imports no torch: it would cost seconds in each of the 24 or 36 runs of this stage.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ Rows = tuple[np.ndarray, np.ndarray]
 
 @dataclass
 class AddedError:
-    """What quantizing again changed, summed over weights in float64."""
+    """What quantizing again changed. `squared_error` and `squared_weight` are sums over `weights` weights, in float64."""
 
     weights: int = 0
     squared_error: float = 0.0
@@ -34,7 +34,7 @@ class AddedError:
     largest: float = 0.0
 
     def add(self, before: "torch.Tensor", after: "torch.Tensor") -> None:
-        """`before` and `after`: float32 of one shape."""
+        """Count the weights `before` and `after` quantizing again: float32, of the same shape."""
         difference = (after - before).double()
         self.weights += before.numel()
         self.squared_error += float(difference.square().sum())
@@ -47,11 +47,11 @@ class AddedError:
 
 
 def requant(source: Source, artifacts: Artifacts, layer: int, options: RequantOptions, device: str) -> int:
-    """Write the layer's fused 4-bit tensors and its report; returns the bytes of the tensors' file.
+    """Write the layer's fused 4-bit tensors and its report, and return the size of the tensors' file in bytes.
 
-    Written for each quantized target, expert by expert: `<target>.weight` uint8 [..., rows, in / 2], then its `.absmax`
-    float32 [..., rows, in / blocksize] and `.quant_map` float32 [16]. absmax is an eighth of the codes' size at most, and
-    is kept in memory until the codes of its target are written. `device`: of torch, for mode nf4 alone.
+    Each quantized target has three tensors: `<target>.weight` uint8 [..., rows, in / 2], its `.absmax` float32
+    [..., rows, in / blocksize] and its `.quant_map` float32 [16]. The codes are written expert by expert. Meanwhile absmax
+    stays in memory: with a blocksize of 64 it has an eighth of the codes' size. `device` is torch's, for mode nf4.
     """
     targets = plan_layer(source, layer, options)
     quantized = [target for target in targets if isinstance(target, QuantizedTarget)]
@@ -79,7 +79,7 @@ def requant(source: Source, artifacts: Artifacts, layer: int, options: RequantOp
 
 
 def _read_absmax(artifacts: Artifacts, layer: int) -> dict[str, np.ndarray]:
-    """What stage dequant wrote: float32 [blocks] by the canonical name of the weight."""
+    """The absmax that stage dequant wrote: float32 [blocks], by the canonical name of the weight."""
     stored = read_header(artifacts.require(artifacts.absmax(layer), f"dequant@{layer}"))
     return {name: read_array(info) for name, info in stored.items()}
 
@@ -96,7 +96,7 @@ def _declared(target: QuantizedTarget) -> list[Declared]:
 def _quantized_again(
     source: Source, part: Module, absmax: np.ndarray | None, target: QuantizedTarget, device: str, error: AddedError
 ) -> Rows:
-    """`part` dequantized and quantized with bitsandbytes as `target` asks; `error` gathers what that changed."""
+    """Dequantize `part`, and quantize it with bitsandbytes as `target` asks. What that changes is added to `error`."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     before = _float32_weight(source, part, absmax, device)
@@ -108,7 +108,7 @@ def _quantized_again(
 def _float32_weight(source: Source, part: Module, absmax: np.ndarray | None, device: str) -> "torch.Tensor":
     """The weight of one module, float32 [rows, in_features] on `device`.
 
-    `absmax`: float32, free of double quantization; None for a module that the source left dense.
+    `absmax` is float32 [blocks], after undoing double quantization; None for a module that the source left dense.
     """
     import torch
     from bitsandbytes.functional import QuantState

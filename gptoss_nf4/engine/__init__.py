@@ -1,4 +1,4 @@
-"""What drives vLLM: generating for stage smoke, measuring for stage benchmark. Not the plugin, which vLLM loads by itself.
+"""Driving vLLM: generating for stage smoke, measuring for stage benchmark. vLLM loads the plugin by itself.
 
 - `generate.py`: greedy generation with log-probabilities.
 - `measure.py`: time to first token, tokens per second, memory.

@@ -9,16 +9,14 @@ from gptoss_nf4.check.agreement import Generation
 if TYPE_CHECKING:
     from vllm import RequestOutput
 
-TOP = 20  # vLLM's default limit on log-probabilities per token
-
-
-# Ranks that vLLM makes its stacks for (vllm/config/lora.py).
+TOP = 20  # log-probabilities for each token; vLLM's default limit
+# The values that vLLM allows for max_lora_rank (vllm/config/lora.py).
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter as vLLM gets it: the name that requests ask for, the directory that it was saved in, its largest rank."""
+    """An adapter as vLLM serves it: requests call it `name`, its files are in `directory`, `rank` is its largest."""
 
     name: str
     directory: Path
@@ -26,14 +24,14 @@ class ServedAdapter:
 
 
 def generate(checkpoint: Path, prompts: list[str], max_tokens: int, engine_args: dict) -> list[Generation]:
-    """Load `checkpoint` with `vllm.LLM(**engine_args)` and continue every prompt by exactly `max_tokens` tokens."""
+    """Load `checkpoint` with `vllm.LLM(**engine_args)` and continue each prompt greedily by exactly `max_tokens` tokens."""
     return _generate(checkpoint, [(prompt, None) for prompt in prompts], max_tokens, engine_args)
 
 
 def generate_with(
     checkpoint: Path, adapter: ServedAdapter, prompts: list[str], max_tokens: int, engine_args: dict
 ) -> tuple[list[Generation], list[Generation]]:
-    """`generate` by the base and by the adapter, all prompts of both in one batch."""
+    """`generate` by the base and by the adapter: (base's, adapter's). All requests of both are in one batch."""
     from vllm.lora.request import LoRARequest
 
     request = LoRARequest(adapter.name, 1, str(adapter.directory))
@@ -45,7 +43,7 @@ def generate_with(
 
 
 def _generate(checkpoint: Path, requests: list[tuple], max_tokens: int, engine_args: dict) -> list[Generation]:
-    """`requests`: (prompt, LoRARequest or None)."""
+    """Each request is (prompt, LoRARequest or None for the base)."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(str(checkpoint), **engine_args)
@@ -57,6 +55,7 @@ def _generate(checkpoint: Path, requests: list[tuple], max_tokens: int, engine_a
 
 
 def generation(output: "RequestOutput") -> Generation:
+    """vLLM's output of one request as a `Generation`."""
     completion = output.outputs[0]
     steps = [*output.prompt_logprobs, *completion.logprobs]
     return Generation(

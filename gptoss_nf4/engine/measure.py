@@ -1,7 +1,6 @@
-"""Measuring vLLM in this process: the benchmark stage and `python -m benchmarks.serving` both use these functions.
+"""Measuring vLLM in this process, for stage benchmark and for `python -m benchmarks.serving`.
 
-Prompts are random token numbers, fresh ones each time: no text, no tokenizer, and a mixture of experts that sees
-different tokens.
+Prompts are random token ids, drawn anew each time. So no tokenizer is needed, and the tokens spread over the experts.
 """
 
 import random
@@ -16,11 +15,15 @@ import psutil
 if TYPE_CHECKING:
     from vllm import LLM
 
-SAMPLE_SECONDS = 0.2
+SAMPLE_SECONDS = 0.2  # between two looks at the memory
 
 
 class PeakMemory(threading.Thread):
-    """The largest memory of a process and its children: resident bytes on the host, and used bytes on the GPU."""
+    """Samples memory until `stop`, and keeps the largest values.
+
+    `host_bytes`: resident bytes of process `pid` and its children. `gpu_bytes`: used bytes of GPU 0, whoever uses them;
+    None without an NVIDIA GPU.
+    """
 
     def __init__(self, pid: int):
         super().__init__(daemon=True)
@@ -37,6 +40,7 @@ class PeakMemory(threading.Thread):
                 self.gpu_bytes = max(self.gpu_bytes or 0, self._gpu())
 
     def stop(self) -> None:
+        """End sampling. The values stay."""
         self._ended.set()
         self.join()
 
@@ -52,7 +56,7 @@ def _resident_bytes(process: psutil.Process) -> int:
 
 
 def _gpu_handle() -> Callable[[], int] | None:
-    """A function that reads the used bytes of GPU 0, or None where there is no NVIDIA GPU."""
+    """A function that reads the used bytes of GPU 0. None where there is no NVIDIA GPU."""
     try:
         import pynvml
 
@@ -66,14 +70,17 @@ def _gpu_handle() -> Callable[[], int] | None:
 
 
 def random_prompts(count: int, tokens: int, vocabulary: int) -> list[dict]:
+    """`count` prompts of `tokens` random token ids below `vocabulary`, as vLLM takes them."""
     return [{"prompt_token_ids": random.choices(range(vocabulary), k=tokens)} for _ in range(count)]
 
 
 def generate(llm: "LLM", prompts: list[dict], output_tokens: int, adapters: list | None = None) -> list:
-    """vLLM's outputs with every prompt continued by exactly `output_tokens` tokens. adapters: a LoRARequest a prompt.
+    """Continue every prompt by exactly `output_tokens` tokens and return vLLM's outputs.
 
-    Sampled, not greedy: a model of random weights, given its likeliest tokens, soon repeats a few, and a batch of them
-    would use a few experts.
+    adapters: a LoRARequest, or None, for each prompt.
+
+    Tokens are sampled, not greedy. A model of random weights that always takes the likeliest token soon repeats a few of
+    them, and they would use few experts. RuntimeError where vLLM produced another number of tokens.
     """
     from vllm import SamplingParams
 
@@ -101,10 +108,11 @@ def measure_batch(
     vocabulary: int,
     adapters: list | None = None,
 ) -> dict:
-    """One batch size, after one round that is not counted; medians over requests, then over `rounds`.
+    """Measure one batch size: tokens per second, time to first token and time per output token.
 
-    By vLLM's own clock, so the engine has to be made with disable_log_stats=False: a step is the time from a request's
-    first token to its last, divided by the tokens between.
+    Each is the median over the requests of a round, then over `rounds` rounds. A first round is not counted. The times are
+    vLLM's own, so the engine needs disable_log_stats=False. The time per output token is that from a request's first token
+    to its last, divided by the number of steps between, so `output_tokens` is 2 or more.
     """
     firsts, steps = [], []
     for _ in range(rounds + 1):
@@ -122,7 +130,7 @@ def measure_batch(
 
 
 def measure_prefill(llm: "LLM", tokens: int, rounds: int, vocabulary: int) -> float:
-    """Milliseconds from a prompt of `tokens` to its first token: median over `rounds`, after one not counted."""
+    """Milliseconds from a prompt of `tokens` to its first output token: median over `rounds`, after one not counted."""
     return 1e3 * statistics.median(
         [generate_seconds(llm, random_prompts(1, tokens, vocabulary), 1) for _ in range(rounds + 1)][1:]
     )

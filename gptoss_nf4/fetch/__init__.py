@@ -1,9 +1,10 @@
-"""Stage fetch: bringing a source, and describing what came.
+"""Stages fetch and adapter: bringing a source or an adapter, and describing what came.
 
-- `fetch.py`: the stage.
+- `fetch.py`: stage fetch.
+- `adapter.py`: stage adapter.
 - `hub.py`: downloading from the Hugging Face hub, with digests checked.
-- `tensor_digests.py`: SHA-256 of every tensor, remembered for files that stayed the same.
+- `tensor_digests.py`: SHA-256 of every tensor, remembered for files that have not changed.
 - `budget.py`: the disk, memory and time that the conversion will take.
 
-May import `samples`, `source`, `storage`, `format` and `errors`. Imported by `flow` and stage fetch.
+May import `samples`, `source`, `adapters`, `storage`, `format` and `errors`. Imported by `flow` and the stages.
 """

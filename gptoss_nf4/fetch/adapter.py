@@ -1,6 +1,6 @@
 """Stage adapter: bringing one adapter, checking all of it against the base, and describing what it changes.
 
-The adapter is not rewritten: vLLM gets the directory that it was saved in.
+The adapter is not rewritten: vLLM reads the directory that it was saved in.
 """
 
 import math
@@ -19,18 +19,18 @@ from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import describe_file, write_json
 
-OTHERS = (Verdict.OTHER_MODEL, Verdict.OTHER_WEIGHTS)
+OTHER_BASE = (Verdict.OTHER_MODEL, Verdict.OTHER_WEIGHTS)
 
 
 def fetch_adapter(source: AdapterSource, model: Model, base: Source, artifacts: Artifacts) -> dict:
-    """Bring the adapter, check every tensor of it against `base`, write its description; returns the description.
+    """Bring the adapter, check every tensor of it against `base`, and write and return its description.
 
-    Nothing is written before all of it is valid.
+    UserError for an adapter that is damaged, of another base or not supported. Nothing is written then.
     """
     directory, origin = _make_available(source)
     adapter = Adapter(directory)
     match = adapter.base_matches(*_names_of(model))
-    if match.verdict in OTHERS and not source.any_base:
+    if match.verdict in OTHER_BASE and not source.any_base:
         raise UserError(
             "adapter of another base",
             where=directory,
@@ -54,7 +54,7 @@ def fetch_adapter(source: AdapterSource, model: Model, base: Source, artifacts: 
 
 
 def directory_of(source: AdapterSource, artifacts: Artifacts) -> Path:
-    """Where the adapter lies that stage adapter checked."""
+    """The directory of an adapter that stage adapter has checked. UserError where a repository was not downloaded."""
     if source.path:
         return Path(source.path)
     description = read_json_object(artifacts.require(artifacts.adapter(source.name), f"adapter@{source.name}"))
@@ -62,7 +62,7 @@ def directory_of(source: AdapterSource, artifacts: Artifacts) -> Path:
 
 
 def _make_available(source: AdapterSource) -> tuple[Path, dict]:
-    """(directory, how the description records its origin)."""
+    """(directory of the adapter, its origin as the description records it)."""
     if source.repository:
         directory, commit = hub.download(source.repository, source.revision)
         return directory, {"kind": "hub", "repository": source.repository, "commit": commit}
@@ -70,15 +70,15 @@ def _make_available(source: AdapterSource) -> tuple[Path, dict]:
 
 
 def _names_of(model: Model) -> list[str]:
-    """Names by which an adapter may know the base."""
+    """The names by which an adapter's configuration may call the base."""
     return [name for name in (model.repository, model.path, model.name) if name]
 
 
 def _relative_size(base: Source, name: str, delta_norm: float) -> float | None:
-    """Norm of the delta by norm of the weight that it changes, to three digits.
+    """Frobenius norm of the delta divided by that of the weight that it changes, to three digits.
 
-    Of the experts one is read and stands for all: reading every weight of the base would take as long as proving it.
-    None where the weight is all zeros.
+    Of the experts only the first is read, and stands for all: reading every weight would take as long as the proof. None
+    where the weight is all zeros.
     """
     layer = names.layer_of(name)
     if layer is None:

@@ -1,4 +1,4 @@
-"""What a conversion will take, from headers alone: disk, memory and time, before the first byte is written."""
+"""The disk, memory and time that a conversion will take, estimated from headers before the first byte is written."""
 
 import math
 from dataclasses import dataclass
@@ -10,24 +10,25 @@ from gptoss_nf4.source.interface import Source
 from gptoss_nf4.storage.artifacts import Artifacts
 
 MARGIN = 1.02  # headers, JSON files, DVC's records
-# stages/parallel.py took 53 to 59 s where hashing the source had taken 4.3 to 5 (24 layers of the 20b, 2 cores): bytes are
-# read, written and hashed again by DVC.
+# Time of a conversion divided by that of hashing its source. stages/parallel.py took 53 to 59 s, hashing 4.3 to 5 s
+# (24 layers of the 20b, 2 cores). A conversion also reads the source, writes the result, and DVC hashes the result.
 WORK_BY_HASHING = 12.0
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes still to be written, and the largest process's memory."""
+    """Bytes that are still to be written, and the peak memory of the largest process in bytes."""
 
     disk_bytes: int
     memory_bytes: int
 
     def line(self) -> str:
+        """Both as text for the user, in GB and GiB."""
         return f"{self.disk_bytes / 1e9:.1f} GB of disk, {self.memory_bytes / 2**30:.1f} GiB of memory"
 
 
 def budget(source: Source, artifacts: Artifacts) -> Budget:
-    """Of converting `source`; what lies there from an earlier run counts as written."""
+    """What converting `source` takes. Files that an earlier run has written are not counted again."""
     missing = largest = 0
     for layer in range(source.dimensions.layers):
         codes, blocks, dense = _layer_sizes(source, layer)
@@ -42,7 +43,7 @@ def budget(source: Source, artifacts: Artifacts) -> Budget:
 
 
 def _layer_sizes(source: Source, layer: int) -> tuple[int, int, int]:
-    """(bytes of codes, blocks, bytes of everything that is not 4-bit)."""
+    """(bytes of codes, number of blocks, bytes of everything that is not 4-bit) of one layer."""
     codes = blocks = 0
     dense = sum(_bytes(source, names.prefix(layer) + name) for name in names.kept_shapes(source.dimensions))
     for fusion in names.FUSIONS:
@@ -62,6 +63,6 @@ def _bytes(source: Source, name: str) -> int:
 
 
 def synthetic_bytes(d: Dimensions) -> int:
-    """Of a source in the split layout: half a byte a weight, an absmax byte for 64, 16-bit embeddings."""
+    """Bytes of a synthetic source: half a byte for a weight, one of absmax for 64 weights, and 16-bit embeddings."""
     weights = d.layers * d.hidden * (2 * d.q_rows + 2 * d.kv_rows + 3 * d.intermediate * d.experts)
     return int(MARGIN * (weights * (1 / 2 + 1 / 64) + 2 * 2 * d.vocabulary * d.hidden))

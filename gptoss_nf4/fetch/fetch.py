@@ -1,6 +1,6 @@
-"""Stage fetch: making a source available, and describing it.
+"""Stage fetch: bringing a source and describing it.
 
-The description is a manifest, and one digest file per layer, on which that layer's stages depend.
+The description is a manifest and one digest file for each layer. A layer's stages depend on its digest file.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from gptoss_nf4.storage.machine import cores, require_disk
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import describe_file, write_json
 
-# Beside the weights, these decide what the finished checkpoint says.
+# Files beside the weights that decide what the finished checkpoint says.
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -33,10 +33,10 @@ SIDE_FILES = (
 
 
 def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambda line: None) -> dict:
-    """Bring the source, validate all of it, write digests and manifest; returns the manifest.
+    """Bring the source, validate all of it, write its digests and its manifest, and return the manifest.
 
-    `say` is told what the conversion will take. Nothing is written before the source is valid. The source's own bytes
-    stay where they are.
+    `say` gets a line on what the conversion will take. UserError for a source that is damaged or not supported, and for a
+    full disk; no description is written then. The source's own files stay where they are.
     """
     directory, origin = _make_available(model, artifacts)
     if model.expected:
@@ -68,12 +68,12 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
 
 
 def _seconds(size: int, described: Described) -> float:
-    """Roughly what converting `size` bytes takes, by how long reading and hashing some of them just took."""
+    """Rough time of converting `size` bytes, by how long it just took to hash some of them."""
     return WORK_BY_HASHING * described.seconds * size / described.hashed_bytes
 
 
 def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
-    """(directory, how the manifest records its origin)."""
+    """(directory of the source, its origin as the manifest records it)."""
     if model.kind in EMBEDDED_KINDS:
         from gptoss_nf4.samples import embedded
 
@@ -113,20 +113,20 @@ def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
 
 
 def _holds(directory: Path, dimensions: Dimensions) -> bool:
-    """Whether a synthetic source of these dimensions was written whole: its config.json comes last."""
+    """Whether `directory` holds a whole synthetic source of these dimensions: its config.json is written last."""
     config = directory / "config.json"
     return config.is_file() and Dimensions.from_config(read_json_object(config), config) == dimensions
 
 
 def _describe_files(source: Source) -> list[dict]:
-    """Weight files by size, since every tensor in them has its own digest; the files beside them by digest."""
+    """Name and size of each weight file, whose tensors have digests of their own. Other files also by digest."""
     weights = [{"name": path.name, "bytes": path.stat().st_size} for path in source.checkpoint.weight_files]
     side = (source.checkpoint.directory / name for name in SIDE_FILES)
     return [*weights, *(describe_file(path) for path in side if path.is_file())]
 
 
 def _moved_as_codes(source: Source) -> set[str]:
-    """Stored tensors whose content stage normalize never reads: those of modules that stay 4-bit, but for their states."""
+    """Stored names of the tensors that stage normalize never reads: codes and absmax of modules that stay 4-bit."""
     moved: set[str] = set()
     for layer in range(source.dimensions.layers):
         for fusion in FUSIONS:

@@ -1,10 +1,10 @@
-"""Downloading a model repository with huggingface_hub, into its own cache, and checking what came."""
+"""Downloading a repository into huggingface_hub's own cache, and checking what came."""
 
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptoss_nf4.errors import UserError
+from gptoss_nf4.errors import UserError, first_line
 from gptoss_nf4.source.model import HUB_PATTERNS
 from gptoss_nf4.storage.machine import require_disk
 from gptoss_nf4.storage.writing import CHUNK_BYTES, sha256_of
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def download(repository: str, revision: str | None) -> tuple[Path, str]:
     """Download `repository` and return (snapshot directory, commit).
 
-    `revision` is a commit, branch or tag, None for the default branch; it is resolved to a commit first, so that the
-    manifest records what was read. An interrupted download is taken up again. Every file's digest is compared with
-    the hub's: SHA-256 for large files, git's blob SHA-1 for small ones.
+    `revision` is a commit, a branch or a tag; None is the default branch. It is resolved to a commit first, so that the
+    manifest can record what was read. An interrupted download goes on where it stopped. The digest of every file is
+    compared with the hub's: SHA-256 for large files, git's blob SHA-1 for small ones. UserError where any of this fails.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -33,13 +33,13 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
             where="Hugging Face",
             got=f"{repository} at {revision or 'its default branch'}",
             expected="a repository that you may read",
-            next_step="check model.repository, or run `hf auth login`",
+            next_step="check the name and the revision, or run `hf auth login`",
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             "download failed",
             where=repository,
-            got=_first_line(error),
+            got=first_line(error),
             expected="every file of the repository",
             next_step="run `dvc repro` again; what is there already is kept",
         ) from None
@@ -51,7 +51,7 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
 
 
 def _require_room(info: "ModelInfo", repository: str) -> None:
-    """Refuse a download that the cache's file system cannot hold; files that are there already count as room."""
+    """UserError where the cache's disk cannot hold the download. Files that are there already are not counted."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     wanted = [f for f in info.siblings if f.size and any(Path(f.rfilename).match(pattern) for pattern in HUB_PATTERNS)]
@@ -63,7 +63,7 @@ def _require_room(info: "ModelInfo", repository: str) -> None:
 
 
 def git_blob_sha1(path: Path) -> str:
-    """The id git gives the file's content, which the hub reports for files outside LFS."""
+    """git's blob id of a file, in hex. The hub reports it for files outside LFS."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -84,7 +84,3 @@ def _check(path: Path, sha256: str | None, blob_id: str | None) -> None:
             expected=expected,
             next_step=f"delete {path.resolve()} and run `dvc repro` again",
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,6 +1,6 @@
-"""SHA-256 of every tensor of a source; those of files that stayed the same since the last look are remembered.
+"""SHA-256 of every tensor of a source. Those of files that have not changed are remembered.
 
-A file is the same if its size, times and inode are, which is also how DVC decides whether to hash a file again.
+A file counts as unchanged if its size, times and inode are the same. DVC decides by these, too, whether to hash a file.
 """
 
 import hashlib
@@ -18,13 +18,18 @@ from gptoss_nf4.storage.machine import cores
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import write_json
 
-# A file that was written this shortly before it was looked at may be written again within one tick of its clock.
+# A file that changed less than this before it was hashed is not remembered: another change within the same tick of the file
+# system's clock would not show in its times.
 SETTLED_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Described:
-    """dtype, shape and SHA-256 of tensors by name, in the groups asked for; and what it took to make them."""
+    """What `describe` found.
+
+    `groups`: in each, dtype, shape and SHA-256 by tensor name. `hashed_bytes` and `seconds`: what had to be hashed, and how
+    long that took.
+    """
 
     groups: list[dict[str, dict]]
     hashed_bytes: int
@@ -32,7 +37,10 @@ class Described:
 
 
 def describe(checkpoint: Checkpoint, groups: list[list[str]], memory: Path) -> Described:
-    """The content of each tensor; where it lies in the files does not count. `memory` is read and written."""
+    """Describe the content of each tensor of `groups`, which are lists of names.
+
+    Where a tensor lies in the files makes no difference. `memory` is the file of remembered digests: read, then replaced.
+    """
     started, seen = time.time(), {file: _identity(file) for file in checkpoint.weight_files}
     known = _recall(memory, seen)
 
@@ -65,7 +73,7 @@ def _settled(file: Path, was: list[int], looked_at: float) -> bool:
 
 
 def _recall(memory: Path, seen: dict[Path, list[int]]) -> dict[str, str]:
-    """Digests by tensor of the files that are as they were; none where the memory itself is missing or damaged."""
+    """Digests by tensor name, of the files that have not changed. Empty where `memory` is missing or damaged."""
     try:
         files = read_json_object(memory)
         unchanged = [

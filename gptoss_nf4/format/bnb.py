@@ -1,15 +1,25 @@
-"""bitsandbytes' own dequantization to float32: what the conversion is compared with, and what mode nf4 starts from."""
+"""bitsandbytes' own dequantization to float32.
+
+The proof compares the conversion with it. Mode nf4 starts from it.
+"""
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 
 
 def dequantize_float32(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
-    """float32 of `state.shape`, on packed's device; left alone bitsandbytes would round to the state's dtype.
+    """Dequantize a 4-bit weight without rounding it to the state's dtype, as `dequantize_4bit` alone would.
 
-    bitsandbytes 0.50.2's CPU kernel starts a new block with every row, its quantizer does not: where rows are not
-    whole blocks they disagree (seen on [6, 96] with blocksize 64: 25 % error instead of 9 %). Handed over as one row
-    the weight is read as it was written.
+    bitsandbytes 0.50.2's quantizer lets blocks run on across rows. Its CPU kernel starts a new block with every row. The
+    two disagree where rows are not whole blocks: on [6, 96] with blocksize 64 the error was 25 % instead of 9 %. Such a
+    weight is handed over as one row, so it is read as it was written.
+
+    Args:
+        packed: uint8, elements / 2 bytes in any shape.
+        state: of the weight, with or without double quantization. It is not changed.
+
+    Returns:
+        float32 of `state.shape`, on the device of `packed`.
     """
     shape = state.shape
     flat = QuantState(

@@ -9,7 +9,11 @@ from gptoss_nf4.format.counts import Counts
 
 @dataclass
 class CastCounts(Counts):
-    """Values that a cast lost: finite ones that became infinite, non-zero ones that became zero, and bad ones."""
+    """What casting `values` values lost.
+
+    `overflow` counts finite values that became infinite, `underflow` non-zero ones that became zero, and `non_finite`
+    those that were NaN or infinite before.
+    """
 
     values: int = 0
     overflow: int = 0
@@ -18,10 +22,10 @@ class CastCounts(Counts):
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, CastCounts]:
-    """`tensor` (any floating dtype and shape) in `dtype`, and what was lost."""
+    """Return `tensor` (any floating dtype and shape) in `dtype`, and what that lost. Nothing is raised."""
     after = tensor.to(dtype)
     counts = CastCounts(values=tensor.numel())
-    if not torch.isfinite(after).all():  # finite results have finite origins: one look at most tensors
+    if not torch.isfinite(after).all():  # a finite result had a finite origin, so most tensors need this one look
         finite = torch.isfinite(tensor)
         counts.non_finite = int((~finite).sum())
         counts.overflow = int((finite & ~torch.isfinite(after)).sum())

@@ -38,7 +38,7 @@ def denest_absmax(
         nested_quant_map: float32 [256].
         nested_absmax: float32 [ceil(blocks / blocksize)].
         blocksize: absmax bytes per nested_absmax value, in elements (256 in every published checkpoint).
-        offset: the mean that was taken off before absmax was quantized.
+        offset: the mean of absmax, which bitsandbytes subtracts before it quantizes absmax.
 
     Returns:
         float32 [blocks]. The two operations round to float32 in this order, as bitsandbytes' `dequantize_4bit` does.
@@ -59,12 +59,13 @@ def unpack_codes(packed: np.ndarray) -> np.ndarray:
 def dequantize(
     packed: np.ndarray, absmax: np.ndarray, quant_map: np.ndarray, blocksize: int, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Dequantize a weight; blocks run through the flat weight, across rows where these are not whole blocks.
+    """Dequantize a weight. Blocks run through the flat weight, so a block may cross rows that are not whole blocks.
 
     Args:
         packed: uint8, elements / 2 bytes in any shape.
         absmax: float32 [ceil(elements / blocksize)].
-        quant_map: float32 [16].
+        quant_map: float32 [16], the values of the codes.
+        blocksize: weights per absmax value.
         shape: logical shape of the weight.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Counts that are gathered piece by piece."""
+"""Counts that are gathered piece by piece and then added."""
 
 from dataclasses import dataclass, fields
 from typing import Self
@@ -6,7 +6,7 @@ from typing import Self
 
 @dataclass
 class Counts:
-    """A dataclass of numbers whose sum is that of each field."""
+    """Base of dataclasses of numbers: `+` adds field by field."""
 
     def __add__(self, other: Self) -> Self:
         return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

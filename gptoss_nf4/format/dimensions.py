@@ -8,12 +8,14 @@ from gptoss_nf4.errors import UserError
 # gpt-oss's clamped SwiGLU (transformers `modeling_gpt_oss.py` GptOssExperts; openai/gpt-oss `swiglu`).
 SWIGLU_ALPHA = 1.702
 SWIGLU_LIMIT = 7.0
-# vLLM 0.32.0 builds these into its gpt-oss (models/gpt_oss.py: RMSNorm(eps=1e-5), `layer_idx % 2 == 0`;
-# layers/activation.py: SwigluOAIAndMul(limit=7.0)); a checkpoint with others would be served wrongly in silence.
+# vLLM 0.32.0 builds these values into its gpt-oss and reads none of them from config.json. A checkpoint with others would
+# be served wrongly, without a word (models/gpt_oss.py: RMSNorm(eps=1e-5), `layer_idx % 2 == 0`; layers/activation.py:
+# SwigluOAIAndMul(limit=7.0)).
 RMS_NORM_EPS = 1e-5
 LAYER_TYPES = ("sliding_attention", "full_attention")
 
-# Far beyond any gpt-oss, and small enough that a hostile config.json costs no memory: names are made from these two.
+# Names are made for every layer and expert, so a hostile config.json could cost memory. These bounds are small enough that
+# it does not, and far beyond any gpt-oss.
 LARGEST = {"num_hidden_layers": 1000, "num_local_experts": 4096}
 MAX_WIDTH = 1 << 24
 
@@ -34,8 +36,12 @@ class Dimensions:
 
     @classmethod
     def from_config(cls, config: dict, where: Path) -> "Dimensions":
-        """Read a transformers 4.5x or 5 config; raises UserError for another model or one vLLM would serve wrongly."""
-        _expect(config.get("model_type"), "gpt_oss", "model_type", where, "this tool converts gpt-oss only")
+        """Read the config.json of transformers 4.5x or 5.
+
+        UserError for another model, for a count that is missing or out of range, and for a value that vLLM would ignore.
+        `where` is the file, for errors.
+        """
+        _expect(config.get("model_type"), "gpt_oss", "model_type", where, "choose a gpt-oss: no other model is converted")
 
         def count(*keys: str) -> int:
             value = next((config[key] for key in keys if config.get(key) is not None), None)
@@ -61,7 +67,7 @@ class Dimensions:
             head_dim=count("head_dim"),
             vocabulary=count("vocab_size"),
         )
-        fixed = "vLLM's gpt-oss has this value built in and would serve another one wrongly"
+        fixed = "restore the model's own config.json: vLLM has this value built in and would serve another wrongly"
         _expect(config.get("rms_norm_eps", RMS_NORM_EPS), RMS_NORM_EPS, "rms_norm_eps", where, fixed)
         _expect(config.get("swiglu_limit", SWIGLU_LIMIT), SWIGLU_LIMIT, "swiglu_limit", where, fixed)
         _expect(config.get("tie_word_embeddings", False), False, "tie_word_embeddings", where, fixed)
@@ -81,6 +87,8 @@ class Dimensions:
         return self.kv_heads * self.head_dim
 
 
-def _expect(got: object, expected: object, key: str, where: Path, why: str) -> None:
+def _expect(got: object, expected: object, key: str, where: Path, next_step: str) -> None:
     if got != expected:
-        raise UserError("unsupported config", where=where, got=f"{key}={got!r}", expected=repr(expected), next_step=why)
+        raise UserError(
+            "unsupported config", where=where, got=f"{key}={got!r}", expected=repr(expected), next_step=next_step
+        )

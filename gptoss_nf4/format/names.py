@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from gptoss_nf4.format.dimensions import Dimensions
 
-# Beside a 4-bit weight, as bitsandbytes names them; the nested ones with double quantization only.
+# What bitsandbytes stores beside a 4-bit weight. The nested ones exist with double quantization only.
 SIDECARS = ("absmax", "quant_map")
 NESTED_SIDECARS = ("nested_absmax", "nested_quant_map")
 STATE_PREFIX = "quant_state.bitsandbytes__"
@@ -45,7 +45,7 @@ def prefix(layer: int) -> str:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to; None for those outside the layers."""
+    """The number of the layer that a tensor belongs to. None for a tensor outside the layers."""
     parts = name.split(".")
     return int(parts[2]) if parts[:2] == ["model", "layers"] and parts[2:3] and parts[2].isdecimal() else None
 
@@ -58,12 +58,12 @@ def parts_of(fusion: Fusion, layer: int, experts: int) -> list[str]:
 
 
 def target_of(fusion: Fusion, layer: int) -> str:
-    """The fused name of what `fusion` makes in `layer`."""
+    """Full fused name of the module that `fusion` makes in `layer`."""
     return prefix(layer) + fusion.target
 
 
 def weight_shapes(d: Dimensions) -> dict[str, tuple[int, int]]:
-    """Logical [out_features, in_features] of every module that a fusion takes."""
+    """Logical [out_features, in_features] of every module that a fusion takes, by its name in `Fusion.sources`."""
     return {
         "self_attn.q_proj": (d.q_rows, d.hidden),
         "self_attn.k_proj": (d.kv_rows, d.hidden),
@@ -81,7 +81,7 @@ def fused_shape(fusion: Fusion, shapes: Sequence[tuple[int, int]]) -> tuple[int,
 
 
 def kept_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
-    """Shape of a layer's floating tensors that keep shape and name: neither weights of modules nor their biases."""
+    """Shapes of a layer's tensors that no fusion takes, by name relative to the layer: router, sinks and norms."""
     return {
         "mlp.router.weight": (d.experts, d.hidden),
         "mlp.router.bias": (d.experts,),
@@ -92,7 +92,7 @@ def kept_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
 
 
 def outside_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
-    """Shape of the tensors outside the layers, by full name."""
+    """Shapes of the tensors outside the layers, by full name."""
     return {
         "model.embed_tokens.weight": (d.vocabulary, d.hidden),
         "model.norm.weight": (d.hidden,),

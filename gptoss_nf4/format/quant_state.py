@@ -1,7 +1,8 @@
 """bitsandbytes' quantization state of one weight, as stored beside it.
 
-The small fields are a JSON object in a uint8 tensor (bitsandbytes 0.50 `utils.pack_dict_to_tensor`), the large ones
-tensors of their own: absmax, quant_map and, with double quantization, nested_absmax and nested_quant_map.
+The small fields are one JSON object in a uint8 tensor (bitsandbytes 0.50 `utils.pack_dict_to_tensor`): they are read and
+written here. The large fields are tensors of their own: absmax, quant_map and, with double quantization, nested_absmax
+and nested_quant_map.
 """
 
 import json
@@ -21,7 +22,7 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 `deq
 
 @dataclass(frozen=True)
 class Nested:
-    """Double quantization of absmax: one float32 per `blocksize` absmax bytes, and one offset for all."""
+    """Double quantization of absmax: one float32 scale for each `blocksize` absmax bytes, and one offset for all."""
 
     blocksize: int
     offset: float
@@ -29,7 +30,11 @@ class Nested:
 
 @dataclass(frozen=True)
 class QuantState:
-    """What decides how a 4-bit weight is read; `dtype` is the one that bitsandbytes dequantizes to by default."""
+    """How a 4-bit weight is to be read.
+
+    `shape` is the weight's logical one. `blocksize` is in weights. bitsandbytes dequantizes to `dtype` unless told
+    otherwise. `nested` is None where absmax is stored in float32.
+    """
 
     quant_type: str
     blocksize: int
@@ -47,7 +52,7 @@ class QuantState:
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "QuantState":
-        """Parse the JSON bytes of `....quant_state.bitsandbytes__*`; UserError names `where` and the field."""
+        """Parse the JSON of a `quant_state.bitsandbytes__*` tensor. UserError names `where`, the tensor, and the field."""
 
         def bad(got: object, expected: str) -> UserError:
             return UserError(
@@ -87,7 +92,7 @@ class QuantState:
         return cls(fields["quant_type"], fields["blocksize"], fields["dtype"], tuple(shape), nested)
 
     def to_json(self) -> np.ndarray:
-        """JSON bytes as bitsandbytes packs them, uint8 [n]; for states without nesting, all that we write."""
+        """The JSON bytes, uint8 [n], as bitsandbytes packs them. Only for states without nesting: we write no others."""
         if self.nested is not None:
             raise ValueError("a nested state is only ever read")
         fields = {"quant_type": self.quant_type, "blocksize": self.blocksize, "dtype": self.dtype, "shape": self.shape}

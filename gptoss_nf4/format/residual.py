@@ -1,12 +1,12 @@
 """`residual_scale`: a power of two that keeps gpt-oss's residual stream inside float16.
 
-Activations grow with depth; on the 120b the stream reaches 45,344 at layer 34 and passes float16's 65,504 at the next,
-after which all is NaN (onnxruntime-genai #2444). The stream only ever enters RMSNorm, so everything that writes to it
-may be multiplied by s, as long as each norm's eps is multiplied by s^2: the network's function stays the same.
+Activations grow with depth. On the 120b the stream reaches 45,344 at layer 34 and passes float16's 65,504 at the next
+layer; from there on all is NaN (onnxruntime-genai #2444). But the stream is read by RMSNorm alone. So everything that
+writes to it may be multiplied by s, if each norm's eps is multiplied by s^2: the network's function stays the same.
 
-The checkpoint itself is not scaled. Its config.json records s, and the plugin scales while loading: what reads the
-checkpoint with bitsandbytes needs to know nothing, weights stay comparable with the source's, and another s touches no
-layer's file. A power of two moves the exponent alone, so nothing is rounded but what becomes subnormal: counted here.
+The checkpoint itself is not scaled. Its config.json records s, and the plugin scales while it loads. So a reader with
+bitsandbytes needs to know nothing of s, weights stay comparable with the source's, and another s changes no layer's file.
+A power of two changes the exponent alone, so only values that become subnormal are rounded. They are counted here.
 """
 
 import math
@@ -25,24 +25,24 @@ AUTO = "auto"
 AUTO_FLOAT16 = 2.0**-6  # room for 4.2 million, 92 times what was seen at layer 34 of the 120b
 SMALLEST = 2.0**-14  # the smallest float16 that is not subnormal
 KEY = "residual_scale"  # in config.json's quantization_config
-# What rounding to float16 itself may cost: scaling must not cost more.
+# Relative error of rounding to float16 itself. Scaling must not cost more.
 MAX_RELATIVE_LOSS = 2.0**-11
 
-# The tensors of the fused checkpoint that write to the stream: values, but not 4-bit codes, whose absmax carries the scale.
+# The tensors of the fused checkpoint that write to the stream. Of a 4-bit weight absmax is scaled, and the codes stay.
 WRITERS = re.compile(
     r"model\.(embed_tokens\.weight|layers\.\d+\.(self_attn\.o_proj|mlp\.experts\.w2)\.(bias|weight|weight\.absmax))"
 )
 
 
 def resolve(setting: object, dtype: str) -> float:
-    """The scale that `residual_scale` of params.yaml stands for; UserError if it is neither auto nor a power of two."""
+    """The scale that `residual_scale` of params.yaml stands for. UserError where it is neither auto nor a power of two."""
     if setting == AUTO:
         return AUTO_FLOAT16 if dtype == "float16" else 1.0
     return check_scale(setting, where=KEY)
 
 
 def check_scale(scale: object, where: object) -> float:
-    """`scale` as a float, if it is a power of two from SMALLEST to 1; UserError otherwise."""
+    """Return `scale` as a float if it is a power of two from SMALLEST to 1. UserError, which names `where`, otherwise."""
     if (
         isinstance(scale, (int, float))
         and not isinstance(scale, bool)  # JSON's true is an int to Python
@@ -54,24 +54,24 @@ def check_scale(scale: object, where: object) -> float:
         "bad residual_scale",
         where=where,
         got=repr(scale),
-        expected=f"auto or a power of two from {SMALLEST} to 1",
+        expected="auto or a power of two from 2^-14 to 1",
         next_step="use residual_scale=auto",
     )
 
 
 def scale_of(quantization_config: Mapping, where: object) -> float:
-    """The scale that a converted checkpoint records; 1 where it records none."""
+    """The scale that a converted checkpoint records, 1 where it records none. UserError names `where` for a bad one."""
     return check_scale(quantization_config.get(KEY, 1.0), where)
 
 
 def writes_to_stream(name: str, tensor_is_floating: bool = True) -> bool:
-    """Whether the tensor `name` of the fused checkpoint is one to scale."""
+    """Whether tensor `name` of the fused checkpoint is to be scaled. 4-bit codes, which are not floating, never are."""
     return tensor_is_floating and WRITERS.fullmatch(name) is not None
 
 
 @dataclass
 class ScalingLoss(Counts):
-    """What multiplying values by a power of two lost, in their own dtype; errors are sums over float64 squares."""
+    """What multiplying `values` values by a power of two lost in their own dtype. The squares are summed in float64."""
 
     values: int = 0
     became_subnormal: int = 0
@@ -81,12 +81,12 @@ class ScalingLoss(Counts):
 
     @property
     def relative_error(self) -> float:
-        """Root mean square error by root mean square value, to three digits: more depend on the order of summing."""
+        """RMS error divided by RMS value. Three digits: more would depend on the order of summing."""
         return float(f"{math.sqrt(self.squared_error / self.squared_sum):.3g}") if self.squared_sum else 0.0
 
 
 def scaling_loss(stored: "torch.Tensor", scale: float) -> ScalingLoss:
-    """What `stored * scale` (any floating dtype and shape) loses in that dtype: values below its smallest normal one."""
+    """What `stored * scale` loses in the dtype of `stored` (any floating one, any shape): bits of subnormal results."""
     import torch
 
     smallest = torch.finfo(stored.dtype).smallest_normal
@@ -105,7 +105,7 @@ def scaling_loss(stored: "torch.Tensor", scale: float) -> ScalingLoss:
 
 
 def require_small(loss: ScalingLoss, name: str, scale: float) -> ScalingLoss:
-    """`loss`, of tensor `name`, if it is within MAX_RELATIVE_LOSS; UserError otherwise."""
+    """Return `loss`, that of tensor `name`, if it is at most MAX_RELATIVE_LOSS. UserError otherwise."""
     if loss.relative_error > MAX_RELATIVE_LOSS:
         raise UserError(
             f"{KEY} {scale:g} loses too much",
@@ -119,7 +119,7 @@ def require_small(loss: ScalingLoss, name: str, scale: float) -> ScalingLoss:
 
 
 def report(losses: Mapping[str, ScalingLoss], scale: float) -> dict:
-    """The section of metrics/dtypes.json: in all, and for each tensor that lost something."""
+    """The section `scaling` of metrics/dtypes.json: the sums, and each tensor that lost something."""
     total = sum(losses.values(), ScalingLoss())
     return {
         KEY: scale,

@@ -1,4 +1,4 @@
-"""What a converted checkpoint is: the tensors that it holds, told from its config.json alone."""
+"""Which tensors a converted checkpoint holds. Its config.json alone decides that."""
 
 from pathlib import Path
 
@@ -6,13 +6,16 @@ from gptoss_nf4.format import names
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.dtypes import FLOATING, SAFETENSORS_NAMES
 
-QUANT_METHOD = "gptoss_nf4"  # of config.json's quantization_config: by it vLLM selects the plugin
+QUANT_METHOD = "gptoss_nf4"  # in config.json's quantization_config; vLLM selects the plugin by it
 FORMAT_VERSION = 1
-Expected = tuple[frozenset[str], tuple[int, ...] | None]  # dtypes that may be, and the shape; None is any
+Expected = tuple[frozenset[str], tuple[int, ...] | None]  # (allowed safetensors dtypes, shape); a shape of None allows any
 
 
 def expected_tensors(config: dict, where: Path) -> dict[str, Expected]:
-    """Every tensor of a converted checkpoint with this config.json: safetensors dtypes and shape by name."""
+    """Every tensor that a converted checkpoint with this config.json must hold, by its full name.
+
+    UserError, which names `where`, for dimensions that cannot be.
+    """
     d, quantization = Dimensions.from_config(config, where), config["quantization_config"]
     dense_modules, blocksize = set(quantization["modules_to_not_convert"]), quantization["blocksize"]
     state = f"{names.STATE_PREFIX}{quantization['quant_type']}"

@@ -1,7 +1,7 @@
-"""Moving whole rows: the exact half of the conversion, pure functions on arrays or tensors.
+"""Moving whole rows, which changes no weight: pure functions on arrays.
 
-A block of `blocksize` weights runs along a row, so where in_features is a multiple of blocksize no block crosses a
-row, and rows can be stacked, joined and re-ordered together with their absmax without changing a single weight.
+A block of `blocksize` weights runs along a row. Where in_features is a multiple of blocksize, no block crosses into the
+next row. Then rows can be stacked, joined and re-ordered together with their absmax.
 """
 
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ def rows_of_blocks(packed: np.ndarray, absmax: np.ndarray, shape: Sequence[int])
 
 
 def w13_rows(order: str, rows: int) -> np.ndarray:
-    """Which stored row comes where: int64 [rows], for `stored[..., w13_rows(order, rows), ...]`.
+    """Index, int64 [rows], that brings the source's rows of w13 into `order`: `stored[w13_rows(order, rows)]`.
 
-    The source stores gate and up interleaved (gate in even rows: transformers `modeling_gpt_oss.py`). `interleaved`
-    keeps that, as vLLM's swigluoai wants it; `concatenated` puts all gate rows before all up rows. The classic
-    mistake is to take the stored halves for gate and up.
+    The source stores gate and up interleaved, with gate in the even rows (transformers `modeling_gpt_oss.py`).
+    `interleaved` keeps that, as vLLM's swigluoai wants it. `concatenated` puts all gate rows before all up rows. The
+    classic mistake is to take the two halves of the stored rows for gate and up.
     """
     numbers = np.arange(rows)
     if order == INTERLEAVED:
@@ -43,5 +43,5 @@ def w13_rows(order: str, rows: int) -> np.ndarray:
 
 
 def interleaved_rows(order: str, rows: int) -> np.ndarray:
-    """The inverse of `w13_rows`: int64 [rows] that brings rows stored in `order` back to interleaved."""
+    """Index, int64 [rows], that brings rows stored in `order` back to interleaved: the inverse of `w13_rows`."""
     return np.argsort(w13_rows(order, rows))

@@ -1,8 +1,8 @@
 """The embedded model: a small gpt-oss in the published split layout, written by bitsandbytes itself.
 
-Small, but with everything that has gone wrong before: interleaved gate and up, biases and sinks that are not zero, a
-router in another dtype than the rest, several shards, absmax counts that are not whole nested blocks, hidden and
-intermediate widths that differ. The weights are drawn large enough that generation does not fall into one token.
+It is small, but has everything that has gone wrong before: interleaved gate and up, biases and sinks that are not zero, a
+router in another dtype than the rest, several shards, absmax that is not a whole number of nested blocks, and an
+intermediate width other than the hidden one. The weights are large enough that generation does not repeat one token.
 """
 
 import json
@@ -24,11 +24,11 @@ from gptoss_nf4.storage.writing import write_file, write_json, write_text
 TINY = Dimensions(
     layers=2, hidden=192, intermediate=320, experts=8, experts_per_token=4, heads=4, kv_heads=2, head_dim=64, vocabulary=320
 )
-# Three layers add to 98,304, beyond float16's 65,504. Every token uses all experts: a close choice between two, which any
-# 16-bit dtype flips now and then, would hide what rounding does.
+# Three layers add up to 98,304, beyond float16's 65,504. Every token uses all four experts. Otherwise a 16-bit dtype would
+# now and then choose another expert than float32 does, and that would hide what rounding the stream does.
 MASSIVE_DIMENSIONS = replace(TINY, layers=3, experts=4)
-MASSIVE, MASSIVE_CHANNEL = 32768.0, 7
-OTHERS = 7.0  # root mean square of the other channels: 5 to 9 from the second layer on
+MASSIVE_VALUE, MASSIVE_CHANNEL = 32768.0, 7
+OTHER_CHANNELS_RMS = 7.0  # assumed for the norms' weights; measured 5 to 9 from the second layer on
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|start|>", "<|message|>", "<|end|>")
 SLIDING_WINDOW = 16
 ROUTER_DTYPE = torch.float32
@@ -95,13 +95,13 @@ def model_config(d: Dimensions) -> dict:
 
 
 def random_tensor(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> torch.Tensor:
-    """float32 normal values that depend on the tensor's name and shape alone."""
+    """Normal values, float32 of `shape`, that depend on the tensor's name and shape alone."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return torch.randn(shape, generator=generator) * std + mean
 
 
 def quantized(name: str, weight: torch.Tensor, blocksize: int = 64) -> dict[str, torch.Tensor]:
-    """A float weight [out, in] as bitsandbytes stores it with double quantization, in bfloat16 state."""
+    """`weight`, floating [out, in], rounded to bfloat16 and stored as bitsandbytes does with double quantization."""
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(weight.to(OTHER_DTYPE), blocksize=blocksize, compress_statistics=True, quant_type="nf4")
@@ -110,10 +110,10 @@ def quantized(name: str, weight: torch.Tensor, blocksize: int = 64) -> dict[str,
 
 
 def split_tensors(d: Dimensions, blocksize: int = 64, massive: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of the checkpoint, a dictionary per layer and one for what lies outside the layers.
+    """The tensors of the checkpoint by stored name: a dictionary for each layer, then one for those outside the layers.
 
-    massive: every layer adds MASSIVE to one channel of the residual stream, as trained models do, and the norms after it
-    are such as to make the other channels count.
+    With `massive`, every layer adds MASSIVE_VALUE to one channel of the residual stream, as trained models do. The weights
+    of the norms after it drop that channel and make up for it, so that the other channels count.
     """
     for layer in range(d.layers):
         tensors: dict[str, torch.Tensor] = {}
@@ -124,7 +124,7 @@ def split_tensors(d: Dimensions, blocksize: int = 64, massive: bool = False) -> 
         for key, shape in split.kept_shapes(d).items():
             name, norm = names.prefix(layer) + key, key.endswith("layernorm.weight")
             dtype = ROUTER_DTYPE if "router" in key else OTHER_DTYPE
-            # Spread routing: logits of about unit size, from normalized activations.
+            # The router's logits are of about unit size, so routing spreads over the experts.
             std = 0.1 if norm else 1.0 / math.sqrt(d.hidden) if key == "mlp.router.linear.weight" else 0.5
             tensors[name] = random_tensor(name, shape, std=std, mean=1.0 if norm else 0.0).to(dtype)
         if massive:
@@ -142,22 +142,22 @@ def split_tensors(d: Dimensions, blocksize: int = 64, massive: bool = False) -> 
 
 
 def _make_massive(tensors: dict[str, torch.Tensor], layer: int, d: Dimensions) -> None:
-    """The experts' bias, whose weights sum to 1, adds MASSIVE to MASSIVE_CHANNEL."""
+    """Give every expert that bias in MASSIVE_CHANNEL. A token's routing weights sum to 1, so it is added once."""
     for expert in range(d.experts):
-        tensors[f"{names.prefix(layer)}mlp.experts.down_projs.{expert}.bias"][MASSIVE_CHANNEL] = MASSIVE
+        tensors[f"{names.prefix(layer)}mlp.experts.down_projs.{expert}.bias"][MASSIVE_CHANNEL] = MASSIVE_VALUE
     if layer:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             _undo_massive(tensors[f"{names.prefix(layer)}{norm}.weight"], layer, d)
 
 
 def _undo_massive(norm: torch.Tensor, layers_before: int, d: Dimensions) -> None:
-    """A norm's weight such that all channels but the massive one leave it with a root mean square of about 1."""
-    norm *= layers_before * MASSIVE / math.sqrt(d.hidden) / OTHERS
+    """Change a norm's weight so that the massive channel leaves it as 0 and the others with an RMS of about 1."""
+    norm *= layers_before * MASSIVE_VALUE / math.sqrt(d.hidden) / OTHER_CHANNELS_RMS
     norm[MASSIVE_CHANNEL] = 0
 
 
 def write_checkpoint(directory: Path, d: Dimensions = TINY, blocksize: int = 64, massive: bool = False) -> None:
-    """Write the whole model: config, shards with an index (one a layer and one for the rest), tokenizer."""
+    """Write the whole model: a shard for each layer and one for the rest, index, config and tokenizer."""
     from safetensors.torch import save_file
 
     weight_map: dict[str, str] = {}
@@ -176,7 +176,7 @@ def write_checkpoint(directory: Path, d: Dimensions = TINY, blocksize: int = 64,
 
 
 def write_tokenizer(directory: Path) -> None:
-    """A byte-level tokenizer: token b is byte b (in GPT-2's alphabet), then the special tokens."""
+    """Write a byte-level tokenizer: a token for each of the 256 bytes, in GPT-2's alphabet, then the special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -1,8 +1,8 @@
 """A full-size source that needs no download: the published split layout filled with random codes.
 
-For measuring the conversion, not for generating text: every tensor of the real checkpoint is there in its real shape,
-several shards, with absmax of plausible size and states as bitsandbytes writes them, but nothing was ever quantized.
-Codes depend on the tensor's name alone, so writing twice gives the same bytes.
+It measures the conversion and generates no text. Every tensor of the real checkpoint is there in its real shape, absmax has
+a plausible size, and states are as bitsandbytes writes them. But nothing was ever quantized. Codes depend on the tensor's
+name alone, so writing twice gives the same bytes.
 """
 
 import json
@@ -26,12 +26,15 @@ from gptoss_nf4.storage.tensor_writer import Declared, writing_tensors
 from gptoss_nf4.storage.writing import write_json
 
 BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256  # of the published checkpoints
-ABSMAX_MEAN, ABSMAX_SPREAD = 0.02, 0.015  # so that every de-nested absmax is positive
+ABSMAX_MEAN, ABSMAX_SPREAD = (
+    0.02,
+    0.015,
+)  # mean - spread > 0, so every absmax is positive
 PIECE_VALUES = 1 << 22
 
 
 def write_checkpoint(directory: Path, d: Dimensions) -> None:
-    """Write the model: a shard a layer and one for the rest, index, config and the embedded model's tokenizer."""
+    """Write the model: a shard for each layer and one for the rest, index, config and the embedded model's tokenizer."""
     from bitsandbytes.functional import create_dynamic_map
 
     nested_map = create_dynamic_map().numpy()
@@ -41,7 +44,7 @@ def write_checkpoint(directory: Path, d: Dimensions) -> None:
     def write_shard(layer: int) -> tuple[str, dict[str, int]]:
         tensors = layer_tensors(d, layer, nested_map) if layer < d.layers else outside_tensors(d)
         file = f"model-{layer + 1:05d}-of-{d.layers + 1:05d}.safetensors"
-        # Four-byte values first, texts last, so that all are aligned.
+        # Largest items first, so that every tensor is aligned.
         tensors.sort(key=lambda tensor: -ITEM_BYTES[tensor.declared.dtype])
         with writing_tensors(directory / file, [tensor.declared for tensor in tensors]) as out:
             for tensor in tensors:
@@ -49,7 +52,7 @@ def write_checkpoint(directory: Path, d: Dimensions) -> None:
                     out.append(tensor.declared.name, piece)
         return file, {tensor.declared.name: tensor.declared.bytes for tensor in tensors}
 
-    # Two at once: random numbers and the disk each take part of a core.
+    # Two at once: one draws random numbers while the other waits for the disk.
     with ThreadPoolExecutor(2) as pool:
         for file, sizes in pool.map(write_shard, range(d.layers + 1)):
             weight_map |= dict.fromkeys(sizes, file)
@@ -62,7 +65,7 @@ def write_checkpoint(directory: Path, d: Dimensions) -> None:
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor of the source, and how its bytes are made: in order, in pieces."""
+    """A tensor to be written, and what makes its bytes, in order and in pieces."""
 
     declared: Declared
     pieces: Callable[[], Iterator[np.ndarray]]
@@ -77,7 +80,7 @@ def _generator(name: str) -> np.random.Generator:
 
 
 def random_bytes(name: str, shape: tuple[int, ...]) -> Made:
-    """A uint8 tensor; drawn as whole 64-bit numbers, the fastest that NumPy draws."""
+    """A uint8 tensor of random bytes. They are drawn as 64-bit numbers, which is NumPy's fastest way."""
 
     def pieces() -> Iterator[np.ndarray]:
         count = math.prod(shape)
@@ -87,7 +90,7 @@ def random_bytes(name: str, shape: tuple[int, ...]) -> Made:
 
 
 def bfloat16(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> Made:
-    """Normal values, some megabytes at a time."""
+    """A bfloat16 tensor of normal values, made PIECE_VALUES at a time."""
 
     def pieces() -> Iterator[np.ndarray]:
         generator, count = _generator(name), math.prod(shape)

@@ -1,8 +1,8 @@
-"""Sources: telling the layouts of gpt-oss checkpoints apart, and reading each through one face.
+"""Sources: telling the layouts of gpt-oss checkpoints apart, and reading all of them through one interface.
 
-- `interface.py`: the face. Everything above knows a source by it alone.
-- `layouts.py`: the table of layouts that can be read, and what to do with the others.
-- `split.py`: Unsloth's published layout, one 4-bit weight an expert.
+- `interface.py`: that interface. Everything above knows a source by it alone.
+- `layouts.py`: which layouts can be read, and the advice for the others.
+- `split.py`: Unsloth's published layout, in which each expert's weight is a tensor of its own.
 - `model.py`: the `model` section of the settings, and opening what stage fetch brought.
 
 May import `storage`, `format` and `errors`. Imported by `fetch`, `samples`, `convert`, `check` and the stages.

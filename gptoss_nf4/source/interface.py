@@ -1,7 +1,7 @@
-"""The one face that every source has, whatever layout its files are in.
+"""The one interface that every source has, whatever layout its files are in.
 
-A stage asks for modules and floating tensors by canonical names (`format/names.py`) and never for a stored one. A reader
-of another layout is a subclass of `Source` in a file of its own, and one line in `layouts.LAYOUTS`.
+A stage asks for modules and floating tensors by their canonical names (`format/names.py`), never by stored ones. To read
+another layout takes a subclass of `Source` in a file of its own, and one entry in `layouts.LAYOUTS`.
 """
 
 from abc import ABC, abstractmethod
@@ -21,17 +21,17 @@ from gptoss_nf4.storage.checkpoint import Checkpoint
 if TYPE_CHECKING:
     import torch
 
-# Along which dimension of a weight the neighbours lie that share an absmax.
+# Values of `blocks_along`: the dimension of the weight along which a block, whose weights share an absmax, runs.
 INPUTS = "inputs"
 OUTPUTS = "outputs"
 
 
 @dataclass(frozen=True)
 class Module:
-    """One weight matrix and where its quantization runs.
+    """One weight matrix and how it is quantized.
 
     `name` is canonical and full. `shape` is logical: [out_features, in_features]. `state` is None where the source left
-    the weight in 16 or 32 bit. `blocks_along` counts for 4-bit weights only.
+    the weight in 16 or 32 bit; `blocks_along` has no meaning then.
     """
 
     name: str
@@ -52,8 +52,8 @@ class Module:
 class Floating:
     """A tensor that is not 4-bit.
 
-    `name` is canonical; `stored` says where it comes from, for messages. `dtype` is a safetensors name such as "BF16".
-    `read` gives its values in order, flat, some megabytes at a time.
+    `name` is canonical. `stored` is its name in the source, for messages. `dtype` is a safetensors name such as "BF16".
+    `read` gives its values in order: flat tensors of some megabytes.
     """
 
     name: str
@@ -63,14 +63,14 @@ class Floating:
     read: Callable[[], "Iterator[torch.Tensor]"]
 
     def tensor(self) -> "torch.Tensor":
-        """All of it, as stored."""
+        """The whole tensor, in its own shape and dtype."""
         import torch
 
         return torch.cat(list(self.read())).reshape(self.shape)
 
 
 class Source(ABC):
-    """A gpt-oss checkpoint that somebody else wrote. Nothing of it is read before it is asked for."""
+    """A gpt-oss checkpoint that somebody else wrote. A tensor is read only when it is asked for."""
 
     layout: str  # its name in manifests and messages
 
@@ -89,25 +89,25 @@ class Source(ABC):
 
     @abstractmethod
     def module(self, name: str, shape: tuple[int, int]) -> Module:
-        """The module of that canonical name."""
+        """The module of that canonical name; `shape` is its logical one. UserError for a damaged quantization state."""
 
     @abstractmethod
     def codes(self, module: Module) -> np.ndarray:
-        """4-bit codes, uint8 [elements / 2], the first element in the high nibble."""
+        """Codes of a 4-bit module, uint8 with elements / 2 bytes in any shape, the first element in the high nibble."""
 
     @abstractmethod
     def absmax(self, module: Module) -> np.ndarray:
-        """Scales of a 4-bit module, float32 [blocks], free of double quantization."""
+        """absmax of a 4-bit module, float32 [blocks], after undoing double quantization."""
 
     @abstractmethod
     def floating(self, name: str) -> Floating:
-        """The tensor of that canonical name: a bias, a norm, the router, a module's weight that is not 4-bit."""
+        """The tensor of that canonical name: a bias, a norm, the router, or the weight of a module that is not 4-bit."""
 
     @abstractmethod
     def stored(self, module: Module) -> dict[str, str]:
-        """Stored names of a 4-bit module's tensors by what they are.
+        """The stored names of a 4-bit module's tensors.
 
-        Keys: "weight", "absmax", "quant_map", "quant_state"; with double quantization also "nested_absmax" and
+        Keys are "weight", "absmax", "quant_map", "quant_state"; with double quantization also "nested_absmax" and
         "nested_quant_map".
         """
 
@@ -118,7 +118,7 @@ class Source(ABC):
         ]
 
     def dequantized(self, module: Module) -> np.ndarray:
-        """The weight of a 4-bit module, float32 of its shape."""
+        """The weight of a 4-bit module by our own codec, float32 of its shape. ValueError if it is not 4-bit."""
         if module.state is None:
             raise ValueError(f"{module.name} is not 4-bit")
         codebook = CODEBOOKS[module.state.quant_type]
@@ -126,12 +126,12 @@ class Source(ABC):
 
     @cached_property
     def stored_by_layer(self) -> dict[int | None, list[str]]:
-        """Stored tensor names of every layer, sorted; under None those outside the layers."""
+        """Stored tensor names by layer, sorted. Those outside the layers stand under None."""
         found: dict[int | None, list[str]] = {}
         for name in sorted(self.checkpoint.tensors):
             found.setdefault(names.layer_of(name), []).append(name)
         return found
 
     def forget(self, layer: int) -> None:
-        """Tell the system that a layer is done with: see `Checkpoint.forget`."""
+        """Tell the system that `layer` will not be read again: see `Checkpoint.forget`."""
         self.checkpoint.forget(self.stored_by_layer[layer])

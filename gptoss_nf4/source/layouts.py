@@ -1,4 +1,4 @@
-"""The layouts of gpt-oss checkpoints: those that are read, and what to do with the others."""
+"""The layouts of gpt-oss checkpoints: which can be read, and the advice for the others."""
 
 import re
 from pathlib import Path
@@ -10,10 +10,10 @@ from gptoss_nf4.source.split import SplitSource
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.reading import read_json_object, require_plain_files
 
-# Each reads one layout. The first that recognises a checkpoint opens it.
+# One class for each layout. The first that recognises a checkpoint opens it.
 LAYOUTS: tuple[type[Source], ...] = (SplitSource,)
 
-# (name, a key that only this layout has, what to do), first match wins.
+# (name, pattern of a tensor name that tells the layout, advice). The first match counts.
 _OTHER_LAYOUTS = (
     (
         "a LoRA adapter",
@@ -45,7 +45,7 @@ _FUSED_EXPERTS = re.compile(r"\.experts\.gate_up_proj$")
 
 
 def open_checkpoint(directory: Path) -> Source:
-    """The checkpoint in `directory` through the reader of its layout; UserError where no reader takes it."""
+    """Open the checkpoint in `directory` by the class of its layout. UserError where no class recognises it."""
     if directory.is_dir():
         require_plain_files(directory)
     checkpoint = Checkpoint(directory)
@@ -56,7 +56,7 @@ def open_checkpoint(directory: Path) -> Source:
 
 
 def _unsupported(checkpoint: Checkpoint) -> UserError:
-    """Names the layout found, and what to do with it."""
+    """The error that names the layout found and says what to do with it."""
     keys = checkpoint.tensors
     found, next_step = "an unknown layout", "convert a checkpoint in Unsloth's split layout"
     for name, pattern, advice in _OTHER_LAYOUTS:
@@ -77,6 +77,6 @@ def _unsupported(checkpoint: Checkpoint) -> UserError:
 
 
 def layer_count(directory: Path) -> int:
-    """Number of layers of the checkpoint in `directory`, from its config.json alone."""
+    """Number of layers of the checkpoint in `directory`. Only its config.json is read."""
     path = directory / "config.json"
     return Dimensions.from_config(read_json_object(path), path).layers

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptoss_nf4.errors import UserError
+from gptoss_nf4.errors import UserError, first_line
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.layouts import open_checkpoint
@@ -12,16 +12,19 @@ from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.reading import read_json_object
 
 EMBEDDED_KINDS = ("embedded", "embedded_massive")
-SAMPLE_KINDS = (*EMBEDDED_KINDS, "synthetic")  # written by fetch itself, below the artifacts
+SAMPLE_KINDS = (*EMBEDDED_KINDS, "synthetic")  # stage fetch writes these itself, into the artifacts
 KINDS = (*SAMPLE_KINDS, "hub", "local")
 
-# What a conversion reads of a repository; pickled weights and code are never downloaded.
+# The files of a repository that a conversion reads. Pickled weights and code are never downloaded.
 HUB_PATTERNS = ("*.safetensors", "*.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
 class Model:
-    """Which source to convert. Which fields count depends on `kind`."""
+    """Which source to convert; `name` also names the artifacts.
+
+    `path` counts for kind local, `repository` and `revision` for hub, `dimensions` for synthetic.
+    """
 
     name: str
     kind: str
@@ -29,7 +32,7 @@ class Model:
     repository: str | None = None
     revision: str | None = None
     dimensions: Dimensions | None = None
-    expected: str | None = None  # a `sha256sum` list of the source's files, made before
+    expected: str | None = None  # path of a `sha256sum` list that the source's files must match
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,11 @@ class AdapterSource:
     path: str | None = None
     repository: str | None = None
     revision: str | None = None
-    any_base: bool = False  # take it though it was trained on other weights
+    any_base: bool = False  # accept the adapter though it was trained on other weights
 
 
 def open_source(model: Model, artifacts: Artifacts) -> Source:
-    """The source that stage fetch brought and validated, for every later stage."""
+    """Open the source that stage fetch brought and validated. UserError where fetch has not run or the source is gone."""
     manifest = read_json_object(artifacts.require(artifacts.manifest, "fetch"))
     directory = _directory(model, artifacts, manifest)
     if not directory.is_dir():
@@ -53,7 +56,7 @@ def open_source(model: Model, artifacts: Artifacts) -> Source:
             where=directory,
             got="no such directory",
             expected=f"the checkpoint of model {model.name}",
-            next_step="run `dvc repro -s -f fetch`",
+            next_step="put it back, or configure with another model.path" if model.path else "run `dvc repro -s -f fetch`",
         )
     return open_checkpoint(directory)
 
@@ -65,7 +68,7 @@ def _directory(model: Model, artifacts: Artifacts, manifest: dict) -> Path:
 
 
 def hub_snapshot(repository: str, commit: str) -> Path:
-    """The directory of a commit that was downloaded into the hub's cache, without asking the network."""
+    """The directory of a commit in the hub's cache, without asking the network. UserError where it is not there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -84,7 +87,7 @@ def hub_snapshot(repository: str, commit: str) -> Path:
 
 
 def hub_config(repository: str, revision: str | None) -> Path:
-    """The repository's config.json, downloaded into the hub's cache."""
+    """Download the repository's config.json into the hub's cache and return its path. UserError where that fails."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -94,12 +97,12 @@ def hub_config(repository: str, revision: str | None) -> Path:
         raise UserError(
             "cannot read the repository's config.json",
             where="Hugging Face",
-            got=(str(error).strip().splitlines() or [type(error).__name__])[0][:200],
+            got=first_line(error),
             expected=f"config.json of {repository}",
             next_step="check the name and the network, or run `hf auth login`",
         ) from None
 
 
 def safe_model_name(text: str) -> str:
-    """`text` as a directory name for the artifacts: letters, digits, dot, dash and underscore."""
+    """`text` as a directory name for the artifacts: other characters than letters, digits, `.`, `_` and `-` become `-`."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "model"

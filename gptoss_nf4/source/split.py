@@ -1,8 +1,8 @@
-"""The published layout: each expert's projections are 4-bit weights of their own ("split").
+"""The published layout, called split: each expert's projections are 4-bit weights of their own.
 
-Keys are those of `format/names.py`, but for the router, which was wrapped when this layout was made. Beside a weight lie
-bitsandbytes' sidecars: `weight.absmax`, `weight.quant_map`, `weight.quant_state.bitsandbytes__nf4` and, with double
-quantization, `weight.nested_absmax` and `weight.nested_quant_map`.
+Stored names are the canonical ones of `format/names.py`, except for the router, whose linear module was wrapped in another
+when this layout was made. Beside a weight lie bitsandbytes' sidecars: `weight.absmax`, `weight.quant_map`,
+`weight.quant_state.bitsandbytes__nf4` and, with double quantization, `weight.nested_absmax` and `weight.nested_quant_map`.
 """
 
 import re
@@ -18,24 +18,27 @@ from gptoss_nf4.source.interface import Floating, Module, Source
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.tensor_reader import TensorInfo
 
-# Canonical name within a layer -> stored one, where they differ.
+# Canonical name -> stored name, within a layer, where the two differ.
 STORED_NAMES = {
     "mlp.router.weight": "mlp.router.linear.weight",
     "mlp.router.bias": "mlp.router.linear.bias",
 }
 _EXPERTS = re.compile(r"\.mlp\.experts\.gate_up_projs\.\d+\.weight$")
 _ADAPTER = ".lora_"
-# Largest distance between neighbours of bitsandbytes' dynamic 8-bit map, of values up to 1.
+# Largest distance between neighbours of bitsandbytes' dynamic 8-bit map, whose values go up to 1. Rounding to that map may
+# bring an absmax this much of its nested absmax below 0.
 NESTED_ROUNDING = 0.02
-MAX_ABSMAX = 65504.0  # beyond it not even float16 holds the weight
+MAX_ABSMAX = 65504.0  # float16's largest number: a weight beyond it could not be served in float16
 
 
 def kept_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
-    """`names.kept_shapes` by stored name."""
+    """Shapes of `names.kept_shapes`, by stored name within a layer."""
     return {STORED_NAMES.get(name, name): shape for name, shape in names.kept_shapes(d).items()}
 
 
 class SplitSource(Source):
+    """A checkpoint in the split layout. `Source` documents the methods."""
+
     layout = "split"
 
     @classmethod
@@ -85,7 +88,7 @@ class SplitSource(Source):
         return names.prefix(layer) + STORED_NAMES.get(within, within)
 
     def _state_key(self, module: str) -> str | None:
-        """Name of the module's quant_state tensor; None where the module is not quantized."""
+        """Stored name of the module's quant_state tensor. None where the module is not quantized."""
         keys = [f"{module}.weight.{names.STATE_PREFIX}{kind}" for kind in QUANT_TYPES]
         return next((key for key in keys if key in self.checkpoint.tensors), None)
 
@@ -177,9 +180,9 @@ class SplitSource(Source):
         return {bias, *stored.values()}
 
     def _require_scales(self, module: Module) -> None:
-        """Check the numbers that absmax is made of, and that absmax lies from 0 to MAX_ABSMAX.
+        """Check that absmax, and what it is computed from, is finite and lies from 0 to MAX_ABSMAX.
 
-        De-nesting rounds, so a little below 0 passes.
+        Double quantization rounds, so values of absmax a little below 0 pass.
         """
 
         def require(kind: str, values: np.ndarray, smallest: float, largest: float, rising: bool = False) -> None:
@@ -227,7 +230,7 @@ class SplitSource(Source):
 
 
 def _quantized(module: Module) -> QuantState:
-    """The state of a module that is 4-bit; asking another for codes or absmax is a bug of ours."""
+    """The state of a 4-bit module. ValueError for any other: asking it for codes or absmax is a bug of ours."""
     if module.state is None:
         raise ValueError(f"{module.name} is not 4-bit")
     return module.state

@@ -1,12 +1,12 @@
 """Files: reading what strangers wrote, and writing our own.
 
-- `reading.py`: errors in one line, sizes bounded, nothing outside the directory.
+- `reading.py`: small files: errors in one line, sizes bounded, nothing outside the directory.
 - `writing.py`: the one place that writes files: beside the target, then renamed.
 - `tensor_reader.py`, `tensor_writer.py`: one safetensors file, in pieces.
 - `checkpoint.py`: a directory of them, every tensor by name.
 - `digests.py`: SHA-256 of a checkpoint's files, recorded and verified.
-- `artifacts.py`: where every file of a conversion lies.
-- `machine.py`: room on the disks, and cores.
+- `artifacts.py`: the path of every file of a conversion.
+- `machine.py`: free disk space and cores.
 
 May import `format` and `errors`. Imported by everything above.
 """

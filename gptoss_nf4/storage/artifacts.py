@@ -1,4 +1,4 @@
-"""Where every file of a conversion lies: `artifacts/<model name>/`, the one place that knows it (dvc.yaml repeats it)."""
+"""Where every file of a conversion lies. Only this module and dvc.yaml know the names."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,8 @@ from gptoss_nf4.errors import UserError
 
 @dataclass(frozen=True)
 class Artifacts:
+    """The paths below `root`, which is `artifacts/<model name>/` in the pipeline. No path is promised to exist."""
+
     root: Path
 
     @classmethod
@@ -16,7 +18,7 @@ class Artifacts:
 
     @property
     def source(self) -> Path:
-        """The embedded model's checkpoint; other models stay where they are."""
+        """A sample's checkpoint, which stage fetch writes. Other sources stay where they are."""
         return self.root / "source"
 
     @property
@@ -25,7 +27,7 @@ class Artifacts:
 
     @property
     def seen(self) -> Path:
-        """What stage fetch remembers of the source's files; no output of it, may be deleted."""
+        """Digests that stage fetch remembers. It is a cache, not an output: deleting it costs only time."""
         return self.root / "seen.json"
 
     @property
@@ -34,7 +36,7 @@ class Artifacts:
 
     @property
     def dense_digests(self) -> Path:
-        """Digests of what stage normalize reads."""
+        """Digests of the tensors that stage normalize reads."""
         return self.root / "dense-digests.json"
 
     def digest(self, layer: int | None) -> Path:
@@ -55,7 +57,7 @@ class Artifacts:
         return self.root / "adapters"
 
     def adapter(self, name: str) -> Path:
-        """What stage adapter found in an adapter; the adapter itself stays where it was saved."""
+        """What stage adapter found in adapter `name`. The adapter itself stays where it was saved."""
         return self.adapters / f"{name}.json"
 
     @property
@@ -75,7 +77,7 @@ class Artifacts:
         return self.checkpoint / "dense.safetensors"
 
     def require(self, path: Path, stage: str) -> Path:
-        """`path`, or a UserError that names the stage which writes it."""
+        """Return `path` if it exists. Else UserError names `stage`, which writes it."""
         if not path.exists():
             raise UserError(
                 "missing input",

@@ -1,4 +1,4 @@
-"""Opening a safetensors checkpoint: every tensor by name, read where it lies when it is asked for."""
+"""Opening a safetensors checkpoint: headers at once, each tensor only when it is asked for."""
 
 import os
 from collections.abc import Iterator
@@ -21,7 +21,9 @@ PIECE_BYTES = 1 << 23  # a multiple of every item's size
 
 
 class Checkpoint:
-    """A directory with config.json and safetensors files, one of them or several with an index.
+    """A directory with config.json and either one safetensors file or several with an index.
+
+    Opening reads config.json, the index and every header. UserError where one is missing, damaged or contradicts another.
 
     >>> source = Checkpoint(Path("artifacts/tiny/source"))
     >>> source.tensors["model.norm.weight"].shape
@@ -47,7 +49,7 @@ class Checkpoint:
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The shards in order: those that the index names, or every *.safetensors file where there is no index."""
+        """The shards, sorted: those that the index names, or every *.safetensors file where there is no index."""
         index = self.directory / INDEX_FILE
         if not index.exists():
             files = sorted(self.directory.glob("*.safetensors"))
@@ -82,6 +84,7 @@ class Checkpoint:
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
+        """The index: file name by tensor name. UserError where the index is missing or damaged."""
         path = self.directory / INDEX_FILE
         weight_map = read_json_object(path).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -119,39 +122,40 @@ class Checkpoint:
             )
 
     def raw(self, name: str) -> np.ndarray:
-        """The tensor's bytes, uint8 [nbytes], in memory of their own."""
+        """All bytes of the tensor, uint8 [bytes], in a new array."""
         info = self.tensors[name]
         return read_range(info.file, info.start, info.end)
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:
-        """The tensor's bytes in order, a few megabytes at a time."""
+        """The tensor's bytes in order: uint8 arrays of at most PIECE_BYTES."""
         info = self.tensors[name]
         for start in range(info.start, info.end, PIECE_BYTES):
             yield read_range(info.file, start, min(start + PIECE_BYTES, info.end))
 
     def numpy(self, name: str) -> np.ndarray:
-        """The tensor as stored; bfloat16 has no numpy dtype: use `torch` for it."""
+        """The tensor in its own shape and dtype. NumPy has no bfloat16: use `torch` for that."""
         return read_array(self.tensors[name])
 
     def torch(self, name: str) -> "Tensor":
-        """The tensor as stored, any floating dtype or uint8."""
+        """The tensor in its own shape and dtype: uint8 or any floating one."""
         return _as_torch(self.raw(name), self.tensors[name].dtype).reshape(self.tensors[name].shape)
 
     def torch_row(self, name: str, number: int) -> "Tensor":
-        """Element `number` of the tensor's first dimension: of a stack of experts, one."""
+        """`torch(name)[number]`, without reading the rest: one expert of a stack."""
         info = self.tensors[name]
         size = info.bytes // info.shape[0]
         start = info.start + number * size
         return _as_torch(read_range(info.file, start, start + size), info.dtype).reshape(info.shape[1:])
 
     def torch_pieces(self, name: str) -> "Iterator[Tensor]":
-        """The tensor's values in order, flat, a few megabytes at a time."""
+        """The tensor's values in order: flat tensors of at most PIECE_BYTES."""
         return (_as_torch(piece, self.tensors[name].dtype) for piece in self.pieces(name))
 
     def forget(self, names: list[str]) -> None:
-        """Tell the system that these tensors need no place in its page cache any more.
+        """Tell the system that its page cache need not keep these tensors any longer.
 
-        Source and result together are larger than the memory of many machines; the result is read again, by DVC.
+        Source and result together are larger than the memory of many machines. DVC reads the result again, the source
+        nobody.
         """
         for file in self.weight_files:
             with file.open("rb") as stream:

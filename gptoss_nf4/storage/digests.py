@@ -1,4 +1,4 @@
-"""Digests of a finished checkpoint, in the format of `sha256sum`: recorded once it is proved, checked on request."""
+"""Digests of a checkpoint's files in the format of `sha256sum`: written by stage prove, checked on request."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ LINE = re.compile(r"([0-9a-f]{64})  ([^/\0]+)")
 
 
 def write_digests(checkpoint: Path, target: Path) -> None:
-    """Write a line for each file of `checkpoint`; `cd checkpoint && sha256sum -c ../checkpoint.sha256` checks them too."""
+    """Write the SHA-256 of each file of `checkpoint` to `target`. `sha256sum -c` there checks them too."""
     write_text(target, "".join(f"{digest}  {name}\n" for name, digest in _digests(checkpoint).items()))
 
 
@@ -25,7 +25,10 @@ def _digests(checkpoint: Path) -> dict[str, str]:
 
 
 def verify(checkpoint: Path, recorded: Path, next_step: str) -> int:
-    """The number of files in `checkpoint`, all of which are as `recorded` says; UserError for the first that is not."""
+    """Check every file of `checkpoint` against the list `recorded`, and return how many there are.
+
+    UserError for the first file that differs, is missing or is not in the list. It ends with `next_step`.
+    """
 
     def differs(name: str, got: str, expected: str) -> UserError:
         return UserError(
@@ -42,16 +45,16 @@ def verify(checkpoint: Path, recorded: Path, next_step: str) -> int:
             where=recorded,
             got="no such file",
             expected="a list as `sha256sum` writes it",
-            next_step="make one, or name another",
+            next_step="check the path, or make the list with `sha256sum * > FILE` in the checkpoint",
         )
     lines = [LINE.fullmatch(line) for line in read_text(recorded).splitlines()]
     if not lines or None in lines:
         raise UserError(
             "damaged digest list",
             where=recorded,
-            got=f"line {lines.index(None) + 1 if lines else 0}",
+            got=f"line {lines.index(None) + 1} in another form" if lines else "an empty file",
             expected="lines as `sha256sum` writes them",
-            next_step="make it again",
+            next_step="make it again with `sha256sum * > FILE`",
         )
     expected = {match[2]: match[1] for match in lines if match}
     found = _digests(checkpoint)

@@ -8,7 +8,7 @@ from gptoss_nf4.errors import UserError
 
 
 def require_disk(needed: int, directory: Path, purpose: str) -> None:
-    """Raise a UserError where the file system of `directory` has fewer than `needed` bytes for us."""
+    """UserError where fewer than `needed` bytes are free on the disk of `directory`, which need not exist yet."""
     existing = next(path for path in (directory, *directory.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -22,5 +22,5 @@ def require_disk(needed: int, directory: Path, purpose: str) -> None:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from gptoss_nf4.errors import UserError
 
-# Of the files beside the weights, which are read whole: gpt-oss's tokenizer.json is 28 MB.
+# The files beside the weights are read whole, so their size is bounded. gpt-oss's tokenizer.json has 28 MB.
 MAX_SIDE_FILE_BYTES = 128 << 20
 SIDE_FILE_SUFFIXES = (".json", ".jinja")
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what the system says against reading `path` into a UserError."""
+    """Turn an OSError while `path` is read into a UserError."""
     try:
         yield
     except OSError as error:
@@ -24,14 +24,14 @@ def reading(path: Path) -> Iterator[None]:
             where=path,
             got=error.strerror or error,
             expected="a file that can be read",
-            next_step="make it readable, or check the disk, and run the command again",
+            next_step="make it readable or check the disk, then run the command again",
         ) from None
 
 
 def require_plain_files(directory: Path) -> None:
-    """Refuse a downloaded directory with links out of it, devices or pipes, or side files too large to be any.
+    """Refuse a directory that holds a link out of it, a device, a pipe, or a side file too large to be one. UserError.
 
-    One place outside is allowed: the hub's cache links from models--x/snapshots/commit/ to models--x/blobs/.
+    Links to one place outside are allowed: the hub's cache links from models--x/snapshots/commit/ to models--x/blobs/.
     """
     root = directory.resolve()
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
@@ -68,12 +68,13 @@ def require_plain_files(directory: Path) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
+    """The bytes in `path`. UserError where it cannot be read."""
     with reading(path):
         return path.read_bytes()
 
 
 def read_text(path: Path) -> str:
-    """The text in `path`; UserError where it cannot be read or is not UTF-8."""
+    """The text in `path`. UserError where it cannot be read or is not UTF-8."""
     try:
         return read_bytes(path).decode()
     except UnicodeDecodeError as error:
@@ -81,7 +82,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json_object(path: Path) -> dict:
-    """The JSON object in `path`, or a UserError that names the file."""
+    """The JSON object in `path`. UserError where the file is missing, cannot be read or holds something else."""
     if not path.exists():
         raise UserError(
             "missing file",

@@ -1,6 +1,7 @@
-"""One safetensors file: what it declares, checked, and the bytes of its tensors.
+"""One safetensors file: its header, checked, and the bytes of its tensors.
 
-Reading raw bytes keeps torch out of the per-layer stages: numpy has no bfloat16, and those stages need none.
+The safetensors library would read bfloat16 through torch only. The stages of a layer need no bfloat16, so reading raw
+bytes spares each of them the import of torch.
 Format: https://github.com/huggingface/safetensors#format (8-byte header length, JSON header, data).
 """
 
@@ -17,14 +18,14 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.dtypes import FLOATING, ITEM_BYTES, NUMPY_DTYPES
 from gptoss_nf4.storage.reading import reading
 
-# Three times what a gpt-oss-120b in one file would need, where the safetensors library allows 100 MB: a header of empty
-# lists takes twenty times its size once it is parsed.
+# Three times what gpt-oss-120b would need in one file. The safetensors library allows 100 MB, but a header of empty lists
+# takes twenty times its size in memory once it is parsed.
 MAX_HEADER_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `start` and `end` are byte offsets from the beginning of `file`."""
+    """Where one tensor lies. `dtype` is a safetensors name; `start` and `end` are bytes from the beginning of `file`."""
 
     name: str
     dtype: str
@@ -43,7 +44,10 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Every tensor that a safetensors file declares, checked to lie inside the file and to fill its shape."""
+    """Every tensor that a safetensors file declares, by name.
+
+    UserError for a damaged header, a tensor that does not fill its shape or lies outside the file, and a hole between two.
+    """
 
     def damaged(got: str, expected: str) -> UserError:
         return UserError("damaged shard", where=file, got=got, expected=expected, next_step="fetch the file again")
@@ -70,11 +74,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             continue
         try:
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):  # 8.0 and true are neither
+                raise ValueError
             expected_bytes = math.prod(shape) * ITEM_BYTES[dtype]
-            inside = 0 <= start <= end <= size - data_start and all(type(n) is int and n >= 0 for n in (start, *shape))
         except (KeyError, TypeError, ValueError):
             raise damaged(f"tensor {name} with header {str(entry)[:80]}", "a known dtype, shape and data_offsets") from None
-        if not inside:
+        if not start <= end <= size - data_start:
             raise damaged(
                 f"tensor {name} at bytes {start} to {end} of the data", f"a place within its {size - data_start} bytes"
             )
@@ -82,7 +87,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise damaged(f"tensor {name} with {end - start} bytes", f"{expected_bytes} bytes for {dtype} {list(shape)}")
         tensors[name] = TensorInfo(name, dtype, shape, file, data_start + start, data_start + end)
     place = data_start
-    for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):  # the format allows no holes either
+    for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):  # the format allows no holes
         if info.start != place:
             raise damaged(
                 f"tensor {info.name} at byte {info.start}", f"a tensor at byte {place}, where the one before ends"
@@ -102,9 +107,9 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 
 
 def read_range(file: Path, start: int, end: int) -> np.ndarray:
-    """Bytes of a file, uint8 [end - start].
+    """Bytes `start` to `end` of a file, uint8 [end - start]. UserError where they cannot be read or the file ends before.
 
-    Not mapped: mapped pages count as a process's memory, and a read error would be a signal.
+    The file is not mapped: mapped pages count as the process's memory, and a read error would be a signal.
     """
     data = np.empty(end - start, np.uint8)
     with reading(file), file.open("rb", buffering=0) as stream:
@@ -125,5 +130,5 @@ def read_range(file: Path, start: int, end: int) -> np.ndarray:
 
 
 def read_array(info: TensorInfo) -> np.ndarray:
-    """The tensor as stored; bfloat16 has no numpy dtype."""
+    """The tensor in its own shape and dtype, which must be one of NUMPY_DTYPES: NumPy has no bfloat16."""
     return read_range(info.file, info.start, info.end).view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)

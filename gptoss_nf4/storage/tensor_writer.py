@@ -1,7 +1,7 @@
 """Writing a safetensors file piece by piece: the header first, then each tensor's bytes as they are made.
 
-The safetensors library wants all tensors in memory at once. A layer of gpt-oss-120b is 2.3 GB, the embeddings of any of
-them 1.2 GB. Written in pieces, a conversion needs the memory of one expert.
+The safetensors library wants all tensors in memory at once. A layer of gpt-oss-120b has 2.3 GB, and the embeddings of
+either gpt-oss have 1.2 GB. Written in pieces, a layer needs little more memory than its absmax and one expert.
 Format: https://github.com/huggingface/safetensors#format.
 """
 
@@ -23,12 +23,12 @@ from gptoss_nf4.storage.writing import replacing
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-ALIGNMENT = 8  # of the data, as the safetensors library has it
+ALIGNMENT = 8  # bytes; the safetensors library begins the data at a multiple of it
 
 
 @dataclass(frozen=True)
 class Declared:
-    """A tensor that is to be written. `dtype` is a safetensors name."""
+    """A tensor to be written. `dtype` is a safetensors name."""
 
     name: str
     dtype: str
@@ -41,15 +41,15 @@ class Declared:
 
 @contextmanager
 def writing_tensors(target: Path, declared: Sequence[Declared]) -> Iterator["TensorWriter"]:
-    """A safetensors file whose tensors are declared first, then filled in that order.
+    """Write a safetensors file whose tensors are declared first, then filled in that order.
 
     >>> with writing_tensors(path, [Declared("w", "U8", (4, 2)), Declared("s", "F32", (4,))]) as out:
     ...     for rows in np.split(codes, 2):
     ...         out.append("w", rows)
     ...     out.append("s", scales)
 
-    The file appears under its name when the block ends without an error and every tensor is whole. On a terminal a bar
-    shows how far it is.
+    `target` appears when the block ends without an error and every tensor is whole. On a terminal a bar shows progress.
+    ValueError where the bytes are not those declared; UserError where the file cannot be written.
     """
     from tqdm import tqdm
 
@@ -71,10 +71,10 @@ class TensorWriter:
         self.size = size
         self._file, self._bar = file, bar
         self._waiting = deque(declared)
-        self._missing = self._waiting[0].bytes if declared else 0  # of the first that waits
+        self._missing = self._waiting[0].bytes if declared else 0  # bytes of the first that waits
 
     def append(self, name: str, *pieces: np.ndarray) -> None:
-        """Write the next bytes of tensor `name`: arrays whose bytes, joined in row-major order, are the tensor's."""
+        """Write the next bytes of tensor `name`: those of `pieces`, each row-major. ValueError if others are due."""
         for piece in pieces:
             if not self._waiting or self._waiting[0].name != name or piece.nbytes > self._missing:
                 raise ValueError(f"{piece.nbytes} bytes of {name} appended, but {self._expected()}")
@@ -86,6 +86,7 @@ class TensorWriter:
                 self._missing = self._waiting[0].bytes if self._waiting else 0
 
     def require_whole(self) -> None:
+        """ValueError where a declared tensor still lacks bytes."""
         if self._waiting:
             raise ValueError(f"the file is not whole: {self._expected()}")
 

@@ -1,7 +1,7 @@
 """Writing files: always beside the target, then renamed.
 
-A stage must never write into an existing file: DVC links outputs to its cache, and writing in place through such a
-link changes the cached copy without a word. A rename replaces the link and leaves the cache alone.
+A stage must never write into an existing file. DVC links outputs to its cache, so writing through such a link would change
+the cached copy without a word. A rename replaces the link and leaves the cache alone.
 """
 
 import fcntl
@@ -23,18 +23,18 @@ CHUNK_BYTES = 1 << 22
 
 @contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
-    """A new file beside `target`, open for writing; at the end it is flushed to disk and renamed to `target`.
+    """Open a new file beside `target`. At the end it is flushed to disk and renamed to `target`.
 
-    On any error `target` stays as it was. A process that is killed leaves its temporary file; the next that writes the
-    same target removes it.
+    On any error `target` stays as it was; an OSError becomes a UserError. A process that is killed leaves its temporary
+    file, and the next one that writes the same target removes it.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
-        # A name of its own for each process and thread, so that two runs at once never write into one file.
+        # Each process and thread has its own name, so two runs at once never write into one file.
         temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
         with temporary.open("w+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # held until closed, or until the process is gone
+            fcntl.flock(file, fcntl.LOCK_EX)  # held until the file is closed or the process is gone
             try:
                 yield file
                 file.flush()
@@ -53,13 +53,13 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
 
 
 def write_file(target: Path, write: Callable[[Path], None]) -> None:
-    """`replacing` for a library that wants a path: `write(temporary path)` fills it."""
+    """`replacing` for a library that wants a path: `write` gets the temporary one and fills it."""
     with replacing(target) as file:
         write(Path(file.name))
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Delete temporary files of `target` whose writer is gone: nobody holds their lock."""
+    """Delete the temporary files of `target` that nobody holds a lock on: their writers are gone."""
     for path in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         try:
             with path.open("rb") as file:
@@ -70,21 +70,23 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def write_bytes(target: Path, data: bytes) -> None:
+    """Write `data` by `replacing`."""
     with replacing(target) as file:
         file.write(data)
 
 
 def write_text(target: Path, text: str) -> None:
+    """Write `text` in UTF-8 by `replacing`."""
     write_bytes(target, text.encode())
 
 
 def write_json(target: Path, value: object) -> None:
-    """Write `value` as indented JSON; keys keep the order in which they were built."""
+    """Write `value` as indented JSON by `replacing`. Keys keep their order."""
     write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
+    """SHA-256 of a file, in hex. The file is read in pieces."""
     with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

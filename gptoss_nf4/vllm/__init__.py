@@ -9,7 +9,7 @@ The life of a weight:
 4. vLLM reads the checkpoint and hands each tensor to its parameter's loader (`loading.py`). The loader takes this rank's
    rows or columns and, on a GPU, brings them into the order that the kernels read (`kernels/tiles.py`). `model.py` has
    multiplied what writes to the residual stream by `residual_scale` before.
-5. After loading, a parameter that no tensor filled is an error.
+5. After loading, a parameter that no tensor has filled is an error.
 6. In each step the method's `apply` calls one operator. On a GPU in 16 bit it is one of `ops.py`, which choose a kernel
    by the number of tokens. On the CPU the experts in use are dequantized (`experts.py`).
 
@@ -18,9 +18,9 @@ Glossary:
 - *codes*: 4-bit numbers, two a byte; a weight is `codebook[code] * absmax` of its block.
 - *absmax*: one scale for each block of `blocksize` (64) weights along a row.
 - *w13*, *w2*: an expert's two weights: gate and up rows [2 * intermediate, hidden], and down [hidden, intermediate].
-- *slot*: one of a token's experts; a batch has tokens * k of them.
+- *slot*: a token and one of its k experts; a batch has tokens * k slots.
 - *packed*: in the kernels' order; a *tile* is the 16 rows by 64 inputs that one warp multiplies at a time.
 - *rank*: one process of tensor or expert parallelism.
 
-May import `check.fitting`, `storage`, `format` and `errors`; nothing imports the plugin but vLLM, tests and benchmarks.
+May import `check.fitting`, `adapters`, `storage`, `format` and `errors`. Imported by vLLM, tests and benchmarks only.
 """

@@ -1,6 +1,6 @@
-"""The quantization config that vLLM builds from config.json, and where it sends each layer.
+"""The quantization config that vLLM builds from config.json, and which method it gives each layer.
 
-Imported in every vLLM process, for every model, so it imports little: what serves a layer is imported when there is one.
+Every vLLM process imports this module, for every model. So it imports little, and the methods only when a layer asks.
 """
 
 import re
@@ -16,10 +16,10 @@ from gptoss_nf4.vllm.settings import Settings
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
-# Checkpoint name -> parameter name; None drops the tensor. `.w13_weight`, `.w2_weight`, `.w13_bias` and `.w2_bias` are
-# claimed by vLLM's gpt_oss.py, which would slice and transpose them. Names in `mlp.experts.` that it does not know it
-# drops without a word; below `routed_experts.` they reach the parameter's own loader. bitsandbytes' codebook and JSON are
-# not parameters: the kernels have the first built in, and config.json says what the second does.
+# Checkpoint name -> parameter name; None drops the tensor. The names `.w13_weight`, `.w2_weight`, `.w13_bias` and
+# `.w2_bias` are taken: vLLM's gpt_oss.py would slice and transpose such tensors. It drops other names in `mlp.experts.`
+# without a word. Names below `routed_experts.` reach the parameter's own loader. bitsandbytes' codebook and state are
+# dropped: the kernels have the codebook built in, and config.json says what the state says.
 PARAMETER_NAMES = {
     re.compile(r"\.weight\.(quant_map|quant_state\..*)$"): None,
     re.compile(r"\.mlp\.experts\.(w13|w2)\.weight\.absmax$"): r".mlp.experts.routed_experts.\1_absmax",
@@ -30,7 +30,7 @@ PARAMETER_NAMES = {
 
 
 class GptOssNf4Config(QuantizationConfig):
-    """`quantization_config` of a converted checkpoint, as vLLM wants it."""
+    """The `quantization_config` of a converted checkpoint, in the form that vLLM asks for."""
 
     def __init__(self, settings: Settings):
         super().__init__()
@@ -48,7 +48,7 @@ class GptOssNf4Config(QuantizationConfig):
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        return []  # everything stands in config.json
+        return []  # config.json has everything
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "GptOssNf4Config":
@@ -60,9 +60,9 @@ class GptOssNf4Config(QuantizationConfig):
         return cls(Settings.of(config))
 
     def maybe_update_config(self, model_name: str, hf_config: object = None, revision: str | None = None) -> None:
-        """Refuse a local checkpoint that lacks a tensor, or has one that does not fit, before anything is allocated.
+        """UserError for a local checkpoint with a tensor that is missing or does not fit, before anything is allocated.
 
-        vLLM's own check skips quantized models: a missing bias or router would stay uninitialised memory.
+        vLLM's own check skips quantized models, so a bias or router that is missing would stay uninitialised memory.
         """
         from gptoss_nf4.check.fitting import require_fitting
         from gptoss_nf4.storage.checkpoint import INDEX_FILE, Checkpoint

@@ -12,9 +12,11 @@ def dequantize(
     Args:
         codes: uint8 [..., rows, in_features / 2], contiguous, first element in the high nibble.
         absmax: float32 [..., rows, in_features / blocksize], contiguous.
+        blocksize: weights per absmax value.
+        quant_type: "nf4" or "fp4".
 
     Returns:
-        `dtype` [..., rows, in_features], the values of bitsandbytes' `dequantize_4bit`.
+        `dtype` [..., rows, in_features], bit for bit what bitsandbytes' `dequantize_4bit` gives.
     """
     shape = [*codes.shape[:-1], codes.shape[-1] * 2]
     flat = codes.view(-1, 1)

@@ -1,6 +1,6 @@
 """w13 and w2 of a layer's experts: which part of the checkpoint's tensors a rank keeps, and in which order.
 
-Pure functions on tensors of all local experts, [E, rows, ...]; nothing here knows vLLM's classes.
+E is the number of local experts: those of this rank. Nothing here knows vLLM's classes.
 """
 
 from abc import ABC, abstractmethod
@@ -20,10 +20,10 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter of a weight.
+    """One parameter of a weight, and the two steps from the checkpoint's tensor to it.
 
-    `shape` and `dtype` are those of this rank's part in rows. `of_rank` takes it from the checkpoint's tensor of the
-    local experts; `kept` brings it into the order of memory.
+    `of_rank` takes this rank's part of the tensor of the local experts. `shape` and `dtype` are those of that part, whose
+    rows are still in order. `kept` then brings it into the form that stays in memory; shape and dtype may change.
     """
 
     name: str
@@ -34,12 +34,13 @@ class Part:
 
 
 class ExpertWeight(ABC):
-    """One of the two weights of all local experts, logical [E, rows, columns] on this rank.
+    """One of the two weights of the local experts, logical [E, rows, columns] on this rank.
 
-    `blocksize` is that with which this rank's columns are whole blocks.
+    `blocksize` is the checkpoint's, or a smaller one with which this rank's columns are whole blocks. `packed` says whether
+    the weight is kept in the order that the kernels read.
     """
 
-    name: str  # of its parameters: w13 or w2
+    name: str  # w13 or w2; the names of the parameters begin with it
 
     def __init__(
         self, rows: int, columns: int, *, settings: Settings, tp_size: int, tp_rank: int, packed: bool, prefix: str
@@ -53,14 +54,14 @@ class ExpertWeight(ABC):
 
     @abstractmethod
     def shard(self, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """This rank's part, of `shape`, of codes or absmax [E, rows, ...] of all ranks."""
+        """This rank's part, which has `shape`, of codes or absmax [E, rows, ...] of all ranks of tensor parallelism."""
 
     @abstractmethod
     def shard_bias(self, bias: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the bias [E, rows] of all ranks."""
+        """This rank's part of the bias [E, rows] of all ranks of tensor parallelism."""
 
     def tiled(self, rows: torch.Tensor) -> torch.Tensor:
-        """[E, rows, ...] in the order of rows that the kernels want."""
+        """`rows` [E, rows, ...], with the rows in the order that the kernels read."""
         return rows
 
     def parts(self, num_experts: int, bias_dtype: torch.dtype) -> list[Part]:
@@ -96,7 +97,7 @@ class ExpertWeight(ABC):
 
 
 class W13(ExpertWeight):
-    """Gate and up: interleaved rows in memory; a rank of tensor parallelism has some of the rows."""
+    """Gate and up, rows interleaved. A rank of tensor parallelism has some of the rows."""
 
     name = "w13"
 
@@ -116,7 +117,7 @@ class W13(ExpertWeight):
 
 
 class W2(ExpertWeight):
-    """Down: a rank of tensor parallelism has some of the input columns, and the first rank adds the bias."""
+    """Down. A rank of tensor parallelism has some of the columns, which are inputs; only the first rank adds the bias."""
 
     name = "w2"
 

@@ -1,4 +1,4 @@
-"""Weights on their way from the checkpoint to the plugin's parameters: sharding, and the check that all arrived."""
+"""From the checkpoint's tensors to the plugin's parameters: registering, sharding, and the check that all are filled."""
 
 from collections.abc import Callable
 from math import gcd
@@ -22,7 +22,7 @@ def register_parameter(
     load: Loader,
     **attributes: object,
 ) -> None:
-    """Register an empty parameter on `layer` that `load(parameter, tensor)` fills, and note that it is still empty."""
+    """Register an empty parameter on `layer`. `load(parameter, tensor)` fills it; until then it is noted as unfilled."""
     parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
     unfilled = layer.__dict__.setdefault("nf4_unfilled", set())
     unfilled.add(f"{prefix}.{name}")
@@ -37,7 +37,7 @@ def register_parameter(
 
 
 def require_filled(layer: torch.nn.Module) -> None:
-    """Raise a UserError that names a parameter which no tensor of the checkpoint filled (vLLM stays silent there)."""
+    """UserError for a parameter that no tensor of the checkpoint filled. vLLM itself would say nothing."""
     config = get_current_vllm_config_or_none()
     if config is not None and config.load_config.load_format == "dummy":
         return
@@ -53,22 +53,22 @@ def require_filled(layer: torch.nn.Module) -> None:
 
 
 def runs_on_kernels(dtype: torch.dtype) -> bool:
-    """Whether a layer created now, with activations in `dtype`, runs on our kernels and wants its weights packed."""
+    """Whether a layer created now, with activations in `dtype`, runs on our kernels. Its weights are packed then."""
     return torch.get_default_device().type == "cuda" and dtype in (torch.float16, torch.bfloat16)
 
 
 def blocksize_of_shard(blocksize: int, in_features: int, prefix: str) -> int:
-    """The blocksize with which a rank's `in_features` are whole blocks.
+    """The largest blocksize, up to `blocksize`, with which a rank's `in_features` are whole blocks. UserError if none is.
 
-    A cut through a block leaves both halves with the same absmax, so halving the blocksize and repeating absmax is
-    exact: 2880 / 2 = 1440 is 22.5 blocks of 64, but 45 of 32.
+    Both halves of a block have the same absmax. So halving the blocksize and repeating absmax is exact: 2880 / 2 = 1440
+    inputs are 22.5 blocks of 64, but 45 of 32.
     """
     shard = gcd(blocksize, in_features)
     if shard not in BLOCKSIZES:
         raise UserError(
             "tensor parallel size does not fit",
             where=prefix,
-            got=f"{in_features} inputs a rank",
+            got=f"{in_features} inputs for each rank",
             expected=f"a multiple of {BLOCKSIZES[0]}",
             next_step="use a smaller tensor_parallel_size, or expert parallelism",
         )
@@ -76,12 +76,12 @@ def blocksize_of_shard(blocksize: int, in_features: int, prefix: str) -> int:
 
 
 def repeat_absmax(absmax: torch.Tensor, blocksize: int, shard_blocksize: int) -> torch.Tensor:
-    """absmax [..., blocks] for blocks of `blocksize` as [..., blocks * n] for blocks of `shard_blocksize`."""
+    """absmax [..., blocks] of `blocksize` as [..., blocks * n] of `shard_blocksize`, where n is their quotient."""
     return absmax if blocksize == shard_blocksize else absmax.repeat_interleave(blocksize // shard_blocksize, dim=-1)
 
 
 def require_packable(absmax: torch.Tensor, where: str) -> None:
-    """Refuse an absmax float32 [...] that the kernels' float16 cannot hold, before it is packed."""
+    """UserError where absmax, float32 [...], has a value that the kernels' float16 cannot hold. Called before packing."""
     largest = float(absmax.abs().max()) if absmax.numel() else 0.0
     if not largest <= MAX_PACKED_ABSMAX:  # NaN too
         raise UserError(
@@ -89,5 +89,5 @@ def require_packable(absmax: torch.Tensor, where: str) -> None:
             where=where,
             got=f"{largest:g}",
             expected=f"at most {MAX_PACKED_ABSMAX:g}",
-            next_step="serve it in float32 (dtype=float32), or look at the weights: trained ones are far below 1",
+            next_step="serve with --dtype float32, or check the weights: absmax of trained ones is far below 1",
         )

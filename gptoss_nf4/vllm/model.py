@@ -1,4 +1,4 @@
-"""vLLM's gpt-oss with the residual stream of converted checkpoints scaled; any other gpt-oss is left as it is."""
+"""vLLM's gpt-oss, with the residual stream of converted checkpoints scaled. Any other gpt-oss stays as it is."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from vllm.lora.model_manager import LoRAModelManager
 
 
-def require_nothing_from_outside(vllm_config: VllmConfig) -> None:
-    """Refuse what writes to the residual stream, or reads it, without knowing of its scale."""
+def refuse_unscaled_access(vllm_config: VllmConfig) -> None:
+    """UserError for a feature that reads or writes the residual stream and does not know its scale."""
     speculative = vllm_config.speculative_config
     found = {
         "prompt embeddings": vllm_config.model_config.enable_prompt_embeds,
@@ -44,7 +44,7 @@ class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # vLLM looks things up by t
         config = vllm_config.quant_config
         scale = config.settings.residual_scale if isinstance(config, GptOssNf4Config) else 1.0
         if scale != 1:
-            require_nothing_from_outside(vllm_config)
+            refuse_unscaled_access(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.residual_scale = scale
         for module in self.modules():
@@ -53,7 +53,7 @@ class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # vLLM looks things up by t
 
     @property
     def lora_manager(self) -> "LoRAModelManager | None":
-        """vLLM sets it on its model once it has wrapped the layers, which is the moment to attach what adapters need."""
+        """vLLM sets this once it has wrapped the layers for LoRA. Setting it attaches what adapters need."""
         return self.__dict__.get("_lora_manager")
 
     @lora_manager.setter

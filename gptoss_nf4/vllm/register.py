@@ -1,7 +1,7 @@
 """The `vllm.general_plugins` entry point: teaches every vLLM process the quantization method `gptoss_nf4`.
 
-vLLM calls it in each process and for every model. So it imports nothing heavy, and no error of it may end a process that
-serves another model: it logs one line and leaves the method unknown.
+vLLM calls `register` in each process and for every model. So it imports nothing heavy, and an error in it must not end a
+process that serves another model: it logs one line, and the method stays unknown.
 """
 
 import logging
@@ -12,10 +12,10 @@ logger = logging.getLogger("vllm.gptoss_nf4")
 
 
 def register() -> None:
-    """Add the method to vLLM's table, and our subclass of its gpt-oss to its models.
+    """Add the method to vLLM's table of methods, and our subclass of its gpt-oss to its table of models.
 
-    vLLM picks the method where config.json's quantization_config names it. It knows the model by name until it loads
-    one: any gpt-oss that is not ours passes through the subclass unchanged.
+    vLLM uses the method where config.json's quantization_config names it. It uses the subclass for every gpt-oss, and the
+    subclass leaves those that are not ours unchanged. The model is registered by name, so it is imported only when loaded.
     """
     try:
         from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config

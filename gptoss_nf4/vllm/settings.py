@@ -1,4 +1,4 @@
-"""The `quantization_config` of a converted checkpoint, checked: plain values that the plugin's classes share."""
+"""The `quantization_config` of a converted checkpoint as plain, checked values. The plugin's classes share them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,18 +14,18 @@ WHERE = "config.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """How the checkpoint's weights are stored; written by `gptoss_nf4.convert.assemble`."""
+    """How the checkpoint's weights are stored, as `gptoss_nf4.convert.assemble` recorded it. `blocksize` is in weights."""
 
     quant_type: str
     blocksize: int
     w13_order: str
     residual_scale: float = 1.0
-    # Modules that are served dense, by the checkpoint's names, such as "model.layers.0.self_attn.o_proj".
+    # Full names of the modules that are dense, such as "model.layers.0.self_attn.o_proj".
     dense_modules: frozenset[str] = field(default_factory=frozenset)
 
     @classmethod
     def of(cls, config: Mapping) -> "Settings":
-        """From the section of config.json; UserError names the field that this version cannot serve."""
+        """Read the section of config.json. UserError names the field that this version cannot serve."""
         allowed: dict[str, tuple] = {
             "format_version": (FORMAT_VERSION,),
             "quant_type": QUANT_TYPES,

@@ -1,4 +1,4 @@
-"""Which versions of vLLM the plugin was tested with."""
+"""The versions of vLLM that the plugin was tested with."""
 
 import logging
 from functools import cache
@@ -11,7 +11,7 @@ logger = logging.getLogger("vllm.gptoss_nf4")
 
 @cache
 def warn_if_untested(version: str) -> bool:
-    """Log one warning a process where this vLLM is not one that the tests ran on; returns whether it did."""
+    """Log a warning, once a process, where `version` is not a tested one. Returns whether it is untested."""
     if Version(version).base_version in TESTED_VERSIONS:
         return False
     logger.warning(
