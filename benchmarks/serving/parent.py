@@ -52,7 +52,7 @@ def measure_all(groups: list[list[Job]], passes: int = 1) -> dict[str, dict]:
 
     The engines of a group start together. In each pass they measure in turn.
     """
-    results = {}
+    results: dict[str, dict] = {}
     for group in groups:
         engines = [Engine(job) for job in group]
         for engine in engines:  # all of them first: nobody starts while one measures

@@ -70,7 +70,9 @@ def packed_linear_with_adapters(
 
 
 @packed_linear_with_adapters.register_fake
-def _(x, codes, absmax, bias, out_features, *args):
+def _(
+    x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None, out_features: int, *_: object
+) -> torch.Tensor:
     return x.new_empty(x.shape[0], out_features)
 
 

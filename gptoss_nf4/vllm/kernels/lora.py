@@ -53,7 +53,7 @@ class Lora(NamedTuple):
     adapters: torch.Tensor
     top_k: int
     """Slots of a token."""
-    count: int
+    held: int
     """Adapters in `b`."""
     E: int
     N: int
@@ -107,7 +107,7 @@ def shrink_blocks(
     slots,
     top_k,
     x_top_k,
-    count,
+    held,
     K,
     E,
     T,
@@ -122,7 +122,7 @@ def shrink_blocks(
 
     Args:
         routing: a `Routing` for blocks of BM, with slots; None for a linear layer, whose rows are the slots.
-        slots: their number. count: of adapters. BLOCK: inputs of one `tl.dot`.
+        slots: their number. held: how many adapters `a` has. BLOCK: inputs of one `tl.dot`.
         OPERAND_ORDER: x is in `tiles.operand_order`.
     """
     block = tl.program_id(0)
@@ -139,7 +139,7 @@ def shrink_blocks(
     adapter_m = tl.load(adapters + slot_m // top_k, mask=slot_m < slots, other=-1)
     slot_m = slot_m.to(tl.int64)
     j = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
-    for adapter in range(count):
+    for adapter in range(held):
         mine_m = adapter_m == adapter
         if tl.max(mine_m.to(tl.int32), axis=0) > 0:
             factors = a + (adapter * E + expert) * T * K
@@ -184,7 +184,7 @@ def delta(lora, expert, row_n, slice, slot_m):
     t_m = lora.t + slot_m * lora.T + slice * RANK
     exists_nm = has_m[None, :] & (row_n < lora.N)[:, None]
     sum_nm = tl.zeros([row_n.shape[0], slot_m.shape[0]], tl.float32)
-    for start in tl.range(0, RANK, RANKS_AT_ONCE, loop_unroll_factor=2 if RANK == 16 else 1):
+    for start in range(0, RANK, RANKS_AT_ONCE):
         j = start + tl.arange(0, RANKS_AT_ONCE)
         t_mj = tl.load(t_m[:, None] + j[None, :], mask=has_m[:, None] & (j < RANK)[None, :], other=0.0)
         b_nmj = tl.load(
@@ -202,7 +202,7 @@ def add_delta(sum_nm, lora, expert, row_n, slice, slot_m, used_m):
     dtype: tl.constexpr = lora.b.dtype.element_ty
     adapter_m = tl.load(lora.adapters + slot_m // lora.top_k, mask=used_m, other=-1)
     t_m = lora.t + slot_m.to(tl.int64) * lora.T + slice * RANK
-    for adapter in range(lora.count):
+    for adapter in range(lora.held):
         mine_m = adapter_m == adapter
         if tl.max(mine_m.to(tl.int32), axis=0) > 0:
             b_n = lora.b + ((adapter * lora.E + expert) * lora.N + row_n) * RANK
@@ -260,8 +260,10 @@ def shrink(
         is for blocks of that size.
         operand_order: x is in `tiles.operand_order`; only with `block`.
     """
-    count, num_experts, ranks, inputs = factors.a.shape
+    held, num_experts, ranks, inputs = factors.a.shape
     rows, rank = factors.b.shape[2:]
+    if len(factors.adapters) * top_k < slots:
+        raise ValueError(f"adapters of {len(factors.adapters)} tokens for {slots // top_k}")
     t = torch.empty(slots, ranks, dtype=torch.float32, device=x.device)
     shared = {"adapters": factors.adapters, "top_k": top_k, "x_top_k": slots // len(x), "K": inputs, "E": num_experts}
     if block is None:
@@ -286,7 +288,7 @@ def shrink(
             t,
             routing=routing,
             slots=slots,
-            count=count,
+            held=held,
             T=ranks,
             BM=block,
             RANKS=at_once,
@@ -301,7 +303,7 @@ def shrink(
         t=t,
         adapters=factors.adapters,
         top_k=top_k,
-        count=count,
+        held=held,
         E=num_experts,
         N=rows,
         T=ranks,

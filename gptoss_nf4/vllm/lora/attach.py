@@ -11,7 +11,7 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.dimensions import Dimensions
-from gptoss_nf4.vllm.lora.linear import runs_on_kernels, use_kernels
+from gptoss_nf4.vllm.lora.linear import use_kernels
 from gptoss_nf4.vllm.lora.loading import AdapterLoader
 
 # Options of vLLM that give its experts other stacks than those that `experts.py` reads.
@@ -27,7 +27,7 @@ def attach(manager: LoRAModelManager, vllm_config: VllmConfig, residual_scale: f
     # CUDA graphs are padded, and the kernels read vLLM's buffer beyond the tokens that it sets.
     for punica_wrapper in manager.punica_wrapper_mapping.values():
         punica_wrapper._token_lora_indices.fill_(-1)
-    on_kernels = any(runs_on_kernels(module) for module in manager.modules.values())
+    on_kernels = any(getattr(module, "nf4_packed", False) for module in manager.model.modules())
     for module in manager.modules.values():
         if not isinstance(module, BaseLinearLayerWithLoRA):
             continue
