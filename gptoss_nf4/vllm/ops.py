@@ -88,7 +88,7 @@ def add_adapters(
 ) -> None:
     """Add to `out` [rows, out], the result of a dense linear layer, what the adapters add for x [rows, in]."""
     if needed(no_lora):
-        expand(out, x, Factors(lora_a, lora_b, adapters, ends=tuple(lora_ends)))
+        expand(out, x.contiguous(), Factors(lora_a, lora_b, adapters, ends=tuple(lora_ends)))
 
 
 def needed(no_lora: torch.Tensor | None) -> bool:
