@@ -95,6 +95,19 @@ def test_what_fails_is_left_out_and_the_others_measure(tmp_path, monkeypatch, ca
     assert "mxfp4-triton: failed" in said
 
 
+def test_an_engine_that_ended_before_it_was_asked_has_failed(tmp_path, monkeypatch):
+    """Both of its passes: it may end at any time between them."""
+    script = tmp_path / "contender.py"
+    script.write_text('print("READY", flush=True)')
+    monkeypatch.setattr(parent, "CONTENDER", [sys.executable, str(script)])
+    engine = parent.Engine(job("nf4", tmp_path))
+    engine.wait_until_ready()
+    engine._process.wait()
+    assert engine.ready
+    assert [engine.measure(), engine.measure()] == [None, None]
+    engine.end()
+
+
 def test_results_of_several_passes_become_their_medians():
     passes = [{"a": [1.0, n], "b": {"c": n}, "d": None} for n in (5, 1, 3)]
     assert parent.medians(passes) == {"a": [1.0, 3], "b": {"c": 3}, "d": None}

@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,19 @@ class Engine:
         """Let it measure; None if it failed, now or before."""
         if not self.ready:
             return None
-        self._to.write("GO\n")
-        self._to.flush()
-        result = self._wait_for("RESULT ")
+        try:
+            self._to.write("GO\n")
+            self._to.flush()
+            result = self._wait_for("RESULT ")
+        except BrokenPipeError:  # it has ended since it last said something
+            result = None
+        self.ready = result is not None
         return None if result is None else json.loads(result)
 
     def end(self) -> None:
         """It ends when nothing more can come from here."""
-        self._to.close()
+        with suppress(BrokenPipeError):  # a GO that it did not read is still to be written
+            self._to.close()
         self._process.wait()
 
     def _wait_for(self, start: str) -> str | None:
