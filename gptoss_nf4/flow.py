@@ -2,10 +2,13 @@
 
 from dataclasses import asdict
 
+from gptoss_nf4.adapters.adapter import Adapter
 from gptoss_nf4.check.audit import audit
+from gptoss_nf4.check.merge import compare_merged
 from gptoss_nf4.check.proof import compare
 from gptoss_nf4.convert.assemble import assemble
 from gptoss_nf4.convert.dequant import dequant
+from gptoss_nf4.convert.merge import Merge
 from gptoss_nf4.convert.normalize import normalize
 from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.convert.requant import requant
@@ -23,6 +26,7 @@ def convert(
     dtype: str,
     residual_scale: object = AUTO,
     device: str = "cpu",
+    adapter: Adapter | None = None,
 ) -> dict:
     """Convert `model` into the checkpoint directory `artifacts.checkpoint`.
 
@@ -30,22 +34,27 @@ def convert(
         dtype: of everything that is not 4-bit: "float16", "bfloat16" or "float32".
         residual_scale: "auto" or a power of two up to 1; see `format/residual.py`.
         device: torch's, where mode nf4 quantizes. Mode exact does not use it.
+        adapter: merged into the weights, where `options.merge` names it.
 
     Returns:
         The fields of `Comparison`, which the proof counted, and `floating_tensors`: their number by safetensors dtype. A
-        weight that differs is counted, not raised: see `check.proof.require_exact`.
+        weight that differs is counted, not raised: see `check.proof.require_exact`. With an adapter also `merge`, what
+        quantizing lost of it: see `check.merge`.
 
     Raises:
         UserError: for a source, a setting or a machine with which this cannot be done.
     """
     fetch(model, artifacts)
     source = open_source(model, artifacts)
+    merge = Merge(adapter, source.dimensions) if adapter else None
     for layer in range(source.dimensions.layers):
         dequant(source, artifacts, layer)
-        requant(source, artifacts, layer, options, device)
-    normalize(source, artifacts, options, dtype, residual_scale)
+        requant(source, artifacts, layer, options, device, merge)
+    normalize(source, artifacts, options, dtype, residual_scale, merge)
     assemble(source, artifacts, options, dtype, residual_scale)
     checkpoint = Checkpoint(artifacts.checkpoint)
     floating = audit(checkpoint, dtype)
-    proof = compare(source, checkpoint, options, dtype)
-    return {**asdict(proof), "floating_tensors": floating}
+    if merge is None:
+        return {**asdict(compare(source, checkpoint, options, dtype)), "floating_tensors": floating}
+    kept, lost = compare_merged(source, checkpoint, merge, options, dtype)
+    return {**asdict(kept), "floating_tensors": floating, "merge": lost}

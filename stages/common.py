@@ -70,13 +70,18 @@ def adapters_of(cfg: DictConfig) -> list[AdapterSource]:
 
 def adapter_of(cfg: DictConfig) -> AdapterSource:
     """The adapter that `adapter=NAME` names on the command line. UserError for an unknown name."""
+    return adapter_named(cfg, cfg.adapter)
+
+
+def adapter_named(cfg: DictConfig, name: str) -> AdapterSource:
+    """The adapter of that name. UserError for an unknown name."""
     for adapter in adapters_of(cfg):
-        if adapter.name == cfg.adapter:
+        if adapter.name == name:
             return adapter
     raise UserError(
         "no such adapter",
         where="params.yaml",
-        got=f"adapter={cfg.adapter}",
+        got=f"adapter={name}",
         expected=f"one of {sorted(cfg.adapters)}",
         next_step="run `python stages/configure.py 'adapters={NAME: DIRECTORY}'`",
     )

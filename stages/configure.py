@@ -10,9 +10,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.source.layouts import layer_count
 from gptoss_nf4.source.model import hub_config, safe_model_name
+from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.writing import write_text
 
 HEADER = "# Made from conf/ by `python stages/configure.py`; change values there, or pass them to it.\n"
@@ -21,6 +23,36 @@ REQUIRED = {"path": "the directory of a checkpoint", "repository": "a Hub reposi
 
 
 def composed(overrides: list[str]) -> DictConfig:
+    """conf/ with `overrides`, resolved, and prepared for a merge where `requant.merge` asks for one.
+
+    UserError for a bad setting.
+    """
+    cfg = _resolved(overrides)
+    if cfg.requant.merge is not None:
+        prepare_merge(cfg)
+    return cfg
+
+
+def prepare_merge(cfg: DictConfig) -> None:
+    """Give the merged result a name of its own, and its stages the adapter as a dependency.
+
+    UserError for an adapter that `adapters` does not have, and for a mode that cannot hold merged weights.
+    """
+    cfg.requant.merge = name = str(cfg.requant.merge)
+    if name not in cfg.adapters:
+        raise UserError(
+            "no such adapter",
+            where="requant.merge",
+            got=repr(name),
+            expected=f"one of adapters, {sorted(cfg.adapters)}" if cfg.adapters else "an adapter, and adapters has none",
+            next_step=f"pass 'adapters={{{name}: DIRECTORY}}'",
+        )
+    RequantOptions.of(cfg.requant)
+    cfg.model.name = f"{cfg.model.name}-{name}"
+    cfg.merge_input = str(Artifacts.of(cfg.model.name).adapter(name))
+
+
+def _resolved(overrides: list[str]) -> DictConfig:
     """conf/ with `overrides`, resolved. UserError for a bad setting.
 
     Name and layers of a model that conf/ does not know are read from the model. Where model.path is an adapter, its base
@@ -43,7 +75,7 @@ def composed(overrides: list[str]) -> DictConfig:
             name, base = adapter
             print(f"{directory} is an adapter, called {name} here; its base is converted ({' '.join(base)})")
             others = [each for each in overrides if not each.startswith(("model=", "model.path=", "model.base="))]
-            cfg = composed([*base, *others])
+            cfg = _resolved([*base, *others])
             cfg.adapters = OmegaConf.to_container(cfg.adapters) | {name: adapter_entry(name, str(directory))}
             return cfg
         cfg.model.path = str(directory)
@@ -71,7 +103,8 @@ def main() -> None:
         sys.exit("error: " + " ".join(str(error).split()))
     write_text(Path("params.yaml"), HEADER + OmegaConf.to_yaml(cfg))
     line = f"params.yaml: model {cfg.model.name}, {len(cfg.model.layers)} layers, {cfg.dtype}, engine {cfg.engine.name}"
-    print(line + (f", adapters {', '.join(cfg.adapters)}" if cfg.adapters else ""))
+    line += f", adapters {', '.join(cfg.adapters)}" if cfg.adapters else ""
+    print(line + (f", {cfg.requant.merge} merged" if cfg.requant.merge else ""))
 
 
 if __name__ == "__main__":

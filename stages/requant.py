@@ -1,6 +1,7 @@
 """requant@L: make one layer's fused 4-bit tensors."""
 
 from common import layer_of, model_of, stage
+from merging import merge_of
 from omegaconf import DictConfig
 
 from gptoss_nf4.convert.plan import EXACT, RequantOptions
@@ -22,7 +23,8 @@ def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
     layer, options = layer_of(cfg), RequantOptions.of(cfg.requant)
     device = device_of(cfg.requant.device, options.mode)
-    size = requant(open_source(model, artifacts), artifacts, layer, options, device)
+    source = open_source(model, artifacts)
+    size = requant(source, artifacts, layer, options, device, merge_of(cfg, source, artifacts))
     return f"layer {layer}, mode {options.mode}, {size / 1e9:.3f} GB"
 
 

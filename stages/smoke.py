@@ -4,10 +4,14 @@ import sys
 from pathlib import Path
 
 from common import METRICS, engine_of, model_of, stage
+from merging import merge_of
 from omegaconf import DictConfig
+from torch.nn import Module
 
+from gptoss_nf4.adapters.adapter import Adapter
 from gptoss_nf4.check import reference
 from gptoss_nf4.check.agreement import Agreement, Generation
+from gptoss_nf4.convert.plan import EXACT
 from gptoss_nf4.engine.generate import generate
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.residual import AUTO_FLOAT16, SMALLEST, scale_of
@@ -40,20 +44,37 @@ def advice(checkpoint: Path) -> str:
     return f"residual_scale is {scale!r}: configure with {more_room}, or with dtype=bfloat16, and run `dvc repro`"
 
 
-def compare(source: Source, generations: list[Generation], limit_gib: float) -> dict:
-    """Agreement with the reference. Where that would need more than `limit_gib` of memory: why it was skipped."""
+def compare(source: Source, adapter: Adapter | None, generations: list[Generation], limit_gib: float) -> dict:
+    """Agreement with the reference. Where that would need more than `limit_gib` of memory: why it was skipped.
+
+    Where `adapter` was merged, the reference is the source with the adapter beside it, and `without_adapter` is the
+    agreement with the source alone: what to compare with to see how much of the adapter is left.
+    """
     needed = reference.float32_bytes(source.dimensions) / GIB
     if needed > limit_gib:
         return {"skipped": f"a float32 reference needs {needed:.1f} GiB, smoke.reference_gib is {limit_gib}"}
-    model, agreement = reference.build(source), Agreement()
+    model = reference.build(source)
+    result = agreement(model, generations)
+    if adapter is None:
+        return result
+    model = reference.with_adapter(model, adapter, source.dimensions)
+    return {**agreement(model, generations), "without_adapter": result}
+
+
+def agreement(model: Module, generations: list[Generation]) -> dict:
+    """How the engine's `generations` agree with `model`."""
+    found = Agreement()
     for generation in generations:
-        agreement.add(generation, reference.log_probabilities(model, generation.token_ids))
-    return agreement.as_dict()
+        found.add(generation, reference.log_probabilities(model, generation.token_ids))
+    return found.as_dict()
 
 
 def check(result: dict, dtype: str, cfg: DictConfig) -> None:
-    """UserError where vLLM is further from the reference than its dtype explains."""
-    if "skipped" in result:
+    """UserError where vLLM is further from the reference than its dtype explains.
+
+    A checkpoint that was quantized again has other weights than the reference: its agreement is reported, not judged.
+    """
+    if "skipped" in result or cfg.requant.mode != EXACT:
         return
     limits = {"top-1 agreement": (result["top1_agreement"], "at least", cfg.smoke.min_top1_agreement)}
     if dtype == "float32" and cfg.engine.max_float32_difference is not None:
@@ -86,13 +107,16 @@ def main(cfg: DictConfig) -> str:
         raise
     require_finite(generations, artifacts.checkpoint)
     dtype = engine_args["dtype"]
-    result = compare(open_source(model, artifacts), generations, cfg.smoke.reference_gib)
+    source = open_source(model, artifacts)
+    merge = merge_of(cfg, source, artifacts)
+    result = compare(source, merge.adapter if merge else None, generations, cfg.smoke.reference_gib)
     write_json(
         METRICS / "smoke.json",
         {
             "model": model.name,
             "dtype": dtype,
             "engine": cfg.engine.name,
+            **({"merged_adapter": cfg.requant.merge} if merge else {}),
             **result,
             "generations": [
                 {"prompt": g.prompt, "text": g.text, "distinct_tokens": len(set(g.token_ids[g.prompt_tokens :]))}

@@ -8,9 +8,8 @@ from gptoss_nf4.adapters.adapter import Adapter
 from gptoss_nf4.check import reference
 from gptoss_nf4.check.agreement import Agreement, Generation
 from gptoss_nf4.engine.generate import ServedAdapter, generate_with
-from gptoss_nf4.fetch.adapter import directory_of
 from gptoss_nf4.source.interface import Source
-from gptoss_nf4.source.model import open_source
+from gptoss_nf4.source.model import adapter_directory, open_source
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import write_json
 
@@ -36,9 +35,14 @@ def compare(
 def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
     entry, engine_args = adapter_of(cfg), engine_of(cfg)
+    report = METRICS / "adapters" / f"{entry.name}.json"
+    if cfg.requant.merge is not None:
+        skipped = f"adapters belong beside the unmerged base, and {cfg.requant.merge} is merged here: see smoke"
+        write_json(report, {"model": model.name, "adapter": entry.name, "skipped": skipped})
+        return f"{entry.name}, skipped: {skipped}"
     artifacts.require(artifacts.checkpoint / "config.json", "assemble")
     described = read_json_object(artifacts.require(artifacts.adapter(entry.name), f"adapter@{entry.name}"))
-    adapter = Adapter(directory_of(entry, artifacts))
+    adapter = Adapter(adapter_directory(entry, artifacts))
     served = ServedAdapter(entry.name, adapter.directory, described["largest_rank"])
     prompts = list(cfg.smoke.prompts)
     base, adapted = generate_with(artifacts.checkpoint, served, prompts, cfg.smoke.max_tokens, engine_args)
@@ -47,7 +51,7 @@ def main(cfg: DictConfig) -> str:
     texts = [{"prompt": g.prompt, "text": g.text, "base": b.text} for g, b in zip(adapted, base, strict=True)]
     dtype = engine_args["dtype"]
     settings = {"model": model.name, "adapter": entry.name, "dtype": dtype, "engine": cfg.engine.name}
-    write_json(METRICS / "adapters" / f"{entry.name}.json", settings | found | {"generations": texts})
+    write_json(report, settings | found | {"generations": texts})
     for each in texts:
         print(f"smoke_adapter: {each['prompt']!r} -> {each['text']!r}")
     for result in found.values():

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from adapter_makers import ATTENTION, EXPERTS, with_adapter
+from adapter_makers import ATTENTION, EXPERTS, ROUTER, with_adapter
 from conftest import edit_shard
 from test_pipeline import repro, run
 
@@ -19,11 +19,15 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, tiny) -> Path:
-    """A base, two adapters on it, as PEFT saves them, and a project."""
+    """A base, three adapters on it, as PEFT saves them, and a project."""
     root = tmp_path_factory.mktemp("project")
     shutil.copytree(tiny, root / "base")
     source = open_checkpoint(tiny)
-    targets = {"mine": {"target_modules": ATTENTION, "target_parameters": EXPERTS}, "other": {"target_modules": ["q_proj"]}}
+    targets = {
+        "mine": {"target_modules": ATTENTION, "target_parameters": EXPERTS},
+        "other": {"target_modules": ["q_proj"]},
+        "routing": {"target_parameters": ROUTER},
+    }
     for name, lora in targets.items():
         with_adapter(reference.build(source), **lora).save_pretrained(root / name)
     for name in targets:
@@ -87,3 +91,46 @@ def test_an_adapter_of_another_model_is_refused_by_name(root):
         else:
             assert "adapter@other" in repro(root / "checkout", "adapter@other")
     assert re.search("base", (root / "checkout/artifacts/gpt-oss-20b/adapters/other.json").read_text())
+
+
+def merging(root: Path, name: str) -> None:
+    adapters = f"adapters={{{name}: {root / name}, other: {root / 'other'}}}"
+    nf4 = ["requant.mode=nf4", f"requant.merge={name}"]
+    said = configure(root, "model=local", f"model.path={root / 'base'}", adapters, *nf4, "dtype=float32")
+    assert f"model base-{name}" in said
+    assert f"{name} merged" in said
+
+
+def test_a_merge_quantizes_again_and_says_what_is_lost(root):
+    """With the adapter merged; a change of it runs all that reads it. The other adapter is checked, but not served."""
+    merging(root, "mine")
+    checkout = root / "checkout"
+    ran = repro(checkout, "smoke", "smoke-adapter")
+    merge = {"requant@0", "requant@1", "normalize", "prove", "smoke"}
+    assert {"adapter@mine", "assemble", "smoke-adapter@mine", "smoke-adapter@other"} | merge <= ran
+    proved = json.loads((checkout / "metrics/exactness.json").read_text())
+    assert (proved["model"], proved["different"], proved["merge"]["adapter"]) == ("base-mine", 0, "mine")
+    assert {each["kind"] for each in proved["merge"]["kinds"]} == {*ATTENTION, "w13", "w2"}
+    assert 0.05 < proved["merge"]["total"]["relative_rms_error"] < 0.15
+    smoke = json.loads((checkout / "metrics/smoke.json").read_text())
+    assert smoke["positions"] == smoke["without_adapter"]["positions"] > 100
+    assert smoke["worst_logprob_difference"] > 1e-3  # an error that the exact checkpoint would have to explain
+    for name in ("mine", "other"):
+        assert "mine is merged here" in json.loads((checkout / f"metrics/adapters/{name}.json").read_text())["skipped"]
+    assert repro(checkout, "smoke", "smoke-adapter") == set()
+    config = root / "mine" / "adapter_config.json"
+    config.write_text(config.read_text() + "\n")
+    assert merge | {"adapter@mine"} <= repro(checkout, "smoke")
+    shutil.rmtree(checkout / "artifacts/base-mine")
+    assert "adapter@mine" in run(checkout, "python", "stages/parallel.py")
+    assert repro(checkout, "assemble") == set()
+
+
+def test_a_merge_that_quantizes_nothing_agrees_with_the_unmerged_pair(root):
+    """The router is dense, so in float32 the merged checkpoint is the base with the adapter, and not the base alone."""
+    merging(root, "routing")
+    repro(root / "checkout", "smoke")
+    smoke = json.loads((root / "checkout/metrics/smoke.json").read_text())
+    assert smoke["merged_adapter"] == "routing"
+    assert smoke["worst_logprob_difference"] < 1e-3
+    assert smoke["without_adapter"]["worst_logprob_difference"] > 0.1

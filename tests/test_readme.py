@@ -53,6 +53,11 @@ RUN_HERE = {
             ("someone/their-lora", "{adapter}"),
         ),
     ),
+    "python stages/configure.py model=gpt_oss_20b 'adapters={mine: /data/my-lora}' "
+    "requant.mode=nf4 requant.merge=mine": Trial(
+        "model my-finetune-mine, .* mine merged",
+        (("model=gpt_oss_20b", "model=local model.path={source}"), ("/data/my-lora", "{adapter}")),
+    ),
     "python stages/configure.py model=local model.path=/data/my-lora": Trial(
         "model my-finetune, .* adapters my-lora", (("/data/my-lora", "{adapter}"),)
     ),

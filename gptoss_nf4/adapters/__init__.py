@@ -15,5 +15,6 @@ In reading order:
 Only `adapter` and `peft_form` touch files. The others are pure functions of a configuration, of tensors by name and of a
 base's `Dimensions`.
 
-May import `storage`, `format` and `errors`. Imported by `fetch`, `check`, the plugin and the stages.
+May import `storage`, `format` and `errors`. Imported by `fetch`, `convert`, `check`, `flow`, the plugin and
+the stages.
 """

@@ -54,12 +54,15 @@ class Adapter:
     def layers(self, d: Dimensions) -> Iterator[tuple[int, dict[str, Delta]]]:
         """(layer, its deltas by full name), one layer in memory at a time. Layers without deltas are left out."""
         for layer, modules in self.modules(d).items():
-            yield layer, {module.name: delta_of(module, self._read, self.weights_file) for module in modules}
+            yield layer, {module.name: self.delta(module) for module in modules}
 
     def layer(self, d: Dimensions, layer: int) -> dict[str, Delta]:
         """One layer's deltas by full name, none where the adapter does not change the layer."""
-        modules = self.modules(d).get(layer, [])
-        return {module.name: delta_of(module, self._read, self.weights_file) for module in modules}
+        return {module.name: self.delta(module) for module in self.modules(d).get(layer, [])}
+
+    def delta(self, module: Module) -> Delta:
+        """What the adapter adds to one of its modules. UserError for a value that is not finite."""
+        return delta_of(module, self._read, self.weights_file)
 
     def validate(self, d: Dimensions) -> None:
         """Check every tensor against the base's dimensions, and every value. UserError for the first fault."""
@@ -74,8 +77,7 @@ class Adapter:
         changed = {}
         for modules in self.modules(d).values():
             for module in modules:
-                delta = delta_of(module, self._read, self.weights_file)
-                changed[module.name] = _about(module) | {"frobenius_norm": delta.frobenius_norm()}
+                changed[module.name] = _about(module) | {"frobenius_norm": self.delta(module).frobenius_norm()}
         return {
             "base_model": self.config.base_model,
             "peft_version": self.config.peft_version,

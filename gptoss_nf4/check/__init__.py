@@ -1,6 +1,7 @@
 """Checks of a finished checkpoint, and the references that they compare it with.
 
 - `proof.py`: every weight against the source's, through bitsandbytes.
+- `merge.py`: where an adapter is merged, what of it quantizing lost.
 - `fitting.py`: the files hold the tensors that config.json asks for.
 - `audit.py`: that, and one dtype throughout.
 - `weights.py`: weights as bitsandbytes dequantizes them.

@@ -72,7 +72,8 @@ def build_config(source: Source, options: RequantOptions, dtype: str, residual_s
             "requant_mode": options.mode,
             residual.KEY: residual_scale,
             "modules_to_not_convert": [target.name for target in targets if not isinstance(target, QuantizedTarget)],
-        },
+        }
+        | ({"merged_adapter": options.merge} if options.merge else {}),
     }
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gptoss_nf4.convert.merge import Merge, merged
 from gptoss_nf4.convert.plan import DenseTarget, QuantizedTarget, RequantOptions, Target, plan_layer
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import names, residual
@@ -33,9 +34,16 @@ class DenseTensor:
 
 
 def normalize(
-    source: Source, artifacts: Artifacts, options: RequantOptions, dtype: str, residual_scale: object = residual.AUTO
+    source: Source,
+    artifacts: Artifacts,
+    options: RequantOptions,
+    dtype: str,
+    residual_scale: object = residual.AUTO,
+    merge: Merge | None = None,
 ) -> dict:
     """Write every tensor that is not 4-bit in `dtype`, and every quantization state, and return the report.
+
+    The deltas of `merge` are added to router and dense attention in float32, before they are rounded.
 
     UserError names the tensor where a value overflows or is not finite, or where `residual_scale`, which the plugin will
     apply, would lose too much. No file is written then.
@@ -44,7 +52,7 @@ def normalize(
     stored_dtype = SAFETENSORS_NAMES[check_dtype(dtype)]
     plans = [plan_layer(source, layer, options) for layer in range(source.dimensions.layers)]
     targets = [target for plan in plans for target in plan]
-    dense = list(_dense_tensors(source, plans, options.w13_order))
+    dense = list(_dense_tensors(source, plans, options.w13_order, merge))
     states = {
         f"{target.weight}.{names.STATE_PREFIX}{target.quant_type}": target.state(dtype).to_json()
         for target in targets
@@ -118,12 +126,17 @@ def _culprit(origins: list[Floating], dtype: torch.dtype) -> str | None:
     return None
 
 
-def _dense_tensors(source: Source, plans: list[list[Target]], w13_order: str) -> Iterator[DenseTensor]:
+def _dense_tensors(source: Source, plans: list[list[Target]], w13_order: str, merge: Merge | None) -> Iterator[DenseTensor]:
     """Every tensor of the result that is not 4-bit: first those outside the layers, then layer by layer."""
 
     def kept(name: str) -> DenseTensor:
         origin = source.floating(name)
-        return DenseTensor(name, origin.shape, [origin], origin.read)
+
+        def read() -> Iterator[torch.Tensor]:
+            delta = merge.delta(name.removesuffix(".weight")) if merge else None
+            return iter([merged(origin.tensor(), delta)]) if delta else origin.read()
+
+        return DenseTensor(name, origin.shape, [origin], read)
 
     for name in names.outside_shapes(source.dimensions):
         yield kept(name)
@@ -133,7 +146,7 @@ def _dense_tensors(source: Source, plans: list[list[Target]], w13_order: str) ->
         for target in targets:
             yield _fused_bias(source, target, w13_order)
             if isinstance(target, DenseTarget):
-                yield _joined_weight(source, target)
+                yield _joined_weight(source, target, merge)
 
 
 def _fused_bias(source: Source, target: Target, w13_order: str) -> DenseTensor:
@@ -150,15 +163,19 @@ def _fused_bias(source: Source, target: Target, w13_order: str) -> DenseTensor:
     return DenseTensor(target.bias, target.shape[:-1], origins, read)
 
 
-def _joined_weight(source: Source, target: DenseTarget) -> DenseTensor:
-    """The weight of `target`, [rows, in_features]: dense parts as stored, 4-bit parts dequantized to float32."""
+def _joined_weight(source: Source, target: DenseTarget, merge: Merge | None) -> DenseTensor:
+    """The weight of `target`, [rows, in_features]: dense parts as stored, 4-bit parts dequantized to float32.
+
+    Parts with a delta of `merge` are float32 too.
+    """
     origins = {part: source.floating(part.weight) for part in target.parts if part.state is None}
 
     def read() -> Iterator[torch.Tensor]:
-        parts = [
-            origins[part].tensor() if part in origins else torch.from_numpy(source.dequantized(part))
-            for part in target.parts
-        ]
+        deltas = merge.deltas(target) if merge else {}
+        parts = []
+        for part in target.parts:
+            weight = origins[part].tensor() if part in origins else torch.from_numpy(source.dequantized(part))
+            parts.append(merged(weight, deltas[part.name]) if part.name in deltas else weight)
         yield torch.cat(_one_dtype(parts))
 
     return DenseTensor(

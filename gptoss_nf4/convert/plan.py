@@ -19,12 +19,16 @@ MODES = (EXACT, NF4)
 
 @dataclass(frozen=True)
 class RequantOptions:
-    """Section `requant` of params.yaml; `quant_type` and `blocksize` are for mode nf4. UserError for a bad value."""
+    """Section `requant` of params.yaml. UserError for a bad value.
+
+    `quant_type` and `blocksize` are for mode nf4. `merge` names the adapter that is merged, None for none.
+    """
 
     mode: str = EXACT
     w13_order: str = INTERLEAVED
     quant_type: str = "nf4"
     blocksize: int = 64
+    merge: str | None = None
 
     @classmethod
     def of(cls, section: Mapping) -> "RequantOptions":
@@ -42,6 +46,14 @@ class RequantOptions:
                     expected=f"one of {allowed}",
                     next_step="correct it and run `python stages/configure.py`",
                 )
+        if self.merge is not None and self.mode == EXACT:
+            raise UserError(
+                "bad setting",
+                where="requant.merge",
+                got=f"{self.merge} with requant.mode={EXACT}",
+                expected=f"requant.mode={NF4}, since merged weights have to be quantized again",
+                next_step=f"pass requant.mode={NF4}, or leave out requant.merge and serve the adapter beside its base",
+            )
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,15 @@ class QuantizedTarget(Target):
     def state(self, dtype: str) -> QuantState:
         """bitsandbytes' state of the fused weight, without double quantization."""
         return QuantState(self.quant_type, self.blocksize, dtype, self.shape)
+
+    def holds(self, part: Module) -> bool:
+        """Whether codes and absmax of `part`, one of the target's, can be moved into it as they are."""
+        state = part.state
+        return (
+            state is not None
+            and (state.quant_type, state.blocksize) == (self.quant_type, self.blocksize)
+            and part.blocks_along == INPUTS
+        )
 
 
 @dataclass(frozen=True)

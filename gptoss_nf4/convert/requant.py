@@ -20,8 +20,13 @@ from gptoss_nf4.storage.writing import write_json
 if TYPE_CHECKING:
     import torch
 
+    from gptoss_nf4.adapters.canonical import Delta
+    from gptoss_nf4.convert.merge import Merge
+
 # Rows of one module: codes uint8 [rows, in_features / 2] and absmax float32 [rows, in_features / blocksize].
 Rows = tuple[np.ndarray, np.ndarray]
+# What happens to a module of the source.
+MOVED, QUANTIZED, MERGED = "moved", "quantized again", "merged and quantized again"
 
 
 @dataclass
@@ -46,35 +51,52 @@ class AddedError:
         return {"weights": self.weights, "relative_rms_error": relative, "largest_error": self.largest}
 
 
-def requant(source: Source, artifacts: Artifacts, layer: int, options: RequantOptions, device: str) -> int:
+def requant(
+    source: Source,
+    artifacts: Artifacts,
+    layer: int,
+    options: RequantOptions,
+    device: str,
+    merge: "Merge | None" = None,
+) -> int:
     """Write the layer's fused 4-bit tensors and its report, and return the size of the tensors' file in bytes.
 
     Each quantized target has three tensors: `<target>.weight` uint8 [..., rows, in / 2], its `.absmax` float32
     [..., rows, in / blocksize] and its `.quant_map` float32 [16]. The codes are written expert by expert. Meanwhile absmax
     stays in memory: with a blocksize of 64 it has an eighth of the codes' size. `device` is torch's, for mode nf4.
+
+    With `merge`, deltas are added before quantizing. Modules without one are moved if their format is the target's.
     """
     targets = plan_layer(source, layer, options)
     quantized = [target for target in targets if isinstance(target, QuantizedTarget)]
     absmax = _read_absmax(artifacts, layer)
     errors: dict[str, AddedError] = {}
+    handled: dict[str, list[str]] = {}
     declared = [tensor for target in quantized for tensor in _declared(target)]
     with writing_tensors(artifacts.layer_weights(layer), declared) as out:
         for target in quantized:
             order = target.row_order(options.w13_order)
             scales = []
+            deltas = merge.deltas(target) if merge else {}
             for part in target.parts:
-                if options.mode == EXACT:
+                handling = _handling(part, target, options, deltas)
+                handled.setdefault(handling, []).append(part.name)
+                if handling == MOVED:
                     codes, scale = rows_of_blocks(source.codes(part), absmax[part.weight], part.shape)
                 else:
                     error = errors.setdefault(target.name, AddedError())
-                    codes, scale = _quantized_again(source, part, absmax.get(part.weight), target, device, error)
+                    weight = _float32_weight(source, part, absmax.get(part.weight), device, deltas.get(part.name))
+                    codes, scale = _quantized(weight, target, error)
                 out.append(target.weight, codes[order])
                 scales.append(scale[order])
             out.append(f"{target.weight}.absmax", *scales)
             out.append(f"{target.weight}.quant_map", CODEBOOKS[target.quant_type])
     source.forget(layer)
-    report = {target.name: _describe(target, errors.get(target.name)) for target in targets}
-    write_json(artifacts.report(layer), {"layer": layer, "mode": options.mode, "targets": report})
+    report: dict = {"layer": layer, "mode": options.mode}
+    if options.merge:
+        report |= {"merge": options.merge, "modules": handled}
+    report["targets"] = {target.name: _describe(target, errors.get(target.name)) for target in targets}
+    write_json(artifacts.report(layer), report)
     return out.size
 
 
@@ -93,38 +115,47 @@ def _declared(target: QuantizedTarget) -> list[Declared]:
     ]
 
 
-def _quantized_again(
-    source: Source, part: Module, absmax: np.ndarray | None, target: QuantizedTarget, device: str, error: AddedError
-) -> Rows:
-    """Dequantize `part`, and quantize it with bitsandbytes as `target` asks. What that changes is added to `error`."""
+def _handling(part: Module, target: QuantizedTarget, options: RequantOptions, deltas: "dict[str, Delta]") -> str:
+    """What happens to `part`. In a merge, a module without a delta is quantized again only where it has to be."""
+    if part.name in deltas:
+        return MERGED
+    return MOVED if options.mode == EXACT or (options.merge and target.holds(part)) else QUANTIZED
+
+
+def _quantized(weight: "torch.Tensor", target: QuantizedTarget, error: AddedError) -> Rows:
+    """`weight`, float32 [rows, in_features], quantized by bitsandbytes as `target` asks. The difference goes to `error`."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    before = _float32_weight(source, part, absmax, device)
-    packed, state = quantize_4bit(before, blocksize=target.blocksize, quant_type=target.quant_type)
-    error.add(before, dequantize_4bit(packed, state))
-    return rows_of_blocks(packed.cpu().numpy(), state.absmax.float().cpu().numpy(), part.shape)
+    packed, state = quantize_4bit(weight, blocksize=target.blocksize, quant_type=target.quant_type)
+    error.add(weight, dequantize_4bit(packed, state))
+    return rows_of_blocks(packed.cpu().numpy(), state.absmax.float().cpu().numpy(), weight.shape)
 
 
-def _float32_weight(source: Source, part: Module, absmax: np.ndarray | None, device: str) -> "torch.Tensor":
-    """The weight of one module, float32 [rows, in_features] on `device`.
+def _float32_weight(
+    source: Source, part: Module, absmax: np.ndarray | None, device: str, delta: "Delta | None"
+) -> "torch.Tensor":
+    """The weight of one module, plus `delta` if it has one: float32 [rows, in_features] on `device`.
 
     `absmax` is float32 [blocks], after undoing double quantization; None for a module that the source left dense.
     """
     import torch
     from bitsandbytes.functional import QuantState
 
+    from gptoss_nf4.convert.merge import merged
     from gptoss_nf4.format.bnb import dequantize_float32
 
     if part.state is None:
-        return source.floating(part.weight).tensor().to(device, torch.float32)
-    state = QuantState(
-        absmax=torch.from_numpy(absmax).to(device),
-        shape=torch.Size(part.shape),
-        dtype=torch.float32,
-        blocksize=part.state.blocksize,
-        quant_type=part.state.quant_type,
-    )
-    return dequantize_float32(torch.from_numpy(source.codes(part)).to(device), state)
+        weight = source.floating(part.weight).tensor().to(device, torch.float32)
+    else:
+        state = QuantState(
+            absmax=torch.from_numpy(absmax).to(device),
+            shape=torch.Size(part.shape),
+            dtype=torch.float32,
+            blocksize=part.state.blocksize,
+            quant_type=part.state.quant_type,
+        )
+        weight = dequantize_float32(torch.from_numpy(source.codes(part)).to(device), state)
+    return merged(weight, delta) if delta else weight
 
 
 def _describe(target: Target, error: AddedError | None) -> dict:

@@ -14,9 +14,8 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch import hub
 from gptoss_nf4.format import names
 from gptoss_nf4.source.interface import Source
-from gptoss_nf4.source.model import AdapterSource, Model, hub_snapshot
+from gptoss_nf4.source.model import AdapterSource, Model
 from gptoss_nf4.storage.artifacts import Artifacts
-from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import describe_file, write_json
 
 OTHER_BASE = (Verdict.OTHER_MODEL, Verdict.OTHER_WEIGHTS)
@@ -51,14 +50,6 @@ def fetch_adapter(source: AdapterSource, model: Model, base: Source, artifacts: 
     }
     write_json(artifacts.adapter(source.name), description)
     return description
-
-
-def directory_of(source: AdapterSource, artifacts: Artifacts) -> Path:
-    """The directory of an adapter that stage adapter has checked. UserError where a repository was not downloaded."""
-    if source.path:
-        return Path(source.path)
-    description = read_json_object(artifacts.require(artifacts.adapter(source.name), f"adapter@{source.name}"))
-    return hub_snapshot(str(source.repository), description["source"]["commit"])
 
 
 def _make_available(source: AdapterSource) -> tuple[Path, dict]:

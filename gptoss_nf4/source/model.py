@@ -1,4 +1,4 @@
-"""The `model` and `adapters` sections of the settings, and opening the source that stage fetch brought."""
+"""The `model` and `adapters` sections of the settings, and finding what stages fetch and adapter brought."""
 
 import re
 from dataclasses import dataclass
@@ -65,6 +65,14 @@ def _directory(model: Model, artifacts: Artifacts, manifest: dict) -> Path:
     if model.kind == "hub":
         return hub_snapshot(str(model.repository), manifest["source"]["commit"])
     return artifacts.source if model.kind in SAMPLE_KINDS else Path(str(model.path))
+
+
+def adapter_directory(source: AdapterSource, artifacts: Artifacts) -> Path:
+    """The directory of an adapter, as it was saved. UserError where stage adapter has not checked it, or it is gone."""
+    description = read_json_object(artifacts.require(artifacts.adapter(source.name), f"adapter@{source.name}"))
+    if source.path:
+        return Path(source.path)
+    return hub_snapshot(str(source.repository), description["source"]["commit"])
 
 
 def hub_snapshot(repository: str, commit: str) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import names
-from gptoss_nf4.format.codec import CODEBOOKS, denest_absmax
+from gptoss_nf4.format.codec import CODEBOOKS, MAX_ABSMAX, denest_absmax
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.quant_state import MAX_STATE_BYTES, QUANT_TYPES, QuantState
 from gptoss_nf4.source.interface import Floating, Module, Source
@@ -28,7 +28,6 @@ _ADAPTER = ".lora_"
 # Largest distance between neighbours of bitsandbytes' dynamic 8-bit map, whose values go up to 1. Rounding to that map may
 # bring an absmax this much of its nested absmax below 0.
 NESTED_ROUNDING = 0.02
-MAX_ABSMAX = 65504.0  # float16's largest number: a weight beyond it could not be served in float16
 
 
 def kept_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
