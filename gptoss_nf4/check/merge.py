@@ -21,6 +21,7 @@ from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.checkpoint import Checkpoint
 
 ROUTER = "mlp.router"
+ROWS = 64  # at a time: a whole matrix in float64 does not fit a core's cache, and takes several times as long
 ROUNDING = 1e-3  # of float32 sums, relative to the largest weight of a block
 
 
@@ -70,8 +71,15 @@ class Loss:
 
 def loss_of(base: torch.Tensor, delta: Delta | None, stored: torch.Tensor, options: RequantOptions) -> Loss:
     """The `Loss` of one module. The weights `base` and `stored` are [rows, in_features] of any floating dtype."""
-    base, stored = base.double(), stored.double()
-    added = torch.zeros_like(base) if delta is None else delta.b.double() @ delta.a.double()
+    a = base.new_zeros(1, base.shape[1]) if delta is None else delta.a
+    b = base.new_zeros(len(base), 1) if delta is None else delta.b
+    pieces = zip(base.split(ROWS), b.split(ROWS), stored.split(ROWS), strict=True)
+    losses = (_loss_of_rows(w.double(), b.double() @ a.double(), s.double(), options) for w, b, s in pieces)
+    return sum(losses, Loss())
+
+
+def _loss_of_rows(base: torch.Tensor, added: torch.Tensor, stored: torch.Tensor, options: RequantOptions) -> Loss:
+    """The `Loss` of some rows, all in float64."""
     change, merged = stored - base, base + added
     error = change - added
     # A block is scaled to its largest weight, and a code lies at most half of the codebook's largest gap away.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Rows of one module: codes uint8 [rows, in_features / 2] and absmax float32 [rows, in_features / blocksize].
 Rows = tuple[np.ndarray, np.ndarray]
+ROWS = 64  # at a time: a whole matrix in float64 does not fit a core's cache
 # What happens to a module of the source.
 MOVED, QUANTIZED, MERGED = "moved", "quantized again", "merged and quantized again"
 
@@ -39,12 +40,13 @@ class AddedError:
     largest: float = 0.0
 
     def add(self, before: "torch.Tensor", after: "torch.Tensor") -> None:
-        """Count the weights `before` and `after` quantizing again: float32, of the same shape."""
-        difference = (after - before).double()
+        """Count the weights `before` and `after` quantizing again: float32 [rows, in_features]."""
         self.weights += before.numel()
-        self.squared_error += float(difference.square().sum())
-        self.squared_weight += float(before.double().square().sum())
-        self.largest = max(self.largest, float(difference.abs().max()))
+        for weight, rows in zip(before.split(ROWS), after.split(ROWS), strict=True):
+            difference = (rows - weight).double()
+            self.squared_error += float(difference.square().sum())
+            self.squared_weight += float(weight.double().square().sum())
+            self.largest = max(self.largest, float(difference.abs().max()))
 
     def as_dict(self) -> dict:
         relative = (self.squared_error / self.squared_weight) ** 0.5 if self.squared_weight else 0.0
