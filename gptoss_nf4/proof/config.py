@@ -1,0 +1,166 @@
+"""What config.json of the result must say: the function of the source's, and how the plugin is to read the weights.
+
+Both files are loaded by transformers, and what it made of them is compared. So nothing here knows which field means what.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from gptoss_nf4.errors import UserError, first_line
+from gptoss_nf4.proof.compare import CONCATENATED, INTERLEAVED
+
+EXACT = "exact"
+# Keys that say nothing of the function, or that the conversion decides: these have their own check below.
+OWN_KEYS = {
+    "architectures",
+    "auto_map",
+    "custom_pipelines",
+    "dtype",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+}
+ABSENT_KEYS = ("auto_map", "custom_pipelines", "torch_dtype")  # code of the source's, and a second dtype
+# transformers 4.5x writes the first two, transformers 5 the third; it reads both.
+ROPE_KEYS = {"rope_scaling", "rope_theta", "rope_parameters"}
+# What transformers' `_compute_yarn_parameters` reads and has a default for.
+ROPE_DEFAULTS = {
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "factor",
+    "mscale",
+    "mscale_all_dim",
+    "original_max_position_embeddings",
+    "rope_theta",
+    "rope_type",
+    "truncate",
+}
+NOTHING = "nothing"  # stands for a key that is not there
+NEXT_STEP = "run `dvc repro -s -f assemble`, then `dvc repro prove`; if it stays, report it"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The settings by which the result was made. `quant_type` and `blocksize` are for mode nf4."""
+
+    mode: str
+    w13_order: str
+    quant_type: str
+    blocksize: int
+    dtype: str
+    residual_scale: object
+
+    @property
+    def scale(self) -> object:
+        """The residual_scale: `auto` is 1/64 for float16, whose largest number is 65,504, and else 1."""
+        if self.residual_scale == "auto":
+            return 1 / 64 if self.dtype == "float16" else 1
+        return self.residual_scale
+
+
+def require_function(source: dict, result: dict, asked: Asked, where: object) -> None:
+    """Check that the model that `result` describes computes what that of `source` does. UserError names the key."""
+    for key, value in source.items():
+        if key not in OWN_KEYS | ROPE_KEYS and result.get(key, NOTHING) != value:
+            raise differs(where, key, result.get(key, NOTHING), value)
+    before, after = load(_own_names(source), where).to_dict(), load(result, where).to_dict()
+    for key in sorted((before.keys() | after.keys()) - OWN_KEYS - ROPE_KEYS):
+        if before.get(key, NOTHING) != after.get(key, NOTHING):
+            raise differs(where, key, after.get(key, NOTHING), before.get(key, NOTHING))
+    _require_rope(source, result, where)
+    own = {"architectures": ["GptOssForCausalLM"], "dtype": asked.dtype} | dict.fromkeys(ABSENT_KEYS, NOTHING)
+    for key, value in own.items():
+        if result.get(key, NOTHING) != value:
+            raise differs(where, key, result.get(key, NOTHING), value)
+
+
+def _own_names(config: dict) -> dict:
+    """`config` with OpenAI's `experts_per_token` under the name that transformers reads, where that is not there."""
+    return {"num_experts_per_tok": config["experts_per_token"]} | config if "experts_per_token" in config else config
+
+
+def load(config: dict, where: object) -> Any:
+    """transformers' GptOssConfig of a config.json. UserError where transformers refuses it."""
+    from transformers import GptOssConfig
+
+    fields = {key: copy.deepcopy(value) for key, value in config.items() if key != "quantization_config"}
+    try:
+        return GptOssConfig(**fields)
+    except Exception as error:  # a stranger's file, a library's checks: whatever it raises
+        raise differs(
+            where, "config.json", f"{type(error).__name__}: {first_line(error)}", "what transformers loads"
+        ) from None
+
+
+def _require_rope(source: dict, result: dict, where: object) -> None:
+    """Every setting of the source's is there. Others may be if transformers computes the same angles with them."""
+    before, after = _rope(source), _rope(result)
+    for key, value in before.items():
+        if after.get(key, NOTHING) != value:
+            raise differs(where, f"rope {key}", after.get(key, NOTHING), value)
+    for key in sorted(after.keys() - before.keys()):
+        if key not in ROPE_DEFAULTS:
+            raise differs(where, f"rope {key}", after[key], NOTHING)
+    if after != before:
+        angles, found = (_angles(config, where) for config in (source, result))
+        if angles != found:
+            added = {key: after[key] for key in sorted(after.keys() - before.keys())}
+            raise differs(where, "rope", f"other angles by {added}", "transformers' defaults")
+
+
+def _rope(config: dict) -> dict:
+    section = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    found = {"rope_type" if key == "type" else key: value for key, value in section.items()}
+    return {"rope_theta": config["rope_theta"]} | found if config.get("rope_theta") is not None else found
+
+
+def _angles(config: dict, where: object) -> tuple[list[float], float]:
+    """The inverse frequencies and the factor of attention that transformers computes."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    loaded = load(config, where)
+    frequencies, factor = ROPE_INIT_FUNCTIONS[loaded.rope_parameters["rope_type"]](loaded, "cpu")
+    return frequencies.tolist(), factor
+
+
+def require_quantization(section: object, asked: Asked, dense: list[str], where: object) -> None:
+    """Check `quantization_config`, by which the plugin reads the weights. UserError names the key.
+
+    `dense` are the modules of attention that are not 4-bit. In mode exact the type and the blocksize are the source's: the
+    comparison of the weights checks them.
+    """
+    if not isinstance(section, dict):
+        raise differs(where, "quantization_config", section, "an object")
+    required = {
+        "quant_method": "gptoss_nf4",
+        "format_version": 1,
+        "quant_type": asked.quant_type,
+        "blocksize": asked.blocksize,
+        "w13_order": asked.w13_order,
+        "requant_mode": asked.mode,
+        "residual_scale": asked.scale,
+        "modules_to_not_convert": dense,
+    }
+    if asked.mode == EXACT:
+        required |= {key: section.get(key, "a value") for key in ("quant_type", "blocksize")}
+    for key in [*required, *sorted(section.keys() - required.keys())]:
+        if section.get(key, NOTHING) != required.get(key, NOTHING):
+            raise differs(where, f"quantization_config.{key}", section.get(key, NOTHING), required.get(key, NOTHING))
+    scale = section["residual_scale"]
+    if not (2**-14 <= scale <= 1 and math.frexp(scale)[0] == 0.5):
+        raise differs(where, "quantization_config.residual_scale", scale, "a power of two from 2^-14 to 1")
+    if section["w13_order"] not in (INTERLEAVED, CONCATENATED):
+        raise differs(where, "quantization_config.w13_order", section["w13_order"], f"{INTERLEAVED} or {CONCATENATED}")
+
+
+def differs(where: object, key: str, got: object, expected: object) -> UserError:
+    return UserError(
+        f"config.json is not the source's in {key}",
+        where=where,
+        got=str(got)[:200],
+        expected=str(expected)[:200],
+        next_step=NEXT_STEP,
+    )
