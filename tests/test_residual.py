@@ -3,7 +3,6 @@
 import re
 import runpy
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,13 +22,6 @@ from gptoss_nf4.samples import embedded
 from gptoss_nf4.source.model import open_source
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.reading import read_json_object
-
-
-@pytest.fixture(scope="module")
-def massive(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("massive") / "source"
-    embedded.write_checkpoint(directory, embedded.MASSIVE_DIMENSIONS, massive=True)
-    return directory
 
 
 @pytest.mark.parametrize(

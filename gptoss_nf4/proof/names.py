@@ -14,8 +14,9 @@ from gptoss_nf4.errors import UserError
 # What bitsandbytes stores beside a 4-bit weight (`QuantState.as_dict(packed=True)`).
 STATES = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
 SIDECARS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *STATES)
-# Put around names by PEFT, by torch.compile and by data-parallel training. A model is the same without them.
-WRAPPERS = re.compile(r"^(base_model\.model\.|module\.)+(?=model\.|lm_head\.)|\b(_orig_mod|base_layer)\.")
+# Put around and into names by PEFT, by torch.compile and by data-parallel training. A model is the same without them.
+AROUND = re.compile(r"^(base_model\.model\.|module\.)+(?=model\.|lm_head\.)")
+INTO = re.compile(r"\b(_orig_mod|base_layer)\.")
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Pair:
 
 def published(name: str) -> str:
     """`name` without what training wraps around names."""
-    return WRAPPERS.sub("", name)
+    return AROUND.sub("", INTO.sub("", name))
 
 
 def with_sidecars(name: str, names: Collection[str]) -> list[str]:

@@ -1,0 +1,111 @@
+"""The proof of config.json: any field that changes the function, and any other way to say the same."""
+
+import pytest
+from proof_cases import Change, config_changed, proved, require_found
+from proof_mutations import FIELDS, QUANTIZATION, ROPE
+
+from gptoss_nf4.proof.config import Asked
+from gptoss_nf4.samples import embedded
+
+ON_THE_MODEL = {*embedded.model_config(embedded.TINY), "architectures", "dtype"} - {"torch_dtype"}
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_a_field_of_another_value_is_found(tiny, converted, tmp_path, key):
+    result = config_changed(converted, tmp_path / "result", lambda c: c.update({key: FIELDS[key]}))
+    require_found(tiny, result, "config.json is not the source's in .*: got .*, expected ")
+
+
+@pytest.mark.parametrize("key", [key for key in FIELDS if key in ON_THE_MODEL])
+def test_a_field_of_the_source_that_is_lost_is_found(tiny, converted, tmp_path, key):
+    require_found(tiny, config_changed(converted, tmp_path / "result", lambda c: c.pop(key)), key)
+
+
+@pytest.mark.parametrize("key", ROPE)
+@pytest.mark.parametrize("section", ["rope_scaling", "rope_parameters"])
+def test_another_rope_is_found(tiny, converted, tmp_path, key, section):
+    def change(config):
+        config[section] = config.pop("rope_scaling") | {key: ROPE[key]}
+
+    require_found(tiny, config_changed(converted, tmp_path / "result", change), "rope")
+
+
+@pytest.mark.parametrize("key", QUANTIZATION)
+@pytest.mark.parametrize("lost", [False, True])
+def test_another_quantization_config_is_found(tiny, converted, tmp_path, key, lost):
+    if lost and key == "load_in_4bit":
+        return
+
+    def change(config):
+        if lost:
+            del config["quantization_config"][key]
+        else:
+            config["quantization_config"][key] = QUANTIZATION[key]
+
+    result = config_changed(converted, tmp_path / "result", change)
+    by_the_weights = "w13|qkv_proj" if key in ("quant_type", "blocksize") and not lost else key
+    require_found(tiny, result, by_the_weights)
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        (Asked("exact", "concatenated", "nf4", 64, "float16", "auto"), "w13_order"),
+        (Asked("nf4", "interleaved", "nf4", 64, "float16", "auto"), "requant_mode"),
+        (Asked("exact", "interleaved", "nf4", 64, "bfloat16", "auto"), "dtype"),
+        (Asked("exact", "interleaved", "nf4", 64, "float16", 0.5), "residual_scale"),
+        (Asked("exact", "interleaved", "nf4", 64, "float16", 1), "residual_scale"),
+    ],
+)
+def test_a_result_of_other_settings_is_found(tiny, converted, asked, named):
+    require_found(tiny, converted, named, asked)
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0, 2.0**-20])
+def test_a_residual_scale_that_is_no_power_of_two_is_found_though_it_was_asked_for(tiny, converted, tmp_path, scale):
+    result = config_changed(converted, tmp_path / "result", lambda c: c["quantization_config"].update(residual_scale=scale))
+    require_found(tiny, result, "power of two", Asked("exact", "interleaved", "nf4", 64, "float16", scale))
+
+
+def without(*keys: str) -> Change:
+    def change(config):
+        for key in keys:
+            config.get("rope_scaling", {}).pop(key, None)
+            config.pop(key, None)
+
+    return change
+
+
+SAME_FUNCTION: dict[str, tuple[Change, Change]] = {
+    "the default of a field that the source lacks": (dict, lambda c: c.update(swiglu_alpha=1.702)),
+    "a field that the source lacks and the result has": (without("attention_bias", "swiglu_limit"), dict),
+    "rope's defaults": (without("beta_fast", "beta_slow"), dict),
+    "the positions that transformers takes": (
+        without("original_max_position_embeddings"),
+        lambda c: c["rope_scaling"].update(original_max_position_embeddings=8192),
+    ),
+    "transformers 5's name for rope": (
+        dict,
+        lambda c: c.update(rope_parameters=c.pop("rope_scaling") | {"rope_theta": c.pop("rope_theta")}),
+    ),
+    "OpenAI's name for experts per token": (without("num_experts_per_tok"), dict),
+    "another version of transformers": (dict, lambda c: c.update(transformers_version="9")),
+}
+
+
+@pytest.mark.parametrize("case", SAME_FUNCTION)
+def test_another_way_to_say_the_same_passes(tiny, converted, tmp_path, case):
+    of_source, of_result = SAME_FUNCTION[case]
+    source = config_changed(tiny, tmp_path / "source", of_source)
+    proved(source, config_changed(converted, tmp_path / "result", of_result))
+
+
+def test_a_default_that_the_source_does_not_have_is_found(tiny, converted, tmp_path):
+    """experts_per_token alone: transformers, and so vLLM, would take its own default of 4."""
+
+    def three(config):
+        del config["num_experts_per_tok"]
+        config["experts_per_token"] = 3
+
+    source = config_changed(tiny, tmp_path / "source", three)
+    require_found(source, config_changed(converted, tmp_path / "result", three), "num_experts_per_tok: .*got 4, expected 3")
