@@ -3,6 +3,7 @@
 import pytest
 from proof_cases import Change, config_changed, proved, require_found
 from proof_mutations import FIELDS, QUANTIZATION, ROPE
+from transformers import GptOssConfig
 
 from gptoss_nf4.proof.config import Asked
 from gptoss_nf4.samples import embedded
@@ -88,6 +89,10 @@ SAME_FUNCTION: dict[str, tuple[Change, Change]] = {
         dict,
         lambda c: c.update(rope_parameters=c.pop("rope_scaling") | {"rope_theta": c.pop("rope_theta")}),
     ),
+    "no rope at all, and transformers' own": (
+        without("rope_scaling", "rope_theta"),
+        lambda c: (without("rope_scaling", "rope_theta")(c), c.update(rope_parameters=GptOssConfig().rope_parameters)),
+    ),
     "OpenAI's name for experts per token": (without("num_experts_per_tok"), dict),
     "another version of transformers": (dict, lambda c: c.update(transformers_version="9")),
 }
@@ -98,6 +103,13 @@ def test_another_way_to_say_the_same_passes(tiny, converted, tmp_path, case):
     of_source, of_result = SAME_FUNCTION[case]
     source = config_changed(tiny, tmp_path / "source", of_source)
     proved(source, config_changed(converted, tmp_path / "result", of_result))
+
+
+@pytest.mark.parametrize(("key", "value"), [("beta_fast", 31.0), ("original_max_position_embeddings", 4096)])
+def test_a_filled_in_rope_setting_that_is_not_the_default_is_found(tiny, converted, tmp_path, key, value):
+    source = config_changed(tiny, tmp_path / "source", without(key))
+    result = config_changed(converted, tmp_path / "result", lambda c: c["rope_scaling"].update({key: value}))
+    require_found(source, result, f"rope: .*{key}.*transformers' defaults")
 
 
 def test_a_default_that_the_source_does_not_have_is_found(tiny, converted, tmp_path):

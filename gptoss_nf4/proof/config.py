@@ -89,10 +89,8 @@ def load(config: dict, where: object) -> Any:
     fields = {key: copy.deepcopy(value) for key, value in config.items() if key != "quantization_config"}
     try:
         return GptOssConfig(**fields)
-    except Exception as error:  # a stranger's file, a library's checks: whatever it raises
-        raise differs(
-            where, "config.json", f"{type(error).__name__}: {first_line(error)}", "what transformers loads"
-        ) from None
+    except Exception as error:  # a stranger's values, a library's checks: whatever they raise
+        raise differs(where, "a value", first_line(error), "values that transformers loads") from None
 
 
 def _require_rope(source: dict, result: dict, where: object) -> None:
