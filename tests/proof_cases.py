@@ -29,7 +29,7 @@ def rewritten(origin: Path, target: Path, change: Change, config: Change = dict)
     tensors = all_tensors(origin)
     change(tensors)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+    for name in ("config.json", "tokenizer.json"):
         shutil.copy(origin / name, target / name)
     content = json.loads((target / "config.json").read_text())
     config(content)

@@ -198,9 +198,9 @@ FIELDS: dict[str, object] = {
     "torch_dtype": "float16",
     "auto_map": {"AutoModel": "code.py"},
     "final_logit_softcapping": 30.0,
-    "rope_theta": 10000,
 }
 ROPE: dict[str, object] = {
+    "rope_theta": 10000,
     "rope_type": "linear",
     "factor": 16.0,
     "beta_fast": 31.0,

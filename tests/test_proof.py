@@ -120,11 +120,10 @@ def test_a_file_that_the_index_does_not_name_is_found(tiny, converted, tmp_path)
     require_found(tiny, tmp_path / "result", r"index does not name: .*layer-2\.safetensors")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
-def test_a_copied_file_that_is_no_copy_is_found(tiny, converted, tmp_path, name):
+def test_a_tokenizer_that_is_no_copy_is_found(tiny, converted, tmp_path):
     shutil.copytree(converted, tmp_path / "result")
-    (tmp_path / "result" / name).write_text("{}")
-    require_found(tiny, tmp_path / "result", f"file is not the source's: .*{name}")
+    (tmp_path / "result/tokenizer.json").write_text("{}")
+    require_found(tiny, tmp_path / "result", r"file is not the source's: .*tokenizer\.json")
 
 
 # Its parts

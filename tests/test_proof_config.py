@@ -8,7 +8,9 @@ from transformers import GptOssConfig
 from gptoss_nf4.proof.config import Asked
 from gptoss_nf4.samples import embedded
 
-ON_THE_MODEL = {*embedded.model_config(embedded.TINY), "architectures", "dtype"} - {"torch_dtype"}
+CONFIG = embedded.model_config(embedded.TINY)
+DEFAULTS = GptOssConfig(num_hidden_layers=2).to_dict()
+NEEDED = [key for key in FIELDS if key in CONFIG and CONFIG[key] != DEFAULTS.get(key, CONFIG[key])]
 
 
 @pytest.mark.parametrize("key", FIELDS)
@@ -17,16 +19,22 @@ def test_a_field_of_another_value_is_found(tiny, converted, tmp_path, key):
     require_found(tiny, result, "config.json is not the source's in .*: got .*, expected ")
 
 
-@pytest.mark.parametrize("key", [key for key in FIELDS if key in ON_THE_MODEL])
-def test_a_field_of_the_source_that_is_lost_is_found(tiny, converted, tmp_path, key):
+@pytest.mark.parametrize("key", [*NEEDED, "num_hidden_layers", "model_type", "architectures", "dtype"])
+def test_a_field_that_is_lost_and_is_not_the_default_is_found(tiny, converted, tmp_path, key):
     require_found(tiny, config_changed(converted, tmp_path / "result", lambda c: c.pop(key)), key)
+
+
+def rope_of(config: dict) -> dict:
+    """Take the settings of rope out of `config`, whatever they are called there."""
+    theta = {"rope_theta": config.pop("rope_theta")} if "rope_theta" in config else {}
+    return theta | (config.pop("rope_scaling", None) or config.pop("rope_parameters"))
 
 
 @pytest.mark.parametrize("key", ROPE)
 @pytest.mark.parametrize("section", ["rope_scaling", "rope_parameters"])
 def test_another_rope_is_found(tiny, converted, tmp_path, key, section):
     def change(config):
-        config[section] = config.pop("rope_scaling") | {key: ROPE[key]}
+        config[section] = rope_of(config) | {key: ROPE[key]}
 
     require_found(tiny, config_changed(converted, tmp_path / "result", change), "rope")
 
@@ -71,8 +79,21 @@ def test_a_residual_scale_that_is_no_power_of_two_is_found_though_it_was_asked_f
 def without(*keys: str) -> Change:
     def change(config):
         for key in keys:
-            config.get("rope_scaling", {}).pop(key, None)
             config.pop(key, None)
+
+    return change
+
+
+def rope_without(*keys: str) -> Change:
+    def change(config):
+        config["rope_parameters"] = {key: value for key, value in rope_of(config).items() if key not in keys}
+
+    return change
+
+
+def rope_with(**values: object) -> Change:
+    def change(config):
+        config["rope_parameters"] = rope_of(config) | values
 
     return change
 
@@ -80,18 +101,18 @@ def without(*keys: str) -> Change:
 SAME_FUNCTION: dict[str, tuple[Change, Change]] = {
     "the default of a field that the source lacks": (dict, lambda c: c.update(swiglu_alpha=1.702)),
     "a field that the source lacks and the result has": (without("attention_bias", "swiglu_limit"), dict),
-    "rope's defaults": (without("beta_fast", "beta_slow"), dict),
+    "a default that the result leaves out": (dict, without("num_experts_per_tok", "hidden_act", "attention_bias")),
+    "fields without effect": (dict, without("attention_dropout", "router_aux_loss_coef", "initial_context_length")),
+    "rope's defaults": (rope_without("beta_fast", "beta_slow"), dict),
     "the positions that transformers takes": (
-        without("original_max_position_embeddings"),
-        lambda c: c["rope_scaling"].update(original_max_position_embeddings=8192),
+        rope_without("original_max_position_embeddings"),
+        rope_with(original_max_position_embeddings=8192),
     ),
-    "transformers 5's name for rope": (
-        dict,
-        lambda c: c.update(rope_parameters=c.pop("rope_scaling") | {"rope_theta": c.pop("rope_theta")}),
-    ),
+    "an attention factor that is yarn's": (rope_with(attention_factor=1.34657359), dict),
+    "transformers 5's name for rope": (dict, rope_with()),
     "no rope at all, and transformers' own": (
-        without("rope_scaling", "rope_theta"),
-        lambda c: (without("rope_scaling", "rope_theta")(c), c.update(rope_parameters=GptOssConfig().rope_parameters)),
+        rope_of,
+        lambda c: (rope_of(c), c.update(rope_parameters=GptOssConfig().rope_parameters)),
     ),
     "OpenAI's name for experts per token": (without("num_experts_per_tok"), dict),
     "another version of transformers": (dict, lambda c: c.update(transformers_version="9")),
@@ -107,16 +128,16 @@ def test_another_way_to_say_the_same_passes(tiny, converted, tmp_path, case):
 
 @pytest.mark.parametrize(("key", "value"), [("beta_fast", 31.0), ("original_max_position_embeddings", 4096)])
 def test_a_filled_in_rope_setting_that_is_not_the_default_is_found(tiny, converted, tmp_path, key, value):
-    source = config_changed(tiny, tmp_path / "source", without(key))
-    result = config_changed(converted, tmp_path / "result", lambda c: c["rope_scaling"].update({key: value}))
-    require_found(source, result, f"rope: .*{key}.*transformers' defaults")
+    source = config_changed(tiny, tmp_path / "source", rope_without(key))
+    result = config_changed(converted, tmp_path / "result", rope_with(**{key: value}))
+    require_found(source, result, "other angles")
 
 
 def test_a_default_that_the_source_does_not_have_is_found(tiny, converted, tmp_path):
     """experts_per_token alone: transformers, and so vLLM, would take its own default of 4."""
 
     def three(config):
-        del config["num_experts_per_tok"]
+        config.pop("num_experts_per_tok")
         config["experts_per_token"] = 3
 
     source = config_changed(tiny, tmp_path / "source", three)

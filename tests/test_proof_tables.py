@@ -167,8 +167,8 @@ TABLES: dict[str, tuple[Patch, str]] = {
         "qkv_proj.*fp4",
     ),
     **{
-        f"{key} not carried": (set_to(assemble, "DROPPED", (*assemble.DROPPED, key)), key.split("_")[0])
-        for key in ("sliding_window", "rope_scaling", "rope_theta", "hidden_act", "eos_token_id", "experts_per_token")
+        f"{key} not carried": (config_with(lambda c, key=key: c.pop(key)), key)
+        for key in ("sliding_window", "hidden_size", "eos_token_id", "num_local_experts")
     },
     **{
         f"{key} changed": (config_with(lambda c, key=key, value=value: c.update({key: value})), key)

@@ -1,6 +1,6 @@
 """What config.json of the result must say: the function of the source's, and how the plugin is to read the weights.
 
-Both files are loaded by transformers, and what it made of them is compared. So nothing here knows which field means what.
+Both files are loaded by transformers, and what it made of them is compared. So nothing here knows what a field means.
 """
 
 import copy
@@ -12,21 +12,24 @@ from gptoss_nf4.errors import UserError, first_line
 from gptoss_nf4.proof.compare import CONCATENATED, INTERLEAVED
 
 EXACT = "exact"
-# Keys that say nothing of the function, or that the conversion decides: these have their own check below.
+# The conversion decides these, and they have their own check below. transformers_version says who wrote the file.
 OWN_KEYS = {
     "architectures",
     "auto_map",
     "custom_pipelines",
     "dtype",
+    "model_type",
     "quantization_config",
     "torch_dtype",
     "transformers_version",
 }
 ABSENT_KEYS = ("auto_map", "custom_pipelines", "torch_dtype")  # code of the source's, and a second dtype
+# No value of the network depends on these. They may be left out, but not changed.
+WITHOUT_EFFECT = {"attention_dropout", "initializer_range", "router_aux_loss_coef", "use_cache"}
 # transformers 4.5x writes the first two, transformers 5 the third; it reads both.
 ROPE_KEYS = {"rope_scaling", "rope_theta", "rope_parameters"}
-# What transformers' `_compute_yarn_parameters` reads and has a default for.
-ROPE_DEFAULTS = {
+# What transformers' `_compute_yarn_parameters` reads; vLLM's gpt-oss has no other type of rope.
+YARN_KEYS = {
     "attention_factor",
     "beta_fast",
     "beta_slow",
@@ -37,6 +40,7 @@ ROPE_DEFAULTS = {
     "rope_theta",
     "rope_type",
     "truncate",
+    "type",
 }
 NOTHING = "nothing"  # stands for a key that is not there
 NEXT_STEP = "run `dvc repro -s -f assemble`, then `dvc repro prove`; if it stays, report it"
@@ -62,16 +66,26 @@ class Asked:
 
 
 def require_function(source: dict, result: dict, asked: Asked, where: object) -> None:
-    """Check that the model that `result` describes computes what that of `source` does. UserError names the key."""
-    for key, value in source.items():
-        if key not in OWN_KEYS | ROPE_KEYS and result.get(key, NOTHING) != value:
-            raise differs(where, key, result.get(key, NOTHING), value)
-    before, after = load(_own_names(source), where).to_dict(), load(result, where).to_dict()
-    for key in sorted((before.keys() | after.keys()) - OWN_KEYS - ROPE_KEYS):
-        if before.get(key, NOTHING) != after.get(key, NOTHING):
-            raise differs(where, key, after.get(key, NOTHING), before.get(key, NOTHING))
-    _require_rope(source, result, where)
-    own = {"architectures": ["GptOssForCausalLM"], "dtype": asked.dtype} | dict.fromkeys(ABSENT_KEYS, NOTHING)
+    """Check that the model that `result` describes computes what that of `source` does. UserError names the key.
+
+    A field that GptOssConfig declares must have the same value once both are loaded. So a default may be written out or
+    left out. Any other key must be the source's or a default of transformers': none is added, none changed.
+    """
+    from transformers import GptOssConfig
+
+    before, after = load(_own_names(source), where), load(result, where)
+    declared = GptOssConfig.__annotations__.keys() - WITHOUT_EFFECT - ROPE_KEYS
+    for key in sorted(declared):
+        if getattr(before, key) != getattr(after, key):
+            raise differs(where, key, getattr(after, key), getattr(before, key))
+    defaults = before.to_dict()
+    for key in sorted(result.keys() - declared - OWN_KEYS - ROPE_KEYS):
+        expected = source.get(key, defaults.get(key, NOTHING))
+        if result[key] != expected:
+            raise differs(where, key, result[key], expected)
+    _require_rope(before, after, result, where)
+    own = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "dtype": asked.dtype}
+    own |= dict.fromkeys(ABSENT_KEYS, NOTHING)
     for key, value in own.items():
         if result.get(key, NOTHING) != value:
             raise differs(where, key, result.get(key, NOTHING), value)
@@ -90,37 +104,29 @@ def load(config: dict, where: object) -> Any:
     try:
         return GptOssConfig(**fields)
     except Exception as error:  # a stranger's values, a library's checks: whatever they raise
-        raise differs(where, "a value", first_line(error), "values that transformers loads") from None
+        raise differs(where, "a value", " ".join(str(error).split()), "values that transformers loads") from None
 
 
-def _require_rope(source: dict, result: dict, where: object) -> None:
-    """Every setting of the source's is there. Others may be if transformers computes the same angles with them."""
-    before, after = _rope(source), _rope(result)
-    for key, value in before.items():
-        if after.get(key, NOTHING) != value:
-            raise differs(where, f"rope {key}", after.get(key, NOTHING), value)
-    for key in sorted(after.keys() - before.keys()):
-        if key not in ROPE_DEFAULTS:
-            raise differs(where, f"rope {key}", after[key], NOTHING)
-    if after != before:
-        angles, found = (_angles(config, where) for config in (source, result))
-        if angles != found:
-            added = {key: after[key] for key in sorted(after.keys() - before.keys())}
-            raise differs(where, "rope", f"other angles by {added}", "transformers' defaults")
+def _require_rope(before: Any, after: Any, result: dict, where: object) -> None:
+    """The two GptOssConfigs turn by the same angles, as transformers computes them, and `result` says no more than that."""
+    section = result.get("rope_scaling") or result.get("rope_parameters") or {}
+    for key in sorted(section.keys() - YARN_KEYS):
+        raise differs(where, f"rope {key}", section[key], NOTHING)
+    if after.rope_parameters["rope_type"] != "yarn":
+        raise differs(where, "rope_type", after.rope_parameters["rope_type"], "yarn")
+    (angles, factor), (found, scaled) = _angles(before, where), _angles(after, where)
+    if angles != found or not math.isclose(factor, scaled, rel_tol=1e-6):
+        raise differs(where, "rope", f"other angles by {after.rope_parameters}", f"those of {before.rope_parameters}")
 
 
-def _rope(config: dict) -> dict:
-    section = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    found = {"rope_type" if key == "type" else key: value for key, value in section.items()}
-    return {"rope_theta": config["rope_theta"]} | found if config.get("rope_theta") is not None else found
-
-
-def _angles(config: dict, where: object) -> tuple[list[float], float]:
-    """The inverse frequencies and the factor of attention that transformers computes."""
+def _angles(config: Any, where: object) -> tuple[list[float], float]:
+    """The inverse frequencies, and the factor of cosine and sine, that transformers computes."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    loaded = load(config, where)
-    frequencies, factor = ROPE_INIT_FUNCTIONS[loaded.rope_parameters["rope_type"]](loaded, "cpu")
+    try:
+        frequencies, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, "cpu")
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise differs(where, "rope", first_line(error), "parameters that transformers computes angles with") from None
     return frequencies.tolist(), factor
 
 

@@ -19,7 +19,7 @@ from gptoss_nf4.storage.machine import cores
 from gptoss_nf4.storage.reading import read_bytes
 
 # Copied byte for byte. The other files beside the weights are written anew, and are not compared here.
-VERBATIM = ("tokenizer.json", "chat_template.jinja")
+VERBATIM = ("tokenizer.json",)
 
 
 @dataclass
@@ -111,7 +111,7 @@ def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
 
 
 def _require_whole(source: Path, result: Tensors) -> None:
-    """No weights lie beside those that the index names, and the copied files are copies. UserError otherwise."""
+    """No weights lie beside those that the index names, and what is copied is a copy. UserError otherwise."""
     directory = result.checkpoint.directory
     for file in sorted(set(directory.glob("*.safetensors")) - set(result.checkpoint.weight_files)):
         raise UserError(
