@@ -102,6 +102,14 @@ SAME_FUNCTION: dict[str, tuple[Change, Change]] = {
     "the default of a field that the source lacks": (dict, lambda c: c.update(swiglu_alpha=1.702)),
     "a field that the source lacks and the result has": (without("attention_bias", "swiglu_limit"), dict),
     "a default that the result leaves out": (dict, without("num_experts_per_tok", "hidden_act", "attention_bias")),
+    "numbers of another type": (
+        lambda c: c.update(swiglu_limit=7, output_router_logits=0),
+        lambda c: c.update(swiglu_limit=7.0),
+    ),
+    "null for what follows from others": (
+        lambda c: c.update(head_dim=None, hidden_size=256),
+        lambda c: c.update(hidden_size=256),
+    ),
     "fields without effect": (dict, without("attention_dropout", "router_aux_loss_coef", "initial_context_length")),
     "rope's defaults": (rope_without("beta_fast", "beta_slow"), dict),
     "the positions that transformers takes": (

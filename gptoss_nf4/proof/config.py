@@ -73,7 +73,7 @@ def require_function(source: dict, result: dict, asked: Asked, where: object) ->
     """
     from transformers import GptOssConfig
 
-    before, after = load(_own_names(source), where), load(result, where)
+    before, after = load(_readable(source), where), load(result, where)
     declared = GptOssConfig.__annotations__.keys() - WITHOUT_EFFECT - ROPE_KEYS
     for key in sorted(declared):
         if getattr(before, key) != getattr(after, key):
@@ -91,9 +91,20 @@ def require_function(source: dict, result: dict, asked: Asked, where: object) ->
             raise differs(where, key, result.get(key, NOTHING), value)
 
 
-def _own_names(config: dict) -> dict:
-    """`config` with OpenAI's `experts_per_token` under the name that transformers reads, where that is not there."""
-    return {"num_experts_per_tok": config["experts_per_token"]} | config if "experts_per_token" in config else config
+def _readable(source: dict) -> dict:
+    """`source` without what older libraries wrote and transformers 5 does not read: OpenAI's name, 7 for 7.0, null."""
+    from transformers import GptOssConfig
+
+    found = {"num_experts_per_tok": source["experts_per_token"]} | source if "experts_per_token" in source else dict(source)
+    for key in GptOssConfig.__annotations__.keys() & found.keys():
+        kind, value = type(getattr(GptOssConfig, key)), found[key]
+        if kind in (bool, int, float) and isinstance(value, int | float) and kind(value) == value:
+            found[key] = kind(value)
+    if found.get("num_key_value_heads", 0) is None:  # these two as GptOssConfig's own __post_init__ has them
+        found["num_key_value_heads"] = found["num_attention_heads"]
+    if found.get("head_dim", 0) is None:
+        found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
+    return found
 
 
 def load(config: dict, where: object) -> Any:
