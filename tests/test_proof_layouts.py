@@ -14,6 +14,8 @@ LAYOUTS = {
     "PEFT": lambda name: re.sub(r"(_proj(s\.\d+)?)\.", r"\1.base_layer.", f"base_model.model.{name}"),
     "torch.compile": lambda name: f"_orig_mod.{name}".replace("layers.", "layers._orig_mod."),
     "both, and data parallel": lambda name: f"module._orig_mod.base_model.model.{name}",
+    "FSDP": lambda name: f"_fsdp_wrapped_module.{name}".replace("mlp.", "_fsdp_wrapped_module.mlp."),
+    "Lightning": lambda name: f"model.{name}",
 }
 
 
@@ -27,6 +29,12 @@ def test_published_names_are_known_whatever_was_wrapped_around_them(tiny, conver
 
     source = rewritten(tiny, tmp_path / "source", change)
     assert proved(source, converted).source_tensors == len(all_tensors(tiny))
+
+
+def test_two_tensors_of_one_name_are_found(tiny, converted, tmp_path):
+    name = "model.norm.weight"
+    source = rewritten(tiny, tmp_path / "source", lambda t: t.update({f"teacher.{name}": t[name].clone()}))
+    require_found(source, converted, f"cannot compare: .*{name}")
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])

@@ -14,9 +14,10 @@ from gptoss_nf4.errors import UserError
 # What bitsandbytes stores beside a 4-bit weight (`QuantState.as_dict(packed=True)`).
 STATES = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
 SIDECARS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *STATES)
-# Put around and into names by PEFT, by torch.compile and by data-parallel training. A model is the same without them.
-AROUND = re.compile(r"^(base_model\.model\.|module\.)+(?=model\.|lm_head\.)")
-INTO = re.compile(r"\b(_orig_mod|base_layer)\.")
+# What holds a model, or a part of it, adds to names: PEFT, torch.compile, FSDP, data-parallel training, Lightning. Two
+# tensors whose names become one are an error.
+AROUND = re.compile(r"^.*?(?=model\.(?:layers|embed_tokens|norm)\.|lm_head\.)")
+WITHIN = re.compile(r"\b(_orig_mod|module|base_layer|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Pair:
 
 def published(name: str) -> str:
     """`name` without what training wraps around names."""
-    return AROUND.sub("", INTO.sub("", name))
+    return AROUND.sub("", WITHIN.sub("", name))
 
 
 def with_sidecars(name: str, names: Collection[str]) -> list[str]:
