@@ -15,7 +15,6 @@ from gptoss_nf4.fetch import fetch
 from gptoss_nf4.flow import convert
 from gptoss_nf4.format import names, residual
 from gptoss_nf4.format.cast import cast
-from gptoss_nf4.source import split
 from gptoss_nf4.source.split import SplitSource
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -58,17 +57,15 @@ def rows_ordered(order: Callable[[int], np.ndarray], only: str) -> Patch:
 
 
 def renamed(one: str, other: str) -> Patch:
-    """The source's reader takes one tensor for the other."""
+    """The source's reader takes one tensor for the other, and the other for the one."""
 
     def patch(monkeypatch):
-        original = SplitSource._stored_name
+        original = SplitSource.floating
 
-        def stored_name(name):
-            if one in name:
-                return original(name.replace(one, other))
-            return original(name.replace(other, one))
+        def floating(self, name):
+            return original(self, name.replace(one, other) if one in name else name.replace(other, one))
 
-        monkeypatch.setattr(SplitSource, "_stored_name", staticmethod(stored_name))
+        monkeypatch.setattr(SplitSource, "floating", floating)
 
     return patch
 
@@ -92,9 +89,9 @@ def config_with(change: Callable[[dict], object]) -> Patch:
 
 
 def scaled_wrongly(monkeypatch):
-    """Double quantization undone with another offset."""
-    original = split.denest_absmax
-    monkeypatch.setattr(split, "denest_absmax", lambda *arguments: original(*arguments[:-1], arguments[-1] * 1.0001))
+    """Double quantization undone a little wrongly."""
+    original = SplitSource.absmax
+    monkeypatch.setattr(SplitSource, "absmax", lambda *arguments: original(*arguments) * np.float32(1.0001))
 
 
 def nibbles_exchanged(monkeypatch):
@@ -138,7 +135,7 @@ TABLES: dict[str, tuple[Patch, str]] = {
     "up before gate": (rows_ordered(swapped_pairs, "w13"), "w13"),
     "two rows of w2 exchanged": (rows_ordered(lambda rows: np.r_[1, 0, 2:rows], "w2"), "w2"),
     "nibbles exchanged": (nibbles_exchanged, "qkv_proj"),
-    "another offset of absmax": (scaled_wrongly, "qkv_proj"),
+    "absmax a little larger": (scaled_wrongly, "qkv_proj"),
     "layernorms exchanged": (renamed("input_layernorm", "post_attention_layernorm"), "layernorm"),
     "embedding and head exchanged": (renamed("model.embed_tokens", "lm_head"), "embed_tokens"),
     "biases of k and v exchanged": (renamed("k_proj.bias", "v_proj.bias"), r"qkv_proj\.bias.*k_proj"),
