@@ -50,9 +50,12 @@ class Exactness:
         return sum((kind.difference for kind in self.kinds.values()), Difference())
 
     def as_dict(self) -> dict:
-        """The totals, then the counts by kind of tensor: see metrics/exactness.json."""
+        """The totals, then the counts by kind of tensor: see metrics/exactness.json.
+
+        The kinds are a list: `dvc metrics show` prints the totals only, not 70 columns.
+        """
         counts = {"source_tensors": self.source_tensors, "result_tensors": self.result_tensors}
-        by_kind = {name: {"tensors": kind.tensors} | asdict(kind.difference) for name, kind in self.kinds.items()}
+        by_kind = [{"kind": name, "tensors": kind.tensors} | asdict(kind.difference) for name, kind in self.kinds.items()]
         return asdict(self.total) | counts | {"by_kind": by_kind}
 
 
