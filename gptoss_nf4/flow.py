@@ -1,9 +1,6 @@
 """The whole conversion without DVC: each call is one stage."""
 
-from dataclasses import asdict
-
 from gptoss_nf4.check.audit import audit
-from gptoss_nf4.check.proof import compare
 from gptoss_nf4.convert.assemble import assemble
 from gptoss_nf4.convert.dequant import dequant
 from gptoss_nf4.convert.normalize import normalize
@@ -11,7 +8,9 @@ from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.convert.requant import requant
 from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.format.residual import AUTO
-from gptoss_nf4.source.model import Model, open_source
+from gptoss_nf4.proof.config import Asked
+from gptoss_nf4.proof.prove import prove, require_proved
+from gptoss_nf4.source.model import Model, open_source, source_directory
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.checkpoint import Checkpoint
 
@@ -32,11 +31,11 @@ def convert(
         device: torch's, where mode nf4 quantizes. Mode exact does not use it.
 
     Returns:
-        The fields of `Comparison`, which the proof counted, and `floating_tensors`: their number by safetensors dtype. A
-        weight that differs is counted, not raised: see `check.proof.require_exact`.
+        What the proof counted (`proof.prove.Exactness.as_dict`), and `floating_tensors`: their number by safetensors dtype.
 
     Raises:
-        UserError: for a source, a setting or a machine with which this cannot be done.
+        UserError: for a source, a setting or a machine with which this cannot be done, and for a result that the proof
+            does not find to be the source.
     """
     fetch(model, artifacts)
     source = open_source(model, artifacts)
@@ -45,7 +44,8 @@ def convert(
         requant(source, artifacts, layer, options, device)
     normalize(source, artifacts, options, dtype, residual_scale)
     assemble(source, artifacts, options, dtype, residual_scale)
-    checkpoint = Checkpoint(artifacts.checkpoint)
-    floating = audit(checkpoint, dtype)
-    proof = compare(source, checkpoint, options, dtype)
-    return {**asdict(proof), "floating_tensors": floating}
+    floating = audit(Checkpoint(artifacts.checkpoint), dtype)
+    asked = Asked(options.mode, options.w13_order, options.quant_type, options.blocksize, dtype, residual_scale)
+    proof = prove(source_directory(model, artifacts), artifacts.checkpoint, asked)
+    require_proved(proof, artifacts.checkpoint)
+    return {**proof.as_dict(), "floating_tensors": floating}

@@ -32,6 +32,25 @@ def source_copy(tiny: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "source"))
 
 
+@pytest.fixture(scope="session")
+def massive(tmp_path_factory) -> Path:
+    """The embedded checkpoint whose residual stream leaves float16; do not write into it."""
+    directory = tmp_path_factory.mktemp("massive") / "source"
+    embedded.write_checkpoint(directory, embedded.MASSIVE_DIMENSIONS, massive=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def converted(tiny: Path, tmp_path_factory) -> Path:
+    """The embedded model converted by the default settings; do not write into it."""
+    from gptoss_nf4.convert.plan import RequantOptions
+    from gptoss_nf4.flow import convert
+
+    model, artifacts = local(tiny, tmp_path_factory.mktemp("converted"))
+    convert(model, artifacts, RequantOptions(), "float16")
+    return artifacts.checkpoint
+
+
 def local(directory: Path, root: Path) -> tuple[Model, Artifacts]:
     return Model(name="test", kind="local", path=str(directory)), Artifacts(root)
 

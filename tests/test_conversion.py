@@ -16,7 +16,6 @@ from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.rows import CONCATENATED, INTERLEAVED, interleaved_rows, w13_rows
 from gptoss_nf4.samples import embedded
 from gptoss_nf4.source.layouts import open_checkpoint
-from gptoss_nf4.source.model import open_source
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.vllm.experts import run_used_experts
@@ -33,27 +32,11 @@ def test_exact_changes_no_weight(tiny, tmp_path, order):
     result, report = result_of(tiny, tmp_path, w13_order=order)
     d = open_checkpoint(tiny).dimensions
     weights = d.layers * d.hidden * (2 * d.q_rows + 2 * d.kv_rows + 3 * d.intermediate * d.experts)
-    assert report["compared"] == weights
+    four_bit = ("attention_weight", "w13_weight", "w2_weight")
+    assert sum(each["compared"] for each in report["by_kind"] if each["kind"] in four_bit) == weights
     assert report["different"] == 0
     assert report["floating_tensors"].keys() == {"F16"}
     assert read_json_object(result.directory / "config.json")["quantization_config"]["w13_order"] == order
-
-
-def test_the_proof_sees_a_single_changed_code(tiny, tmp_path):
-    from gptoss_nf4.check.proof import compare
-
-    model, artifacts = local(tiny, tmp_path / "artifacts")
-    convert(model, artifacts, RequantOptions(), "float16")
-    file = artifacts.layer_weights(1)
-    info = Checkpoint(artifacts.checkpoint).tensors["model.layers.1.mlp.experts.w2.weight"]
-    data = bytearray(file.read_bytes())
-    data[info.start + 1000] ^= 0x10
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    for each in artifacts.checkpoint.iterdir():
-        (damaged / each.name).write_bytes(bytes(data) if each.name == file.name else each.read_bytes())
-    report = compare(open_source(model, artifacts), Checkpoint(damaged), RequantOptions(), "float16")
-    assert report.different == 1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

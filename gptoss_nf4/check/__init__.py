@@ -1,6 +1,5 @@
-"""Checks of a finished checkpoint, and the references that they compare it with.
+"""Checks of a finished checkpoint, and the references that they compare it with. The proof is a room of its own.
 
-- `proof.py`: every weight against the source's, through bitsandbytes.
 - `fitting.py`: the files hold the tensors that config.json asks for.
 - `audit.py`: that, and one dtype throughout.
 - `weights.py`: weights as bitsandbytes dequantizes them.

@@ -1,6 +1,6 @@
 """bitsandbytes' own dequantization to float32.
 
-The proof compares the conversion with it. Mode nf4 starts from it.
+Mode nf4 starts from it, and so does the reference. The proof has its own.
 """
 
 import torch

@@ -48,6 +48,11 @@ class AdapterSource:
 
 def open_source(model: Model, artifacts: Artifacts) -> Source:
     """Open the source that stage fetch brought and validated. UserError where fetch has not run or the source is gone."""
+    return open_checkpoint(source_directory(model, artifacts))
+
+
+def source_directory(model: Model, artifacts: Artifacts) -> Path:
+    """Where the source lies that stage fetch brought. UserError where fetch has not run or the source is gone."""
     manifest = read_json_object(artifacts.require(artifacts.manifest, "fetch"))
     directory = _directory(model, artifacts, manifest)
     if not directory.is_dir():
@@ -58,7 +63,7 @@ def open_source(model: Model, artifacts: Artifacts) -> Source:
             expected=f"the checkpoint of model {model.name}",
             next_step="put it back, or configure with another model.path" if model.path else "run `dvc repro -s -f fetch`",
         )
-    return open_checkpoint(directory)
+    return directory
 
 
 def _directory(model: Model, artifacts: Artifacts, manifest: dict) -> Path:
