@@ -7,6 +7,7 @@
 - `digests.py`: SHA-256 of a checkpoint's files, recorded and verified.
 - `artifacts.py`: the path of every file of a conversion.
 - `machine.py`: free disk space and cores.
+- `repository.py`: whether a text names a Hub repository or a path.
 
 May import `format` and `errors`. Imported by everything above.
 """
