@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import edit_shard, local, make_dense
+from conftest import converted_for_interpreter, edit_shard, local, make_dense
 from openai import OpenAI
 from project_imports import ROOT
 from vllm_server import server
@@ -22,9 +22,7 @@ from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.engine.generate import generate
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.flow import convert
-from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.rows import CONCATENATED
-from gptoss_nf4.samples import embedded
 from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.storage.artifacts import Artifacts
@@ -109,20 +107,7 @@ def test_two_ranks_agree(dynamic, monkeypatch):
 @pytest.mark.slow
 def test_packed_weights_and_interpreted_kernels_agree(tmp_path):
     """The GPU's path without one: loading into the kernels' order, routing, and the kernels, within vLLM."""
-    d = Dimensions(
-        layers=1,
-        hidden=128,
-        intermediate=64,
-        experts=4,
-        experts_per_token=2,
-        heads=2,
-        kv_heads=1,
-        head_dim=64,
-        vocabulary=262,
-    )
-    embedded.write_checkpoint(tmp_path / "source", d)
-    model, artifacts = local(tmp_path / "source", tmp_path / "artifacts")
-    convert(model, artifacts, RequantOptions(), "float16")
+    artifacts = converted_for_interpreter(tmp_path / "source", tmp_path / "artifacts")
     script = [sys.executable, ROOT / "tests" / "packed_in_vllm.py", tmp_path / "source", artifacts.checkpoint]
     done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

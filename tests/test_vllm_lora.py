@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_makers import ATTENTION, EXPERTS, ROUTER, grouped, split, with_adapter
-from conftest import local
+from conftest import converted_for_interpreter, local
 from openai import OpenAI
 from project_imports import ROOT
 from safetensors.torch import load_file, save_file
@@ -24,8 +24,6 @@ from gptoss_nf4.check import reference
 from gptoss_nf4.check.agreement import Agreement, Generation
 from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.flow import convert
-from gptoss_nf4.format.dimensions import Dimensions
-from gptoss_nf4.samples import embedded
 from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.vllm.experts import ExpertsLoRA, run_used_experts
 
@@ -209,20 +207,7 @@ def test_two_ranks(float32, adapters, tmp_path, expert_parallel):
 @pytest.mark.slow
 def test_the_gpus_path_serves_adapters(tmp_path):
     """The kernels, in Triton's interpreter, within vLLM: prompts and decoding, base and adapters in one batch."""
-    d = Dimensions(
-        layers=1,
-        hidden=128,
-        intermediate=64,
-        experts=4,
-        experts_per_token=2,
-        heads=2,
-        kv_heads=1,
-        head_dim=64,
-        vocabulary=262,
-    )
-    embedded.write_checkpoint(tmp_path / "source", d)
-    model, artifacts = local(tmp_path / "source", tmp_path / "artifacts")
-    convert(model, artifacts, RequantOptions(), "float16")
+    artifacts = converted_for_interpreter(tmp_path / "source", tmp_path / "artifacts")
     source = open_checkpoint(tmp_path / "source")
     models = {
         "base": reference.build(source),
