@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from gptoss_nf4.check.audit import audit
-from gptoss_nf4.check.proof import compare
+from gptoss_nf4.check.proof import compare, require_exact
 from gptoss_nf4.convert.assemble import assemble
 from gptoss_nf4.convert.dequant import dequant
 from gptoss_nf4.convert.normalize import normalize
@@ -32,11 +32,11 @@ def convert(
         device: torch's, where mode nf4 quantizes. Mode exact does not use it.
 
     Returns:
-        The fields of `Comparison`, which the proof counted, and `floating_tensors`: their number by safetensors dtype. A
-        weight that differs is counted, not raised: see `check.proof.require_exact`.
+        The fields of `Comparison`, which the proof counted, and `floating_tensors`: their number by safetensors dtype.
 
     Raises:
-        UserError: for a source, a setting or a machine with which this cannot be done.
+        UserError: for a source, a setting or a machine with which this cannot be done, and for a weight that mode exact
+            changed.
     """
     fetch(model, artifacts)
     source = open_source(model, artifacts)
@@ -48,4 +48,5 @@ def convert(
     checkpoint = Checkpoint(artifacts.checkpoint)
     floating = audit(checkpoint, dtype)
     proof = compare(source, checkpoint, options, dtype)
+    require_exact(proof, options, artifacts)
     return {**asdict(proof), "floating_tensors": floating}

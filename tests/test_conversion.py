@@ -10,6 +10,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from gptoss_nf4.check.reference import state_dict
 from gptoss_nf4.check.weights import stored_weight
 from gptoss_nf4.convert.plan import NF4, RequantOptions
+from gptoss_nf4.convert.requant import requant
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.flow import convert
 from gptoss_nf4.format.dimensions import Dimensions
@@ -19,6 +20,7 @@ from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.source.model import open_source
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.reading import read_json_object
+from gptoss_nf4.storage.tensor_reader import read_header
 from gptoss_nf4.vllm.experts import run_used_experts
 
 
@@ -54,6 +56,21 @@ def test_the_proof_sees_a_single_changed_code(tiny, tmp_path):
         (damaged / each.name).write_bytes(bytes(data) if each.name == file.name else each.read_bytes())
     report = compare(open_source(model, artifacts), Checkpoint(damaged), RequantOptions(), "float16")
     assert report.different == 1
+
+
+def test_a_conversion_that_changes_a_weight_ends_in_an_error(tmp_path, monkeypatch):
+    def requant_and_flip_a_code(source, artifacts, layer, *options):
+        requant(source, artifacts, layer, *options)
+        file = artifacts.layer_weights(layer)
+        data = bytearray(file.read_bytes())
+        data[read_header(file)["model.layers.0.mlp.experts.w2.weight"].start] ^= 0x10
+        file.write_bytes(data)
+
+    one_layer = Dimensions(**embedded.TINY.as_dict() | {"layers": 1})
+    embedded.write_checkpoint(tmp_path / "source", one_layer)
+    monkeypatch.setattr("gptoss_nf4.flow.requant", requant_and_flip_a_code)
+    with pytest.raises(UserError, match="1 weights that differ"):
+        result_of(tmp_path / "source", tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
