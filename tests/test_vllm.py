@@ -22,6 +22,7 @@ from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.engine.generate import generate
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.flow import convert
+from gptoss_nf4.format.result import expected_tensors
 from gptoss_nf4.format.rows import CONCATENATED
 from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.layouts import open_checkpoint
@@ -29,6 +30,7 @@ from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import write_json
+from gptoss_nf4.vllm.settings import Settings
 
 ENGINE = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True}
 
@@ -192,6 +194,21 @@ def test_a_foreign_quantization_config_is_refused(converted):
         GptOssNf4Config.from_config(config | {"format_version": 99})
     with pytest.raises(UserError, match="w13_order"):
         GptOssNf4Config.from_config(config | {"w13_order": "halves"})
+    with pytest.raises(UserError, match="modules_to_not_convert"):
+        GptOssNf4Config.from_config(config | {"modules_to_not_convert": "o_proj"})
+
+
+def test_a_config_that_lists_no_dense_modules_has_none(converted, tmp_path):
+    """For the plugin's layers and for the check before loading alike."""
+    config = read_json_object(converted[1].checkpoint / "config.json")
+    whole = expected_tensors(config, tmp_path)
+    for listed in ([], None):
+        config["quantization_config"]["modules_to_not_convert"] = listed
+        assert expected_tensors(config, tmp_path) == whole
+        assert Settings.of(config["quantization_config"]).dense_modules == frozenset()
+    del config["quantization_config"]["modules_to_not_convert"]
+    assert expected_tensors(config, tmp_path) == whole
+    assert Settings.of(config["quantization_config"]).dense_modules == frozenset()
 
 
 def test_untested_versions_get_one_warning(monkeypatch):
