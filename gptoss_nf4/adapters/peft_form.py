@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch.nn.functional import pad
 
-from gptoss_nf4.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from gptoss_nf4.adapters.adapter import WEIGHTS_FILE, Adapter
 from gptoss_nf4.adapters.canonical import Delta
+from gptoss_nf4.adapters.config import CONFIG_FILE
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.storage.writing import write_file, write_json
 
