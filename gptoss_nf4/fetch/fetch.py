@@ -12,7 +12,7 @@ from gptoss_nf4.fetch.budget import WORK_BY_HASHING, budget, synthetic_bytes
 from gptoss_nf4.fetch.tensor_digests import Described, describe
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.names import FUSIONS
-from gptoss_nf4.source.interface import Source
+from gptoss_nf4.source.interface import Source, becomes_dense
 from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.source.model import EMBEDDED_KINDS, KINDS, Model
 from gptoss_nf4.storage.artifacts import Artifacts
@@ -131,7 +131,7 @@ def _moved_as_codes(source: Source) -> set[str]:
     for layer in range(source.dimensions.layers):
         for fusion in FUSIONS:
             parts = source.modules(layer, fusion)
-            if fusion.stacked or all(part.state for part in parts):
+            if not becomes_dense(fusion, parts):
                 for part in parts:
                     if part.state:
                         moved |= {name for kind, name in source.stored(part).items() if kind != "quant_state"}
