@@ -14,9 +14,9 @@ from conftest import converted_for_interpreter, edit_shard, local, make_dense
 from openai import OpenAI
 from project_imports import ROOT
 from vllm_server import server
+from whole_model import log_probabilities, whole_model
 
 from benchmarks.dtypes import PROMPTS, served
-from gptoss_nf4.check import reference
 from gptoss_nf4.check.agreement import Agreement
 from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.engine.generate import generate
@@ -56,10 +56,10 @@ def dynamic(tiny, tmp_path_factory) -> tuple[Source, Artifacts]:
 
 
 def agreement(source: Source, generations: list) -> Agreement:
-    model, result = reference.build(source), Agreement()
+    model, result = whole_model(source.checkpoint.directory), Agreement()
     for generation in generations:
         assert generation.finite
-        result.add(generation, reference.log_probabilities(model, generation.token_ids))
+        result.add(generation, log_probabilities(model, generation.token_ids))
     return result
 
 
