@@ -7,18 +7,13 @@ from pathlib import Path
 from common import ROOT
 from omegaconf import OmegaConf
 
+from gptoss_nf4.adapters.config import CONFIG_FILE as ADAPTER_CONFIG
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.source.model import safe_model_name
 from gptoss_nf4.storage.reading import read_json_object
+from gptoss_nf4.storage.repository import is_repository
 
-REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 ADAPTER_FIELDS = {"path": None, "repository": None, "revision": None, "any_base": False}
-ADAPTER_CONFIG = "adapter_config.json"
-
-
-def is_repository(given: str) -> bool:
-    """Whether `given` is a repository: it has the form owner/name, and there is no such path here."""
-    return REPOSITORY.fullmatch(given) is not None and not Path(given).expanduser().exists()
 
 
 def directory_of(given: str, where: str) -> Path:

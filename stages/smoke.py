@@ -1,18 +1,23 @@
 """smoke: generate with vLLM and compare with transformers in float32."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from common import METRICS, engine_of, model_of, stage
 from omegaconf import DictConfig
 
+from gptoss_nf4.adapters.adapter import Adapter
 from gptoss_nf4.check import reference
-from gptoss_nf4.check.agreement import Agreement, Generation
+from gptoss_nf4.check.agreement import Generation
+from gptoss_nf4.engine.forecast import forecast_on_cpu
 from gptoss_nf4.engine.generate import generate
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.residual import AUTO_FLOAT16, SMALLEST, scale_of
 from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.model import open_source
+from gptoss_nf4.storage.checkpoint import Checkpoint
+from gptoss_nf4.storage.machine import available_memory, cores
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import write_json
 
@@ -40,20 +45,53 @@ def advice(checkpoint: Path) -> str:
     return f"residual_scale is {scale!r}: configure with {more_room}, or with dtype=bfloat16, and run `dvc repro`"
 
 
-def compare(source: Source, generations: list[Generation], limit_gib: float) -> dict:
-    """Agreement with the reference. Where that would need more than `limit_gib` of memory: why it was skipped."""
-    needed = reference.float32_bytes(source.dimensions) / GIB
-    if needed > limit_gib:
-        return {"skipped": f"a float32 reference needs {needed:.1f} GiB, smoke.reference_gib is {limit_gib}"}
-    model, agreement = reference.build(source), Agreement()
-    for generation in generations:
-        agreement.add(generation, reference.log_probabilities(model, generation.token_ids))
-    return agreement.as_dict()
+def vllm_left_out(cfg: DictConfig, checkpoint: Path, source: Source, prompts: list[str]) -> str | None:
+    """Why vLLM is not run on `prompts`: a CPU would take too long, or has too little memory. None where it is run."""
+    if cfg.engine.max_minutes is None:
+        return None
+    tensors = Checkpoint(checkpoint).tensors
+    # vLLM keeps a second copy of the head, in oneDNN's order.
+    weights = sum(info.bytes for info in tensors.values()) + tensors["lm_head.weight"].bytes
+    kv_cache = int(cfg.engine.env.VLLM_CPU_KVCACHE_SPACE) * GIB
+    forecast = forecast_on_cpu(source.dimensions, weights, kv_cache, prompts, cfg.smoke.max_tokens, cores())
+    return forecast.too_much(available_memory(), cfg.engine.max_minutes)
+
+
+def generated(checkpoint: Path, prompts: list[str], max_tokens: int, engine_args: dict) -> list[Generation]:
+    """`generate`, and the advice where the values are not finite. UserError then, or vLLM's own error."""
+    try:
+        generations = generate(checkpoint, prompts, max_tokens, engine_args)
+    except RuntimeError:
+        if engine_args["dtype"] == "float16":  # a GPU ends with an assertion on token ids sampled from NaN
+            print(f"smoke: if vLLM ended on values that are not finite: {advice(checkpoint)}", file=sys.stderr)
+        raise
+    require_finite(generations, checkpoint)
+    return generations
+
+
+def compare(
+    source: Source, base: list[Generation], adapter: Adapter | None = None, adapted: Sequence[Generation] = ()
+) -> tuple[dict, dict]:
+    """Agreement of `base` and of `adapted` with the reference; where there is too little memory, what is left out."""
+    longest = max(len(generation.token_ids) for generation in (*base, *adapted))
+    needed, free = reference.peak_bytes(source.dimensions, longest, adapter is not None), available_memory()
+    if needed > free:
+        sizes = f"needs about {needed / GIB:.1f} GiB of memory; {free / GIB:.1f} are free"
+        left_out = {"left_out": f"the comparison, whose reference {sizes}"}
+        return left_out, left_out
+    one, other = reference.agreements(source, base, adapter, adapted)
+    return one.as_dict(), other.as_dict()
+
+
+def summary(result: dict) -> str:
+    """The agreement, or what was left out, in one line for the console."""
+    left_out = result.get("left_out")
+    return f"left out: {left_out}" if left_out else ", ".join(f"{key} {value}" for key, value in result.items())
 
 
 def check(result: dict, dtype: str, cfg: DictConfig) -> None:
     """UserError where vLLM is further from the reference than its dtype explains."""
-    if "skipped" in result:
+    if "left_out" in result:
         return
     limits = {"top-1 agreement": (result["top1_agreement"], "at least", cfg.smoke.min_top1_agreement)}
     if dtype == "float32" and cfg.engine.max_float32_difference is not None:
@@ -78,15 +116,14 @@ def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
     engine_args = engine_of(cfg)
     artifacts.require(artifacts.checkpoint / "config.json", "assemble")
-    try:
-        generations = generate(artifacts.checkpoint, list(cfg.smoke.prompts), cfg.smoke.max_tokens, engine_args)
-    except RuntimeError:
-        if engine_args["dtype"] == "float16":  # a GPU ends with an assertion on token ids sampled from NaN
-            print(f"smoke: if vLLM ended on values that are not finite: {advice(artifacts.checkpoint)}", file=sys.stderr)
-        raise
-    require_finite(generations, artifacts.checkpoint)
-    dtype = engine_args["dtype"]
-    result = compare(open_source(model, artifacts), generations, cfg.smoke.reference_gib)
+    source, prompts, dtype = open_source(model, artifacts), list(cfg.smoke.prompts), engine_args["dtype"]
+    left_out = vllm_left_out(cfg, artifacts.checkpoint, source, prompts)
+    generations: list[Generation] = []
+    if left_out:
+        result = {"left_out": left_out}
+    else:
+        generations = generated(artifacts.checkpoint, prompts, cfg.smoke.max_tokens, engine_args)
+        result, _ = compare(source, generations)
     write_json(
         METRICS / "smoke.json",
         {
@@ -103,7 +140,7 @@ def main(cfg: DictConfig) -> str:
     for generation in generations:
         print(f"smoke: {generation.prompt!r} -> {generation.text!r}")
     check(result, dtype, cfg)
-    return ", ".join(f"{key} {value}" for key, value in result.items())
+    return summary(result)
 
 
 if __name__ == "__main__":

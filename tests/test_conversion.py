@@ -6,8 +6,8 @@ import torch
 from conftest import edit_shard, local, make_dense
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from whole_model import whole_model
 
-from gptoss_nf4.check.reference import state_dict
 from gptoss_nf4.check.weights import stored_weight
 from gptoss_nf4.convert.plan import NF4, RequantOptions
 from gptoss_nf4.errors import UserError
@@ -46,7 +46,7 @@ def test_bitsandbytes_reads_every_weight_of_the_result(tiny, tmp_path, dtype):
     marker = ".quant_state.bitsandbytes__nf4"
     weights = sorted(name.removesuffix(marker) for name in result.tensors if name.endswith(marker))
     assert len(weights) == 4 * 2
-    experts = state_dict(open_checkpoint(tiny))
+    experts = whole_model(tiny).state_dict()
     for weight in weights:
         sidecars = {name: result.torch(name) for name in result.tensors if name.startswith(f"{weight}.")}
         state = bnb.QuantState.from_dict(dict(sidecars), device=torch.device("cpu"))
@@ -72,7 +72,7 @@ def test_fused_experts_equal_transformers_experts(tiny, tmp_path, order):
         )
     )
     prefix = "model.layers.1.mlp.experts."
-    stored = state_dict(open_checkpoint(tiny))
+    stored = whole_model(tiny).state_dict()
     theirs.load_state_dict({key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)})
 
     x = torch.randn(7, d.hidden)

@@ -9,10 +9,9 @@ import pytest
 from adapter_makers import ATTENTION, EXPERTS, with_adapter
 from conftest import edit_shard
 from test_pipeline import repro, run
+from whole_model import whole_model
 
 from benchmarks.conversion import checkout as copy_project
-from gptoss_nf4.check import reference
-from gptoss_nf4.source.layouts import open_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -22,10 +21,9 @@ def root(tmp_path_factory, tiny) -> Path:
     """A base, two adapters on it, as PEFT saves them, and a project."""
     root = tmp_path_factory.mktemp("project")
     shutil.copytree(tiny, root / "base")
-    source = open_checkpoint(tiny)
     targets = {"mine": {"target_modules": ATTENTION, "target_parameters": EXPERTS}, "other": {"target_modules": ["q_proj"]}}
     for name, lora in targets.items():
-        with_adapter(reference.build(source), **lora).save_pretrained(root / name)
+        with_adapter(whole_model(tiny), **lora).save_pretrained(root / name)
     for name in targets:
         config = json.loads((root / name / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = str(root / "base")

@@ -7,7 +7,7 @@ import torch
 
 from gptoss_nf4.adapters.base import BaseMatch, match_base
 from gptoss_nf4.adapters.canonical import Delta, delta_of
-from gptoss_nf4.adapters.config import AdapterConfig
+from gptoss_nf4.adapters.config import CONFIG_FILE, AdapterConfig
 from gptoss_nf4.adapters.resolve import Module, resolve
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.dimensions import Dimensions
@@ -15,7 +15,6 @@ from gptoss_nf4.format.dtypes import TORCH_DTYPES
 from gptoss_nf4.storage.reading import read_json_object, require_plain_files
 from gptoss_nf4.storage.tensor_reader import read_header, read_range
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 4 << 20  # a rank_pattern with every module of gpt-oss-120b takes 0.7 MB

@@ -14,6 +14,7 @@ from gptoss_nf4.format.dtypes import SAFETENSORS_NAMES, check_dtype
 from gptoss_nf4.format.residual import ScalingLoss
 from gptoss_nf4.source.interface import Floating, Source
 from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.machine import require_disk
 from gptoss_nf4.storage.tensor_writer import Declared, TensorWriter, writing_tensors
 
 
@@ -38,7 +39,7 @@ def normalize(
     """Write every tensor that is not 4-bit in `dtype`, and every quantization state, and return the report.
 
     UserError names the tensor where a value overflows or is not finite, or where `residual_scale`, which the plugin will
-    apply, would lose too much. No file is written then.
+    apply, would lose too much; and it says so where the disk is too small. No file is written then.
     """
     scale = residual.resolve(residual_scale, dtype)
     stored_dtype = SAFETENSORS_NAMES[check_dtype(dtype)]
@@ -52,6 +53,8 @@ def normalize(
     }
     declared = [Declared(tensor.name, stored_dtype, tensor.shape) for tensor in dense]
     declared += [Declared(name, "U8", state.shape) for name, state in states.items()]
+    needed = sum(tensor.bytes for tensor in declared)  # stage fetch, which knows no dtype, counted in the source's
+    require_disk(needed, artifacts.checkpoint, f"{artifacts.dense_weights.name} in {dtype}")
     counts: dict[str, CastCounts] = {}
     losses: dict[str, ScalingLoss] = {}
     with writing_tensors(artifacts.dense_weights, declared) as out:

@@ -10,7 +10,7 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import names
 from gptoss_nf4.format.quant_state import BLOCKSIZES, QUANT_TYPES, QuantState
 from gptoss_nf4.format.rows import INTERLEAVED, W13_ORDERS, w13_rows
-from gptoss_nf4.source.interface import INPUTS, Module, Source
+from gptoss_nf4.source.interface import INPUTS, Module, Source, becomes_dense
 
 EXACT = "exact"
 NF4 = "nf4"
@@ -101,7 +101,7 @@ def plan_layer(source: Source, layer: int, options: RequantOptions) -> list[Targ
 
 def _plan_target(source: Source, layer: int, fusion: names.Fusion, options: RequantOptions) -> Target:
     name, parts = names.target_of(fusion, layer), tuple(source.modules(layer, fusion))
-    if not fusion.stacked and any(part.state is None for part in parts):
+    if becomes_dense(fusion, parts):
         return DenseTarget(name, fusion, parts)
     if options.mode == NF4:
         quant_type, blocksize = options.quant_type, options.blocksize

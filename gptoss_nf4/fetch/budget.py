@@ -28,7 +28,11 @@ class Budget:
 
 
 def budget(source: Source, artifacts: Artifacts) -> Budget:
-    """What converting `source` takes. Files that an earlier run has written are not counted again."""
+    """What converting `source` takes. Files that an earlier run has written are not counted again.
+
+    Tensors that are not 4-bit count in the source's dtype: stage fetch does not depend on the result's, so that another
+    dtype does not run it again. Stage normalize asks for room in the result's dtype before it writes.
+    """
     missing = largest = 0
     for layer in range(source.dimensions.layers):
         codes, blocks, dense = _layer_sizes(source, layer)

@@ -6,15 +6,14 @@ The description is a manifest and one digest file for each layer. A layer's stag
 from collections.abc import Callable
 from pathlib import Path
 
-from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch import hub
 from gptoss_nf4.fetch.budget import WORK_BY_HASHING, budget, synthetic_bytes
 from gptoss_nf4.fetch.tensor_digests import Described, describe
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.names import FUSIONS
-from gptoss_nf4.source.interface import Source
+from gptoss_nf4.source.interface import Source, becomes_dense
 from gptoss_nf4.source.layouts import open_checkpoint
-from gptoss_nf4.source.model import EMBEDDED_KINDS, KINDS, Model
+from gptoss_nf4.source.model import EMBEDDED_KINDS, Model
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.digests import verify
 from gptoss_nf4.storage.machine import cores, require_disk
@@ -81,11 +80,9 @@ def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
         dimensions = embedded.MASSIVE_DIMENSIONS if massive else embedded.TINY
         embedded.write_checkpoint(artifacts.source, dimensions, massive=massive)
         return artifacts.source, {"kind": model.kind}
-    if model.kind == "synthetic":
+    if model.kind == "synthetic" and model.dimensions:
         from gptoss_nf4.samples import synthetic
 
-        if model.dimensions is None:
-            raise ValueError("a synthetic model has dimensions")
         if not _holds(artifacts.source, model.dimensions):
             require_disk(synthetic_bytes(model.dimensions), artifacts.source, "the synthetic source")
             synthetic.write_checkpoint(artifacts.source, model.dimensions)
@@ -93,23 +90,7 @@ def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
     if model.kind == "hub":
         directory, commit = hub.download(str(model.repository), model.revision)
         return directory, {"kind": model.kind, "repository": model.repository, "commit": commit}
-    if model.kind == "local":
-        if not model.path:
-            raise UserError(
-                "bad setting",
-                where="model.path",
-                got="nothing",
-                expected="the directory of a checkpoint",
-                next_step="run `python stages/configure.py model=local model.path=DIRECTORY`",
-            )
-        return Path(model.path), {"kind": model.kind, "path": model.path}
-    raise UserError(
-        "bad setting",
-        where="model.kind",
-        got=repr(model.kind),
-        expected=f"one of {KINDS}",
-        next_step="run `python stages/configure.py`",
-    )
+    return Path(str(model.path)), {"kind": model.kind, "path": model.path}
 
 
 def _holds(directory: Path, dimensions: Dimensions) -> bool:
@@ -131,7 +112,7 @@ def _moved_as_codes(source: Source) -> set[str]:
     for layer in range(source.dimensions.layers):
         for fusion in FUSIONS:
             parts = source.modules(layer, fusion)
-            if fusion.stacked or all(part.state for part in parts):
+            if not becomes_dense(fusion, parts):
                 for part in parts:
                     if part.state:
                         moved |= {name for kind, name in source.stored(part).items() if kind != "quant_state"}

@@ -5,7 +5,7 @@ another layout takes a subclass of `Source` in a file of its own, and one entry 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -46,6 +46,14 @@ class Module:
     @property
     def bias(self) -> str:
         return f"{self.name}.bias"
+
+
+def becomes_dense(fusion: names.Fusion, parts: Sequence[Module]) -> bool:
+    """Whether what `fusion` makes of `parts` is stored dense: q, k and v are, or o_proj, where any part is not 4-bit.
+
+    Stacked experts are always 4-bit: mode nf4 quantizes a dense one, and mode exact refuses it.
+    """
+    return not fusion.stacked and any(part.state is None for part in parts)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from gptoss_nf4.storage.reading import read_json_object
 EMBEDDED_KINDS = ("embedded", "embedded_massive")
 SAMPLE_KINDS = (*EMBEDDED_KINDS, "synthetic")  # stage fetch writes these itself, into the artifacts
 KINDS = (*SAMPLE_KINDS, "hub", "local")
+NEEDED = {"local": "path", "hub": "repository", "synthetic": "dimensions"}  # kind -> the field that it cannot do without
 
 # The files of a repository that a conversion reads. Pickled weights and code are never downloaded.
 HUB_PATTERNS = ("*.safetensors", "*.json", "chat_template.jinja")
@@ -23,7 +24,8 @@ HUB_PATTERNS = ("*.safetensors", "*.json", "chat_template.jinja")
 class Model:
     """Which source to convert; `name` also names the artifacts.
 
-    `path` counts for kind local, `repository` and `revision` for hub, `dimensions` for synthetic.
+    `path` counts for kind local, `repository` and `revision` for hub, `dimensions` for synthetic. UserError for an unknown
+    kind, and for one without what it needs.
     """
 
     name: str
@@ -33,6 +35,18 @@ class Model:
     revision: str | None = None
     dimensions: Dimensions | None = None
     expected: str | None = None  # path of a `sha256sum` list that the source's files must match
+
+    def __post_init__(self) -> None:
+        needed = NEEDED.get(self.kind)
+        bad_kind, nothing = self.kind not in KINDS, needed is not None and not getattr(self, needed)
+        if bad_kind or nothing:
+            raise UserError(
+                "bad setting",
+                where="model.kind" if bad_kind else f"model.{needed}",
+                got=repr(self.kind) if bad_kind else "nothing",
+                expected=f"one of {KINDS}" if bad_kind else f"the {needed} of a model of kind {self.kind}",
+                next_step="run `python stages/configure.py`, which makes params.yaml",
+            )
 
 
 @dataclass(frozen=True)
