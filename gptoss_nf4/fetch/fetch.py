@@ -9,6 +9,7 @@ from pathlib import Path
 from gptoss_nf4.errors import COPY_AGAIN, UserError
 from gptoss_nf4.fetch import hub
 from gptoss_nf4.fetch.budget import WORK_BY_HASHING, budget, synthetic_bytes
+from gptoss_nf4.fetch.owner import claim, require_own
 from gptoss_nf4.fetch.tensor_digests import Described, describe
 from gptoss_nf4.format.config_fields import ignored_keys
 from gptoss_nf4.format.dimensions import Dimensions
@@ -39,6 +40,7 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
     `say` gets a line on what the conversion will take. UserError for a source that is damaged or not supported, and for a
     full disk; no description is written then. The source's own files stay where they are.
     """
+    require_own(artifacts, model.origin)
     directory, origin = _make_available(model, artifacts)
     if model.expected:
         verify(directory, Path(model.expected), next_step=COPY_AGAIN)
@@ -53,6 +55,7 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
     digests, size = described.groups, sum(file.stat().st_size for file in source.checkpoint.weight_files)
     rough = f"about {_seconds(size, described):.0f} s on {cores()} cores, " if described.hashed_bytes > size / 10 else ""
     say(f"to convert {size / 1e9:.1f} GB: {rough}{plan.line()}")
+    claim(artifacts, model.origin)
     for layer, digest in zip(source.stored_by_layer, digests, strict=True):
         write_json(artifacts.digest(layer), digest)
     moved = _moved_as_codes(source)

@@ -1,5 +1,6 @@
 """The `model` and `adapters` sections of the settings, and opening the source that stage fetch brought."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from gptoss_nf4.storage.reading import read_json_object
 EMBEDDED_KINDS = ("embedded", "embedded_massive")
 SAMPLE_KINDS = (*EMBEDDED_KINDS, "synthetic")  # stage fetch writes these itself, into the artifacts
 KINDS = (*SAMPLE_KINDS, "hub", "local")
+
+MAX_NAME_BYTES = 200  # a file system takes 255
 
 # The files of a repository that a conversion reads. Pickled weights and code are never downloaded.
 HUB_PATTERNS = ("*.safetensors", "*.json", "chat_template.jinja")
@@ -33,6 +36,16 @@ class Model:
     revision: str | None = None
     dimensions: Dimensions | None = None
     expected: str | None = None  # path of a `sha256sum` list that the source's files must match
+
+    def __post_init__(self) -> None:
+        check_model_name(self.name, "model.name")
+
+    @property
+    def origin(self) -> dict:
+        """What tells this source from others, as JSON has it: its kind, and the place that it comes from."""
+        if self.kind == "hub":
+            return {"kind": self.kind, "repository": self.repository}
+        return {"kind": self.kind} | ({"path": os.path.realpath(str(self.path))} if self.kind == "local" else {})
 
 
 @dataclass(frozen=True)
@@ -104,5 +117,20 @@ def hub_config(repository: str, revision: str | None) -> Path:
 
 
 def safe_model_name(text: str) -> str:
-    """`text` as a directory name for the artifacts: other characters than letters, digits, `.`, `_` and `-` become `-`."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "model"
+    """`text` as a directory name for the artifacts: other characters than letters, digits, `.`, `_` and `-` become `-`.
+
+    Letters are those of any alphabet. What is longer than MAX_NAME_BYTES is cut.
+    """
+    return re.sub(r"[^\w.-]+", "-", text).strip(".-").encode()[:MAX_NAME_BYTES].decode(errors="ignore") or "model"
+
+
+def check_model_name(name: str, where: str) -> None:
+    """UserError, which names setting `where`, if `name` is no directory's name or leads out of the artifacts."""
+    if name != safe_model_name(name):
+        raise UserError(
+            "bad setting",
+            where=where,
+            got=repr(name),
+            expected="a name of letters, digits, '.', '_' and '-' that names a directory below artifacts/",
+            next_step=f"pass {where}={safe_model_name(name)}",
+        )
