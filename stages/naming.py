@@ -17,7 +17,7 @@ def origin_of(model: Mapping) -> dict:
 
 def names_of_place(place: str) -> Iterator[str]:
     """Names for what lies at `place`, a path or a repository: its last part, with those before it, with a number."""
-    parts = [part for part in place.split("/") if part]
+    parts = [part for part in place.split("/") if part] or ["model"]
     for first in reversed(range(len(parts))):
         yield safe_model_name("-".join(parts[first:]))
     for number in count(2):
@@ -47,7 +47,7 @@ def require_free_name(name: str, origin: dict, reserved: set[str]) -> None:
             "name taken",
             where="model.name",
             got=f"{name} for {place_of(origin)}",
-            expected=f"another name than those of conf/model/, such as {name}",
+            expected="another name than those of conf/model/",
             next_step="pass another model.name=NAME",
         )
     require_own(Artifacts.of(name), origin)
@@ -59,7 +59,8 @@ def free_adapter_name(name: str, place: str, artifacts: Artifacts, others: Mappi
 
     def is_free(each: str) -> bool:
         owner = _owner_of_adapter(each, artifacts) or here
-        return same_source(owner, here) and (each not in others or others[each] == {"path": place})
+        given = others.get(each) or place
+        return same_source(owner, here) and (given["path"] if isinstance(given, Mapping) else given) == place
 
     return next(each for each in chain((name,), names_of_place(place)) if is_free(each))
 
