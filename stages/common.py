@@ -91,7 +91,7 @@ def adapter_of(cfg: DictConfig) -> AdapterSource:
         where="params.yaml",
         got=f"adapter={cfg.adapter}",
         expected=f"one of {sorted(cfg.adapters)}",
-        next_step="run `python stages/configure.py 'adapters={NAME: DIRECTORY}'`",
+        next_step="run `python stages/configure.py adapters.NAME=DIRECTORY`",
     )
 
 

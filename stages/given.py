@@ -1,5 +1,6 @@
 """Reading what the user gives as a model or an adapter: a directory, a Hub repository, or an adapter as the model."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +24,19 @@ ENTRY = re.compile(
 
 def is_repository(given: str) -> bool:
     """Whether `given` is a repository: it has the form owner/name, and there is no such path here."""
-    return REPOSITORY.fullmatch(given) is not None and not Path(given).expanduser().exists()
+    return REPOSITORY.fullmatch(given) is not None and not os.path.exists(os.path.expanduser(given))
+
+
+def unquoted(given: str) -> str:
+    """`given` without quotes around it, as Hydra's grammar asks for, unless something here is called so."""
+    in_quotes = len(given) > 1 and given[0] == given[-1] and given[0] in "'\""
+    return given[1:-1] if in_quotes and not os.path.lexists(given) else given
 
 
 def directory_of(given: str, where: str) -> Path:
     """`given` as an absolute path. UserError, which names setting `where`, if it is no directory."""
-    directory = Path(given).expanduser().resolve()
-    if not directory.is_dir():
+    directory = Path(os.path.realpath(os.path.expanduser(unquoted(given))))
+    if not os.path.isdir(directory):
         raise UserError(
             "no such directory",
             where=where,
@@ -79,7 +86,7 @@ def adapter_typed(text: str) -> str | dict:
     if bare in ("", "null"):
         return {}
     if bare[0] != "{" or bare[-1] != "}":
-        return bare[1:-1] if len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "'\"" else text
+        return unquoted(text)
     found, at, inside = {}, 0, bare[1:-1]
     while inside[at:].strip():
         entry = ENTRY.match(inside, at)

@@ -249,6 +249,7 @@ ACCEPTED = {
     "another epsilon of training": changed(initializer_range=1.0, attention_dropout=0.1, router_aux_loss_coef=0.5),
     "broken, and without effect": changed(initializer_range="?", attention_dropout=None, return_dict=7, id2label=[]),
     "remote code": changed(auto_map={"AutoConfig": "evil.Config"}),
+    "of a training": changed(max_seq_length=2048, model_max_length=2048, pretraining_tp=1, num_shared_experts=0),
     "sampling": changed(temperature=0.6, max_length=20, do_sample=True),
     "several ends": changed(eos_token_id=[258, 259], bos_token_id=None),
 }  # fmt: skip

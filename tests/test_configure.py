@@ -146,6 +146,24 @@ def test_home_is_expanded(here, tiny, monkeypatch):
     assert written(here, "adapters={mine: ~/tuned}")["adapters"]["mine"]["path"] == str(directory)
 
 
+def test_quotes_around_a_path_are_hydras_unless_something_is_called_so(here, tiny):
+    for name in ("a, b", "'c'"):
+        link(tiny, here / name)
+    assert written(here, "model=local", "model.path='a, b'")["model"]["path"] == str(here / "a, b")
+    assert written(here, "model=local", "model.path='c'")["model"]["path"] == str(here / "'c'")
+    assert written(here, "adapters.mine='c'", "adapters.other='a, b'")["adapters"]["mine"]["path"] == str(here / "'c'")
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "~nobody/x", "x" * 5000, "a/" * 3000, "loop"])
+def test_a_path_that_leads_nowhere_is_one_line(here, path):
+    (here / "loop").symlink_to("loop")
+    for typed in (["model=local", f"model.path={path}"], [f"adapters.mine={path}"]):
+        from configure import composed
+
+        with pytest.raises(UserError, match="no such directory"):
+            composed(typed)
+
+
 @pytest.mark.parametrize("name", ["${oc.env:HOME}", "a${b", "\x85"])
 def test_a_path_that_params_yaml_cannot_hold_is_refused(here, tiny, name):
     directory = link(tiny, here / name)

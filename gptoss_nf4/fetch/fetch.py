@@ -115,7 +115,7 @@ def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
         where="model.kind",
         got=repr(model.kind),
         expected=f"one of {KINDS}",
-        next_step="run `python stages/configure.py`",
+        next_step="run `python stages/configure.py model=...`",
     )
 
 

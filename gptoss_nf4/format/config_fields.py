@@ -109,6 +109,10 @@ LEFT_OUT = frozenset(
         "tokenizer_class",
         "torchscript",
         "use_bfloat16",
+        # Lengths of a training, and how it was split.
+        "max_seq_length",
+        "model_max_length",
+        "pretraining_tp",
         # Sampling.
         "assistant_confidence_threshold",
         "assistant_lookbehind",
@@ -278,7 +282,7 @@ def _require_known(config: dict, where: object) -> None:
     for key in sorted(config.keys() - _known()):
         value, neutral = config[key], OF_OTHER_MODELS.get(key)
         no_setting = isinstance(value, str) or key.startswith(PRIVATE)
-        if is_off(value) or value == neutral or (no_setting and key not in OF_OTHER_MODELS):
+        if is_off(value) or value in (0, neutral) or (no_setting and key not in OF_OTHER_MODELS):
             continue
         raise _unsupported(
             where,
