@@ -16,7 +16,7 @@ from project_imports import ROOT
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.fetch import fetch
-from gptoss_nf4.source.model import Model, check_model_name, safe_model_name
+from gptoss_nf4.source.model import AdapterSource, Model, check_model_name, safe_model_name
 from gptoss_nf4.storage.artifacts import Artifacts
 
 sys.path.insert(0, str(ROOT / "stages"))
@@ -326,9 +326,11 @@ def test_a_stage_says_in_one_line_what_is_wrong_with_the_settings(here):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "../x", "a b", "a\x00", "x" * 300, "-a", ".hidden"])
-def test_no_model_has_a_name_that_leads_out_of_the_artifacts(name):
+def test_no_model_and_no_adapter_has_a_name_that_leads_out_of_the_artifacts(name):
     with pytest.raises(UserError, match=r"model\.name"):
         Model(name, "embedded")
+    with pytest.raises(UserError, match="adapters"):
+        AdapterSource(name)
     assert (Path("artifacts") / safe_model_name(name)).resolve().parent == Path("artifacts").resolve()
     Model(safe_model_name(name), "embedded")
 

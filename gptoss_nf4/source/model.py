@@ -58,6 +58,9 @@ class AdapterSource:
     revision: str | None = None
     any_base: bool = False  # accept the adapter though it was trained on other weights
 
+    def __post_init__(self) -> None:
+        check_model_name(self.name, "adapters")
+
 
 def open_source(model: Model, artifacts: Artifacts) -> Source:
     """Open the source that stage fetch brought and validated. UserError where fetch has not run or the source is gone."""
@@ -132,5 +135,5 @@ def check_model_name(name: str, where: str) -> None:
             where=where,
             got=repr(name),
             expected="a name of letters, digits, '.', '_' and '-' that names a directory below artifacts/",
-            next_step=f"pass {where}={safe_model_name(name)}",
+            next_step=f"call it {safe_model_name(name)}",
         )
