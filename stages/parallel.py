@@ -127,8 +127,8 @@ def record(done: dict[str, list[str]], kinds: dict[str, list[str]]) -> None:
 
 def repro(targets: list[str]) -> int:
     """Run what is out of date. Returns the status of the `dvc repro` at the end."""
+    print(dvc("repro", "--single-item", "fetch"), end="", flush=True)  # also says what is wrong with params.yaml
     layers = yaml.safe_load(Path("params.yaml").read_text())["model"]["layers"]
-    print(dvc("repro", "--single-item", "fetch"), end="", flush=True)
     # By kind, not by stage: DVC looks at all stages again for each target.
     changed = set(json.loads(dvc("status", "--json", *KINDS) or "{}"))
     if kinds := kinds_of_stages(layers, changed):

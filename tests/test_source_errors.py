@@ -117,6 +117,42 @@ def test_a_config_that_vllm_would_serve_wrongly_is_refused(source_copy, tmp_path
     assert not artifacts.root.exists()
 
 
+@pytest.mark.parametrize(
+    ("tensors", "named"), [(("model.embed_tokens", "lm_head"), "vocab_size=336"), (("lm_head",), "both alike")]
+)
+def test_padded_embeddings_say_which_vocab_size_config_json_needs(source_copy, tmp_path, tensors, named):
+    def pad(stored):
+        for name in tensors:
+            stored[f"{name}.weight"] = torch.nn.functional.pad(stored[f"{name}.weight"], (0, 0, 0, 16))
+
+    edit_shard(source_copy, 2, pad)
+    model, artifacts = local(source_copy, tmp_path / "artifacts")
+    with pytest.raises(UserError, match=f"vocab_size.*{named}"):
+        fetch(model, artifacts)
+    assert not artifacts.root.exists()
+
+
+def test_what_config_json_has_beside_settings_is_told(source_copy, tmp_path):
+    path = source_copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"owner": "me", "unsloth_version": "2025.9"}))
+    said = []
+    fetch(*local(source_copy, tmp_path / "artifacts"), say=said.append)
+    assert said[0].startswith("config.json has owner, which")
+
+
+def test_only_damaged_bytes_are_to_be_copied_or_downloaded_again(source_copy, tmp_path):
+    """A config.json that fits no weights is no damage: no copy and no download would mend it."""
+    path, model = source_copy / "config.json", local(source_copy, tmp_path / "artifacts")
+    text = path.read_text()
+    path.write_text(json.dumps(json.loads(text) | {"intermediate_size": 512}))
+    with pytest.raises(UserError, match=r"not of one model: put the config\.json there") as caught:
+        fetch(*model)
+    assert "download" not in str(caught.value)
+    path.write_text(text[:-9])
+    with pytest.raises(UserError, match=r"not JSON.*copy or download it again"):
+        fetch(*model)
+
+
 def test_a_truncated_shard_and_a_missing_shard(source_copy, tmp_path):
     model, artifacts = local(source_copy, tmp_path / "artifacts")
     shard = source_copy / "model-00002-of-00003.safetensors"

@@ -17,7 +17,7 @@ from gptoss_nf4.storage.reading import read_bytes, read_json_object, read_text
 from gptoss_nf4.storage.tensor_reader import read_header
 from gptoss_nf4.storage.writing import write_bytes, write_json, write_text
 
-# Keys that are not taken over: the conversion decides the dtype, and the result runs no code of the source's.
+# Keys of tokenizer_config.json that are not taken over: the result runs no code of the source's.
 DROPPED = ("torch_dtype", "dtype", "auto_map", "custom_pipelines")
 NO_TEMPLATE = "{{ raise_exception('this fine-tune was saved without a chat template') }}\n"
 
@@ -56,12 +56,10 @@ def build_index(files: list[Path]) -> dict:
 
 
 def build_config(source: Source, options: RequantOptions, dtype: str, residual_scale: float) -> dict:
-    """The source's config.json with our dtype, and the quantization_config by which vLLM selects the plugin."""
+    """The source's settings with our dtype, and the quantization_config by which vLLM selects the plugin."""
     targets = [t for layer in range(source.dimensions.layers) for t in plan_layer(source, layer, options)]
     quantized = next(target for target in targets if isinstance(target, QuantizedTarget))
-    config = {key: value for key, value in source.checkpoint.config.items() if key not in DROPPED}
-    return config | {
-        "architectures": ["GptOssForCausalLM"],
+    return source.config | {
         "dtype": dtype,
         "quantization_config": {
             "quant_method": QUANT_METHOD,

@@ -40,7 +40,7 @@ class RequantOptions:
                     where=f"requant.{key}",
                     got=repr(getattr(self, key)),
                     expected=f"one of {allowed}",
-                    next_step="correct it and run `python stages/configure.py`",
+                    next_step=f"run `python stages/configure.py requant.{key}={allowed[0]}`, or with another of these",
                 )
 
 

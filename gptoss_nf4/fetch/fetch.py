@@ -6,11 +6,14 @@ The description is a manifest and one digest file for each layer. A layer's stag
 from collections.abc import Callable
 from pathlib import Path
 
+from gptoss_nf4.errors import COPY_AGAIN, UserError
 from gptoss_nf4.fetch import hub
 from gptoss_nf4.fetch.budget import WORK_BY_HASHING, budget, synthetic_bytes
+from gptoss_nf4.fetch.owner import claim, require_own
 from gptoss_nf4.fetch.tensor_digests import Described, describe
+from gptoss_nf4.format.config_fields import ignored_keys
 from gptoss_nf4.format.dimensions import Dimensions
-from gptoss_nf4.format.names import FUSIONS
+from gptoss_nf4.format.names import FUSIONS, VOCABULARY_WEIGHTS
 from gptoss_nf4.source.interface import Source, becomes_dense
 from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.source.model import EMBEDDED_KINDS, Model
@@ -37,17 +40,22 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
     `say` gets a line on what the conversion will take. UserError for a source that is damaged or not supported, and for a
     full disk; no description is written then. The source's own files stay where they are.
     """
+    require_own(artifacts, model.origin)
     directory, origin = _make_available(model, artifacts)
     if model.expected:
-        verify(directory, Path(model.expected), next_step="fetch the model again")
+        verify(directory, Path(model.expected), next_step=COPY_AGAIN)
     source = open_checkpoint(directory)
+    _require_vocabulary(source)
     source.validate()
     plan = budget(source, artifacts)
     require_disk(plan.disk_bytes, artifacts.root, "the converted checkpoint")
     described = describe(source.checkpoint, list(source.stored_by_layer.values()), artifacts.seen)
+    if ignored := ignored_keys(source.checkpoint.config):
+        say(f"config.json has {', '.join(ignored)}, which neither transformers nor vLLM reads; the result goes without")
     digests, size = described.groups, sum(file.stat().st_size for file in source.checkpoint.weight_files)
     rough = f"about {_seconds(size, described):.0f} s on {cores()} cores, " if described.hashed_bytes > size / 10 else ""
     say(f"to convert {size / 1e9:.1f} GB: {rough}{plan.line()}")
+    claim(artifacts, model.origin)
     for layer, digest in zip(source.stored_by_layer, digests, strict=True):
         write_json(artifacts.digest(layer), digest)
     moved = _moved_as_codes(source)
@@ -96,7 +104,28 @@ def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
 def _holds(directory: Path, dimensions: Dimensions) -> bool:
     """Whether `directory` holds a whole synthetic source of these dimensions: its config.json is written last."""
     config = directory / "config.json"
-    return config.is_file() and Dimensions.from_config(read_json_object(config), config) == dimensions
+    try:
+        return config.is_file() and Dimensions.from_config(read_json_object(config), config) == dimensions
+    except UserError:  # written by an older version
+        return False
+
+
+def _require_vocabulary(source: Source) -> None:
+    """UserError where embeddings and head have other numbers of rows than config.json says, as after padding them."""
+    stored = source.checkpoint.tensors
+    rows = {name: stored[name].shape[0] for name in VOCABULARY_WEIGHTS if name in stored}
+    if set(rows.values()) <= {source.dimensions.vocabulary}:
+        return
+    found = sorted(set(rows.values()))
+    raise UserError(
+        "wrong vocab_size",
+        where=source.checkpoint.directory / "config.json",
+        got=f"vocab_size={source.dimensions.vocabulary}",
+        expected=", ".join(f"{count} rows of {name}" for name, count in rows.items()),
+        next_step=f"write vocab_size={found[0]} into config.json"
+        if len(found) == 1
+        else "save the model again after resize_token_embeddings, which keeps both alike",
+    )
 
 
 def _describe_files(source: Source) -> list[dict]:

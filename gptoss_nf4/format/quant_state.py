@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gptoss_nf4.errors import UserError
+from gptoss_nf4.errors import COPY_AGAIN, UserError
 from gptoss_nf4.format.dtypes import DTYPES
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -55,9 +55,7 @@ class QuantState:
         """Parse the JSON of a `quant_state.bitsandbytes__*` tensor. UserError names `where`, the tensor, and the field."""
 
         def bad(got: object, expected: str) -> UserError:
-            return UserError(
-                "bad quantization state", where=where, got=got, expected=expected, next_step="fetch the model again"
-            )
+            return UserError("bad quantization state", where=where, got=got, expected=expected, next_step=COPY_AGAIN)
 
         try:
             fields = json.loads(data)

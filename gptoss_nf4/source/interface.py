@@ -14,6 +14,7 @@ import numpy as np
 
 from gptoss_nf4.format import names
 from gptoss_nf4.format.codec import CODEBOOKS, dequantize
+from gptoss_nf4.format.config_fields import served_config
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.quant_state import QuantState
 from gptoss_nf4.storage.checkpoint import Checkpoint
@@ -84,7 +85,9 @@ class Source(ABC):
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
-        self.dimensions = Dimensions.from_config(checkpoint.config, checkpoint.directory / "config.json")
+        where = checkpoint.directory / "config.json"
+        self.config = served_config(checkpoint.config, where)  # with transformers' defaults
+        self.dimensions = Dimensions.from_config(self.config, where)
 
     @classmethod
     @abstractmethod

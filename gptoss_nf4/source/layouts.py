@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from gptoss_nf4.errors import UserError
+from gptoss_nf4.format.config_fields import served_config
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.split import SplitSource
@@ -77,6 +78,6 @@ def _unsupported(checkpoint: Checkpoint) -> UserError:
 
 
 def layer_count(directory: Path) -> int:
-    """Number of layers of the checkpoint in `directory`. Only its config.json is read."""
+    """Number of layers of the checkpoint in `directory`. Only its config.json is read, and checked as `Source` does."""
     path = directory / "config.json"
-    return Dimensions.from_config(read_json_object(path), path).layers
+    return Dimensions.from_config(served_config(read_json_object(path), path), path).layers

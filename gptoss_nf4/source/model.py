@@ -1,5 +1,6 @@
 """The `model` and `adapters` sections of the settings, and opening the source that stage fetch brought."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ EMBEDDED_KINDS = ("embedded", "embedded_massive")
 SAMPLE_KINDS = (*EMBEDDED_KINDS, "synthetic")  # stage fetch writes these itself, into the artifacts
 KINDS = (*SAMPLE_KINDS, "hub", "local")
 NEEDED = {"local": "path", "hub": "repository", "synthetic": "dimensions"}  # kind -> the field that it cannot do without
+
+MAX_NAME_BYTES = 200  # a file system takes 255
 
 # The files of a repository that a conversion reads. Pickled weights and code are never downloaded.
 HUB_PATTERNS = ("*.safetensors", "*.json", "chat_template.jinja")
@@ -47,6 +50,14 @@ class Model:
                 expected=f"one of {KINDS}" if bad_kind else f"the {needed} of a model of kind {self.kind}",
                 next_step="run `python stages/configure.py`, which makes params.yaml",
             )
+        check_model_name(self.name, "model.name")
+
+    @property
+    def origin(self) -> dict:
+        """What tells this source from others, as JSON has it: its kind, and the place that it comes from."""
+        if self.kind == "hub":
+            return {"kind": self.kind, "repository": self.repository}
+        return {"kind": self.kind} | ({"path": os.path.realpath(str(self.path))} if self.kind == "local" else {})
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,9 @@ class AdapterSource:
     repository: str | None = None
     revision: str | None = None
     any_base: bool = False  # accept the adapter though it was trained on other weights
+
+    def __post_init__(self) -> None:
+        check_model_name(self.name, "adapters")
 
 
 def open_source(model: Model, artifacts: Artifacts) -> Source:
@@ -123,5 +137,20 @@ def hub_config(repository: str, revision: str | None) -> Path:
 
 
 def safe_model_name(text: str) -> str:
-    """`text` as a directory name for the artifacts: other characters than letters, digits, `.`, `_` and `-` become `-`."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "model"
+    """`text` as a directory name for the artifacts: other characters than letters, digits, `.`, `_` and `-` become `-`.
+
+    Letters are those of any alphabet. What is longer than MAX_NAME_BYTES is cut.
+    """
+    return re.sub(r"[^\w.-]+", "-", text).strip(".-").encode()[:MAX_NAME_BYTES].decode(errors="ignore") or "model"
+
+
+def check_model_name(name: str, where: str) -> None:
+    """UserError, which names setting `where`, if `name` is no directory's name or leads out of the artifacts."""
+    if name != safe_model_name(name):
+        raise UserError(
+            "bad setting",
+            where=where,
+            got=repr(name),
+            expected="a name of letters, digits, '.', '_' and '-' that names a directory below artifacts/",
+            next_step=f"call it {safe_model_name(name)}",
+        )

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from gptoss_nf4.errors import UserError
+from gptoss_nf4.errors import COPY_AGAIN, OTHER_CONFIG, UserError
 from gptoss_nf4.format import names
 from gptoss_nf4.format.codec import CODEBOOKS, denest_absmax
 from gptoss_nf4.format.dimensions import Dimensions
@@ -103,7 +103,7 @@ class SplitSource(Source):
                 where=key,
                 got=f"{info.bytes} bytes",
                 expected="a few hundred bytes of JSON",
-                next_step="fetch the model again",
+                next_step=COPY_AGAIN,
             )
         return QuantState.from_json(self.checkpoint.raw(key).tobytes(), key)
 
@@ -139,7 +139,7 @@ class SplitSource(Source):
                     where=name,
                     got=f"{sidecars[0]} without a quantization state",
                     expected=f"{weight}.{names.STATE_PREFIX}nf4",
-                    next_step="fetch the model again",
+                    next_step=COPY_AGAIN,
                 )
             return {bias, self._require_floating(weight, shape)}
         stored = self.stored(Module(name, shape, state))
@@ -149,7 +149,7 @@ class SplitSource(Source):
                 where=stored["quant_state"],
                 got=list(state.shape),
                 expected=f"{list(shape)} from config.json",
-                next_step="fetch the model again",
+                next_step=OTHER_CONFIG,
             )
         expected = {"weight": ("U8", state.elements // 2), "quant_map": ("F32", 16)}
         if state.nested is None:
@@ -166,7 +166,7 @@ class SplitSource(Source):
                     where=stored[kind],
                     got=f"{info.dtype} {list(info.shape)}",
                     expected=f"{dtype} with {elements} elements",
-                    next_step="fetch the model again",
+                    next_step=COPY_AGAIN,
                 )
         if not np.array_equal(self.checkpoint.numpy(stored["quant_map"]), CODEBOOKS[state.quant_type]):
             raise UserError(
@@ -174,7 +174,7 @@ class SplitSource(Source):
                 where=stored["quant_map"],
                 got="other values than bitsandbytes' own",
                 expected=f"the {state.quant_type} codebook, which every kernel has built in",
-                next_step="fetch the model again",
+                next_step="save it with bitsandbytes' own codebook",
             )
         self._require_scales(Module(name, shape, state))
         return {bias, *stored.values()}
@@ -193,7 +193,7 @@ class SplitSource(Source):
                     where=f"{module.weight}.{kind}",
                     got=f"values from {got[0]:g} to {got[1]:g}",
                     expected=f"{'rising' if rising else 'finite'} values from {smallest:g} to {largest:g}",
-                    next_step="fetch the model again",
+                    next_step=COPY_AGAIN,
                 )
 
         rounding = 0.0
@@ -212,7 +212,7 @@ class SplitSource(Source):
                 where=self.checkpoint.directory,
                 got=f"no {name}",
                 expected="this tensor in one of the files",
-                next_step="fetch the model again",
+                next_step=COPY_AGAIN,
             )
         return info
 
@@ -224,7 +224,7 @@ class SplitSource(Source):
                 where=name,
                 got=f"{info.dtype} {list(info.shape)}",
                 expected=f"a floating dtype {list(shape)}",
-                next_step="fetch the model again",
+                next_step=OTHER_CONFIG,
             )
         return name
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gptoss_nf4.errors import UserError
+from gptoss_nf4.errors import COPY_AGAIN, UserError
 from gptoss_nf4.format.dtypes import TORCH_DTYPES
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.tensor_reader import TensorInfo, read_array, read_header, read_range
@@ -78,7 +78,7 @@ class Checkpoint:
                     where=self.directory,
                     got=f"no file {name}",
                     expected=f"{len(names)} shards named in {INDEX_FILE}",
-                    next_step="download it again",
+                    next_step=COPY_AGAIN,
                 )
         return [self.directory / name for name in names]
 
@@ -93,7 +93,7 @@ class Checkpoint:
                 where=path,
                 got="no weight_map that names files",
                 expected="a weight_map from tensor names to file names",
-                next_step="download it again",
+                next_step=COPY_AGAIN,
             )
         return weight_map
 
@@ -118,7 +118,7 @@ class Checkpoint:
                 where=self.directory,
                 got=f"no {missing[0]} ({len(missing)} missing in all)",
                 expected=f"every tensor that {INDEX_FILE} names",
-                next_step="download it again",
+                next_step=COPY_AGAIN,
             )
 
     def raw(self, name: str) -> np.ndarray:

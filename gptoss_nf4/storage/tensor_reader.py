@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptoss_nf4.errors import UserError
+from gptoss_nf4.errors import COPY_AGAIN, UserError
 from gptoss_nf4.format.dtypes import FLOATING, ITEM_BYTES, NUMPY_DTYPES
 from gptoss_nf4.storage.reading import reading
 
@@ -50,7 +50,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """
 
     def damaged(got: str, expected: str) -> UserError:
-        return UserError("damaged shard", where=file, got=got, expected=expected, next_step="fetch the file again")
+        return UserError("damaged shard", where=file, got=got, expected=expected, next_step=COPY_AGAIN)
 
     with reading(file), file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -123,7 +123,7 @@ def read_range(file: Path, start: int, end: int) -> np.ndarray:
                     where=file,
                     got=f"the end of the file at byte {end - len(view)}",
                     expected=f"at least {end} bytes",
-                    next_step="fetch the file again",
+                    next_step=COPY_AGAIN,
                 )
             view = view[count:]
     return data
