@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from common import ROOT
-from given import adapter_as_model, adapter_entry, directory_of
+from given import adapter_as_model, adapter_entry
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.source.layouts import layer_count
 from gptoss_nf4.source.model import hub_config, safe_model_name
+from gptoss_nf4.source.refused import require_checkpoint, require_directory
 from gptoss_nf4.storage.writing import write_text
 
 HEADER = "# Made from conf/ by `python stages/configure.py`; change values there, or pass them to it.\n"
@@ -37,7 +38,7 @@ def composed(overrides: list[str]) -> DictConfig:
                 next_step=f"run `python stages/configure.py model={cfg.model.kind} model.{key}=...`",
             )
     if cfg.model.kind == "local":
-        directory = directory_of(cfg.model.path, "model.path")
+        directory = require_directory(cfg.model.path).resolve()
         adapter = adapter_as_model(directory, cfg.model.base)
         if adapter is not None:
             name, base = adapter
@@ -46,6 +47,7 @@ def composed(overrides: list[str]) -> DictConfig:
             cfg = composed([*base, *others])
             cfg.adapters = OmegaConf.to_container(cfg.adapters) | {name: adapter_entry(name, str(directory))}
             return cfg
+        require_checkpoint(directory)
         cfg.model.path = str(directory)
         cfg.model.layers = list(range(layer_count(directory)))
         cfg.model.name = safe_model_name(cfg.model.name or directory.name)

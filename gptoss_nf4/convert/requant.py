@@ -11,7 +11,7 @@ import numpy as np
 from gptoss_nf4.convert.plan import EXACT, DenseTarget, QuantizedTarget, RequantOptions, Target, plan_layer
 from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.format.rows import rows_of_blocks
-from gptoss_nf4.source.interface import Module, Source
+from gptoss_nf4.source.interface import INPUTS, Module, Source
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.tensor_reader import read_array, read_header
 from gptoss_nf4.storage.tensor_writer import Declared, writing_tensors
@@ -119,12 +119,13 @@ def _float32_weight(source: Source, part: Module, absmax: np.ndarray | None, dev
         return source.floating(part.weight).tensor().to(device, torch.float32)
     state = QuantState(
         absmax=torch.from_numpy(absmax).to(device),
-        shape=torch.Size(part.shape),
+        shape=torch.Size(part.state.shape),
         dtype=torch.float32,
         blocksize=part.state.blocksize,
         quant_type=part.state.quant_type,
     )
-    return dequantize_float32(torch.from_numpy(source.codes(part)).to(device), state)
+    weight = dequantize_float32(torch.from_numpy(source.codes(part)).to(device), state)
+    return weight if part.blocks_along == INPUTS else weight.T.contiguous()
 
 
 def _describe(target: Target, error: AddedError | None) -> dict:

@@ -49,7 +49,10 @@ def _layer_sizes(source: Source, layer: int) -> tuple[int, int, int]:
     for fusion in names.FUSIONS:
         for module in source.modules(layer, fusion):
             dense += _bytes(source, module.bias)
-            if module.state is None:
+            if fusion.stacked and module.state is None:  # mode nf4 quantizes it, by default in blocks of 64
+                codes += math.prod(module.shape) // 2
+                blocks += math.prod(module.shape) // 64
+            elif module.state is None:
                 dense += _bytes(source, module.weight)
             else:
                 codes += module.state.elements // 2
