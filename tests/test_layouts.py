@@ -11,14 +11,17 @@ from conftest import local
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from gptoss_nf4.check.reference import state_dict
 from gptoss_nf4.check.weights import stored_weight
 from gptoss_nf4.convert.plan import NF4, RequantOptions
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.flow import convert
+from gptoss_nf4.format import names
+from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.layouts import open_checkpoint
+from gptoss_nf4.source.wrappers import unwrapped
 from gptoss_nf4.storage.checkpoint import Checkpoint
+from gptoss_nf4.storage.tensor_reader import TensorInfo
 
 EXPERTS = {"gate_up_proj": "w13", "down_proj": "w2"}
 
@@ -27,6 +30,15 @@ def converted(directory: Path, root: Path, dtype: str = "float32", **options) ->
     model, artifacts = local(directory, root)
     report = convert(model, artifacts, RequantOptions(**options), dtype)
     return Checkpoint(artifacts.checkpoint), report
+
+
+def value_of(source: Source, name: str) -> torch.Tensor:
+    """The tensor of that canonical name, float32, dequantized if it is 4-bit."""
+    module, layer = name.removesuffix(".weight"), names.layer_of(name)
+    for _, other, shape in names.modules_of(source.dimensions, layer) if layer is not None else ():
+        if other == module and source.module(module, shape).state:
+            return torch.from_numpy(source.dequantized(source.module(module, shape)))
+    return source.floating(name).tensor().float()
 
 
 def fused_name(name: str) -> str:
@@ -63,15 +75,22 @@ def test_other_layouts_are_quantized_by_mode_nf4_and_refused_by_mode_exact(tmp_p
 def test_a_layout_that_transformers_loads_is_read_as_transformers_loads_it(tmp_path, layout):
     source = tmp_path / "source"
     makers.REQUANTIZED[layout](source)
-    ours = state_dict(open_checkpoint(source))
+    opened = open_checkpoint(source)
     plain = source.with_name("before-mixture") if layout.startswith("mixture") else source
     theirs = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).state_dict()
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
+    assert len(theirs) == 3 + makers.D.layers * 17
+    for name, expected in theirs.items():
         if layout.startswith("mixture") and name.endswith("_proj.weight"):
-            assert torch.equal(ours[name], makers.read(load_file(source / "model.safetensors"), name))
-        else:
-            assert torch.equal(ours[name], theirs[name]), name
+            expected = makers.read(load_file(source / "model.safetensors"), name)
+        stem, _, kind = name.rpartition(".experts.")
+        if not stem:
+            assert torch.equal(value_of(opened, name), expected), name
+            continue
+        part, suffix = kind.removesuffix("_bias"), "bias" if kind.endswith("_bias") else "weight"
+        for expert, each in enumerate(expected):
+            assert torch.equal(
+                value_of(opened, f"{stem}.experts.{part}s.{expert}.{suffix}"), each.T if each.dim() == 2 else each
+            )
 
 
 def test_the_dtype_of_storage_makes_no_difference(tmp_path):
@@ -107,6 +126,30 @@ def test_wrapped_names_give_the_same_bytes_and_are_reported(tmp_path):
     fetch(*local(tmp_path / "wrapped", tmp_path / "again"), say=told.append)
     for wrapper in ("base_model.model.", "_orig_mod", "base_layer", "_fsdp_wrapped_module"):
         assert any(f"'{wrapper}' is removed from" in line for line in told)
+
+
+PLAIN = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight.absmax", "lm_head.weight")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: f"base_model.model.{name}",  # PEFT
+        lambda name: f"module.{name}",  # DistributedDataParallel, DeepSpeed
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: f"pretrained_model.{name}",  # TRL's model with a value head
+        lambda name: f"model.{name}",  # Lightning
+        lambda name: f"base_model.model.{name}".replace("q_proj.", "q_proj.base_layer."),
+        lambda name: name.replace("layers.0.", "layers.0._orig_mod."),  # one layer compiled
+        lambda name: name.replace("layers.0.", "_fsdp_wrapped_module.layers.0._checkpoint_wrapped_module."),
+        lambda name: name,
+    ],
+)
+def test_what_wrappers_add_to_names_is_removed(wrap):
+    tensors = {wrap(name): TensorInfo(wrap(name), "F32", (1,), Path("x"), 0, 4) for name in PLAIN}
+    found, removed = unwrapped(tensors)
+    assert {name: info.name for name, info in found.items()} == {name: wrap(name) for name in PLAIN}
+    assert bool(removed) == (list(tensors) != list(PLAIN))
 
 
 def test_two_tensors_of_one_name_are_refused(tmp_path):
