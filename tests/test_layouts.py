@@ -97,7 +97,7 @@ def test_the_dtype_of_storage_makes_no_difference(tmp_path):
     """bnb_4bit_quant_storage, which FSDP needs: the same bytes under another name."""
     makers.split(tmp_path / "uint8")
     expected, _ = converted(tmp_path / "uint8", tmp_path / "expected")
-    for dtype in ("bfloat16", "float16", "float32"):
+    for dtype in ("bfloat16", "float16", "float32", "int8"):
         makers.stored_as(getattr(torch, dtype))(tmp_path / dtype)
         result, _ = converted(tmp_path / dtype, tmp_path / f"artifacts-{dtype}")
         for file in result.weight_files:
@@ -165,11 +165,12 @@ def test_padded_embeddings_say_which_number_config_json_needs(tmp_path):
     makers.split(tmp_path / "source")
     file = tmp_path / "source/model.safetensors"
     tensors = load_file(file)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = torch.cat([tensors[name], torch.zeros(64, makers.D.hidden, dtype=torch.bfloat16)])
-    makers.write(tmp_path / "source", tensors)
-    with pytest.raises(UserError, match="set vocab_size to 384"):
-        fetch(*local(tmp_path / "source", tmp_path / "artifacts"))
+    padding = torch.zeros(64, makers.D.hidden, dtype=torch.bfloat16)
+    for name, told in (("lm_head.weight", "resize both"), ("model.embed_tokens.weight", "set vocab_size to 384")):
+        tensors[name] = torch.cat([tensors[name], padding])
+        makers.write(tmp_path / "source", tensors)
+        with pytest.raises(UserError, match=told):
+            fetch(*local(tmp_path / "source", tmp_path / "artifacts"))
 
 
 def test_experts_that_a_blocksize_does_not_divide_are_refused(tmp_path, monkeypatch):

@@ -93,6 +93,13 @@ def test_an_index_beside_a_single_file_is_left_over(source_copy, tmp_path):
     assert fetch(*local(source_copy, tmp_path / "artifacts"))["tensors"] == len(tensors)
 
 
+def test_a_dtype_that_is_not_known_is_named(tmp_path):
+    source = checkpoint_of(tmp_path / "source", {"x": torch.zeros(4)})
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"F4" '))
+    assert "unknown dtype" in refused(source, tmp_path)
+
+
 def touch(*names: str):
     def make(directory: Path) -> Path:
         for name in names:
@@ -138,6 +145,7 @@ def test_directories_that_hold_no_checkpoint_are_told_apart(tmp_path, make, told
         ("{tmp}/my-finetun", "there is {tmp}/my-finetune"),
         ("{tmp}/nothing/like/it", "{tmp} has no 'nothing'"),
         ("{tmp}/model.gguf", "a GGUF file"),
+        ("{tmp}/link", "a link to /nowhere/at/all, which is not there"),
         ("{tmp}/model.zip", "unpack it"),
         ("{tmp}/my-finetune/model.safetensors", "pass the directory that it is in: {tmp}/my-finetune"),
         ("{tmp}/" + "x" * 300, "cannot read"),
@@ -146,6 +154,7 @@ def test_directories_that_hold_no_checkpoint_are_told_apart(tmp_path, make, told
 def test_paths_that_are_no_directory_are_told_apart(tmp_path, monkeypatch, given, told):
     monkeypatch.chdir(tmp_path)
     touch("my-finetune/model.safetensors", "model.gguf", "model.zip")(tmp_path)
+    (tmp_path / "link").symlink_to("/nowhere/at/all")
     with pytest.raises(UserError) as caught:
         require_directory(given.format(tmp=tmp_path))
     assert told.format(tmp=tmp_path) in str(caught.value)

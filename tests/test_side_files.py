@@ -204,6 +204,11 @@ def test_what_is_missing_or_damaged_is_told_before_the_first_layer(source_copy, 
     assert not (tmp_path / "artifacts").exists()
 
 
+def test_a_template_that_transformers_would_not_load_is_told(source_copy, tmp_path):
+    put(source_copy, "chat_template.json", {"chat_template": "{{ 5 }}"})
+    assert any("chat_template.json" in note for note in fetch(*local(source_copy, tmp_path / "artifacts"))["notes"])
+
+
 def test_a_template_that_is_a_link_out_of_the_directory_is_refused(source_copy, tmp_path):
     (tmp_path / "secret.jinja").write_text("secret")
     (source_copy / "additional_chat_templates").mkdir()

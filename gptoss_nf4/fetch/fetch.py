@@ -15,7 +15,7 @@ from gptoss_nf4.format.names import FUSIONS
 from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.source.model import EMBEDDED_KINDS, KINDS, Model
-from gptoss_nf4.source.side_files import require_side_files, side_files
+from gptoss_nf4.source.side_files import require_side_files, side_files, unread
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.digests import verify
 from gptoss_nf4.storage.machine import cores, require_disk
@@ -40,7 +40,7 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
     described = describe(source.checkpoint, list(source.stored_by_layer.values()), artifacts.seen)
     digests, size = described.groups, sum(file.stat().st_size for file in source.checkpoint.weight_files)
     rough = f"about {_seconds(size, described):.0f} s on {cores()} cores, " if described.hashed_bytes > size / 10 else ""
-    notes = source.notes()
+    notes = [*source.notes(), *unread(directory)]
     for note in notes:
         say(note)
     say(f"to convert {size / 1e9:.1f} GB: {rough}{plan.line()}")

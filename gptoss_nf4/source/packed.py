@@ -2,11 +2,11 @@
 
 Beside the tensor `W` lie `W.absmax`, `W.quant_map`, `W.quant_state.bitsandbytes__nf4` and, with double quantization,
 `W.nested_absmax` and `W.nested_quant_map`. The codes are bytes, whatever dtype they are stored as: `bnb_4bit_quant_storage`
-lets FSDP keep them as bfloat16, float16 or float32 (bitsandbytes 0.50 `quantize_4bit`: `packed.view(quant_storage)`).
+lets FSDP keep them as bfloat16 or another (bitsandbytes 0.50 `quantize_4bit`: `packed.view(quant_storage)`).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import names
 from gptoss_nf4.format.codec import CODEBOOKS, denest_absmax, dequantize
-from gptoss_nf4.format.dtypes import FLOATING
+from gptoss_nf4.format.dtypes import TORCH_DTYPES
 from gptoss_nf4.format.quant_state import MAX_STATE_BYTES, QUANT_TYPES, QuantState
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.tensor_reader import TensorInfo
@@ -22,7 +22,7 @@ from gptoss_nf4.storage.tensor_reader import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-STORAGE_DTYPES = frozenset({"U8", *FLOATING})
+STORAGE_DTYPES = frozenset(TORCH_DTYPES)
 PIECE_ELEMENTS = 1 << 22  # a multiple of every blocksize; 16 MiB in float32
 # Largest distance between neighbours of bitsandbytes' dynamic 8-bit map, whose values go up to 1. Rounding to that map may
 # bring an absmax this much of its nested absmax below 0.
@@ -108,7 +108,7 @@ class Packed:
                 expected=f"{list(shape)} from config.json",
                 next_step="restore the config.json that belongs to these weights",
             )
-        self._require("weight", STORAGE_DTYPES, bytes=state.elements // 2)
+        self._require("weight", STORAGE_DTYPES, size=state.elements // 2)
         self._require("quant_map", {"F32"}, elements=16)
         if state.nested is None:
             self._require("absmax", {"F32"}, elements=state.blocks)
@@ -128,16 +128,15 @@ class Packed:
         self._require_values("absmax", self.absmax(), -rounding, MAX_ABSMAX)
         return set(stored.values())
 
-    def _require(self, kind: str, dtypes: set[str] | frozenset[str], elements: int = 0, bytes: int = 0) -> None:
-        """Check that the tensor of that kind is there, in one of `dtypes` and with `elements`, or else `bytes`."""
+    def _require(self, kind: str, dtypes: Collection[str], elements: int = 0, size: int = 0) -> None:
+        """Check that the tensor of that kind is there, in one of `dtypes` and with `elements`, or else `size` bytes."""
         info = require_tensor(self._checkpoint, self.stored[kind])
-        size = f"{elements} elements" if elements else f"{bytes} bytes"
-        if info.dtype not in dtypes or (math.prod(info.shape) != elements if elements else info.bytes != bytes):
+        if info.dtype not in dtypes or (math.prod(info.shape) != elements if elements else info.bytes != size):
             raise UserError(
                 "wrong tensor",
                 where=info.name,
                 got=f"{info.dtype} {list(info.shape)}",
-                expected=f"{' or '.join(sorted(dtypes))} with {size}",
+                expected=f"{' or '.join(sorted(dtypes))} with {f'{elements} elements' if elements else f'{size} bytes'}",
                 next_step=NEXT_STEP,
             )
 

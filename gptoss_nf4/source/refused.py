@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from gptoss_nf4.errors import UserError
@@ -17,23 +17,23 @@ ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".zst", ".7z")
 SAVE_AGAIN = "save the fine-tune in 4 bit or in 16 bit"
 
 _REPOSITORY = re.compile(r"(?:https?://huggingface\.co/|hf://)?([\w-][\w.-]*/[\w-][\w.-]*)/?")
-# (what it is, sign in a tensor, what to do). The first that any tensor shows counts.
-_KINDS: tuple[tuple[str, Callable[[TensorInfo], object], str], ...] = (
+# (what it is, its sign in a tensor among all names, what to do). The first that any tensor shows counts.
+_KINDS: tuple[tuple[str, Callable[[TensorInfo, Collection[str]], object], str], ...] = (
     (
         "a LoRA adapter that is not merged",
-        lambda info: ".lora_" in info.name or ".modules_to_save." in info.name,
+        lambda info, _: ".lora_" in info.name or ".modules_to_save." in info.name,
         "save the adapter alone, then pass its directory as model.path",
     ),
     (
         "stock MXFP4",
-        lambda info: re.search(r"\.(experts\.(gate_up|down)_proj_|mlp[12]_weight\.)(blocks|scales)$", info.name),
+        lambda info, _: re.search(r"\.(experts\.(gate_up|down)_proj_|mlp[12]_weight\.)(blocks|scales)$", info.name),
         "vLLM serves this checkpoint as it is; there is nothing to convert",
     ),
-    ("fp8", lambda info: info.dtype.startswith("F8_") and "scale" not in info.name, SAVE_AGAIN),
-    ("int8 of bitsandbytes", lambda info: info.name.endswith((".SCB", ".weight_format")), SAVE_AGAIN),
-    ("GPTQ or AWQ", lambda info: info.name.endswith((".qweight", ".qzeros", ".g_idx")), SAVE_AGAIN),
-    ("compressed-tensors", lambda info: info.name.endswith((".weight_packed", ".weight_scale")), SAVE_AGAIN),
-    ("int8", lambda info: info.dtype == "I8", SAVE_AGAIN),
+    ("fp8", lambda info, _: info.dtype.startswith("F8_") and "scale" not in info.name, SAVE_AGAIN),
+    ("int8 of bitsandbytes", lambda info, _: info.name.endswith((".SCB", ".weight_format")), SAVE_AGAIN),
+    ("GPTQ or AWQ", lambda info, _: info.name.endswith((".qweight", ".qzeros", ".g_idx")), SAVE_AGAIN),
+    ("compressed-tensors", lambda info, _: info.name.endswith((".weight_packed", ".weight_scale")), SAVE_AGAIN),
+    ("int8", lambda info, names: info.dtype == "I8" and f"{info.name}.absmax" not in names, SAVE_AGAIN),
 )
 
 
@@ -65,6 +65,8 @@ def _missing(given: str, path: Path) -> UserError:
     if repository and not Path(path.parts[0]).exists():
         use = f"to download it: python stages/configure.py model=hub model.repository={repository[1]}"
         return _refusal(given, "no such path, but the form of a Hub repository", use)
+    if path.is_symlink():
+        return _refusal(path, f"a link to {path.readlink()}, which is not there", "mount or restore what it points to")
     path = path.absolute()
     above = next(parent for parent in path.parents if parent.exists())
     missing = path.relative_to(above).parts[0]
@@ -125,7 +127,7 @@ def _checkpoints_below(path: Path) -> list[Path]:
 def require_known_kind(checkpoint: Checkpoint) -> None:
     """UserError for a checkpoint that is quantized in a way that no layout here has, or that holds an adapter."""
     for kind, sign, next_step in _KINDS:
-        shown = next((info for info in checkpoint.tensors.values() if sign(info)), None)
+        shown = next((info for info in checkpoint.tensors.values() if sign(info, checkpoint.tensors)), None)
         if shown:
             raise unsupported(checkpoint, f"{kind} ({shown.name}, {shown.dtype}{_by(checkpoint)})", next_step)
 

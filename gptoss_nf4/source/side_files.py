@@ -17,6 +17,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 GENERATION_CONFIG = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
+PROCESSOR_TEMPLATE = "chat_template.json"
 TEMPLATE_DIRECTORY = "additional_chat_templates"
 _OBJECTS = ("config.json", TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, GENERATION_CONFIG)
 # Keys that are not taken over: the result runs no code of the source's.
@@ -41,6 +42,13 @@ def require_side_files(directory: Path) -> None:
         )
     for file in side_files(directory):
         _ = read_json_object(file) if file.suffix == ".json" else read_text(file)
+
+
+def unread(directory: Path) -> list[str]:
+    """What is there and does not count, a line each."""
+    if not (directory / PROCESSOR_TEMPLATE).exists():
+        return []
+    return [f"{PROCESSOR_TEMPLATE} is not carried: transformers reads it with a processor, not with this tokenizer"]
 
 
 def tokenizer_files(directory: Path) -> dict[str, bytes | dict]:

@@ -58,9 +58,11 @@ class StoredSource(Source):
     def stored_name(self, name: str) -> str:
         """The name under which the tensor of that canonical name is stored."""
         layer = names.layer_of(name)
-        alias = ALIASES.get(name.removeprefix(names.prefix(layer))) if layer is not None else None
-        other = f"{names.prefix(layer)}{alias}" if layer is not None and alias else name
-        return other if other in self.checkpoint.tensors else name
+        if layer is None:
+            return name
+        prefix = names.prefix(layer)
+        alias = prefix + ALIASES.get(name.removeprefix(prefix), "")
+        return alias if alias in self.checkpoint.tensors else name
 
     def validate(self) -> None:
         known: set[str] = set()
@@ -89,15 +91,26 @@ class StoredSource(Source):
             yield f"{name}.bias", shape[:1]
 
     def _require_vocabulary(self) -> None:
-        """UserError where embeddings and head have another number of rows, the same, than config.json says."""
-        shapes = {require_tensor(self.checkpoint, name).shape for name in EMBEDDINGS}
-        if len(shapes) == 1:
-            rows, *columns = shapes.pop()
-            if columns == [self.dimensions.hidden] and rows != self.dimensions.vocabulary:
-                raise UserError(
-                    "wrong vocab_size",
-                    where=self.checkpoint.directory / "config.json",
-                    got=f"vocab_size={self.dimensions.vocabulary}, but {rows} rows in {' and '.join(EMBEDDINGS)}",
-                    expected="the same number",
-                    next_step=f"set vocab_size to {rows} in config.json, as resizing the embeddings should have done",
-                )
+        """UserError where embeddings and head are whole rows, but not as many as config.json says."""
+        shapes = [self._shape(name) for name in EMBEDDINGS]
+        rows, vocabulary = (
+            [shape[0] for shape in shapes if shape[1:] == (self.dimensions.hidden,)],
+            self.dimensions.vocabulary,
+        )
+        if len(rows) < len(EMBEDDINGS) or set(rows) == {vocabulary}:
+            return  # or another fault, which is told below
+        got = ", ".join(f"{count} rows in {name}" for name, count in zip(EMBEDDINGS, rows, strict=True))
+        raise UserError(
+            "wrong vocab_size",
+            where=self.checkpoint.directory / "config.json",
+            got=f"vocab_size={vocabulary}, but {got}",
+            expected="one number for all three",
+            next_step=f"set vocab_size to {rows[0]} in config.json, as resizing the embeddings should have done"
+            if len(set(rows)) == 1
+            else "resize both with model.resize_token_embeddings, and save the model again",
+        )
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Logical shape of a tensor, 4-bit or not."""
+        packed = Packed.find(self.checkpoint, name)
+        return packed.state.shape if packed else require_tensor(self.checkpoint, name).shape
