@@ -12,7 +12,7 @@ transpose of the canonical weight. Beside them lie `gate_up_proj_bias` and `down
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 _STACK = re.compile(r"\.mlp\.experts\.(gate_up|down)_proj$")
-_EXPERT = re.compile(r"(.*\.mlp\.experts\.(?:gate_up|down)_proj)s\.(\d+)")
+_EXPERT = re.compile(r"(.*\.mlp\.experts\.(?:gate_up|down)_proj)s\.(\d+)\.(weight|bias)")
 
 
 class FusedSource(StoredSource):
@@ -40,16 +40,17 @@ class FusedSource(StoredSource):
         return any(_STACK.search(key) for key in checkpoint.tensors)
 
     def module(self, name: str, shape: tuple[int, int]) -> Module:
-        if not (place := _EXPERT.fullmatch(name)):
+        place = _place(f"{name}.weight")
+        if place is None:
             return super().module(name, shape)
-        packed = Packed.find(self.checkpoint, place[1])
+        packed = Packed.find(self.checkpoint, place.stack)
         if packed is None:
             return Module(name, shape, None)
         module = Module(name, shape, replace(packed.state, shape=(shape[1], shape[0])), OUTPUTS)
         if _elements(module) % packed.state.blocksize:
             raise UserError(
                 "blocks run across experts",
-                where=place[1],
+                where=place.stack,
                 got=f"{_elements(module)} weights in an expert and blocksize {packed.state.blocksize}",
                 expected="a blocksize that divides the weights of an expert",
                 next_step="save the model in 16 bit",
@@ -57,46 +58,58 @@ class FusedSource(StoredSource):
         return module
 
     def codes(self, module: Module) -> np.ndarray:
-        if not (place := _EXPERT.fullmatch(module.name)):
+        place = _place(module.weight)
+        if place is None:
             return super().codes(module)
-        expert, elements = int(place[2]), _elements(module)
-        return self.packed(place[1]).codes(expert * elements, (expert + 1) * elements)
+        elements = _elements(module)
+        return self.packed(place.stack).codes(place.expert * elements, (place.expert + 1) * elements)
 
     def absmax(self, module: Module) -> np.ndarray:
-        if not (place := _EXPERT.fullmatch(module.name)):
+        place = _place(module.weight)
+        if place is None:
             return super().absmax(module)
-        packed, expert = self.packed(place[1]), int(place[2])
+        packed = self.packed(place.stack)
         blocks = _elements(module) // packed.state.blocksize
-        return packed.absmax(expert * blocks, (expert + 1) * blocks)
+        return packed.absmax(place.expert * blocks, (place.expert + 1) * blocks)
 
     def floating(self, name: str) -> Floating:
-        module, _, kind = name.rpartition(".")
-        if not (place := _EXPERT.fullmatch(module)):
+        place = _place(name)
+        if place is None:
             return super().floating(name)
-        stored, expert = place[1] if kind == "weight" else f"{place[1]}_bias", int(place[2])
-        info = self.checkpoint.tensors[stored]
+        info = self.checkpoint.tensors[place.stack]
 
         def read() -> "Iterator[torch.Tensor]":
-            yield self.checkpoint.torch_row(stored, expert).transpose(0, -1).reshape(-1)  # of a bias: itself
+            expert = self.checkpoint.torch_row(place.stack, place.expert)
+            yield expert.transpose(0, -1).reshape(-1)  # a bias has one dimension and stays as it is
 
-        return Floating(name, stored, info.dtype, info.shape[:0:-1], read)
+        return Floating(name, place.stack, info.dtype, info.shape[:0:-1], read)
 
     def stored(self, module: Module) -> dict[str, str]:
-        """Those of the whole tensor, which all experts share."""
-        place = _EXPERT.fullmatch(module.name)
-        return self.packed(place[1]).stored if place else super().stored(module)
+        """Those of the whole stack, which all its experts share."""
+        place = _place(module.weight)
+        return super().stored(module) if place is None else self.packed(place.stack).stored
 
     def module_tensors(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        experts, seen = self.dimensions.experts, set()
         for name, shape in super().module_tensors(layer):
-            module, _, kind = name.rpartition(".")
-            if not (place := _EXPERT.fullmatch(module)):
+            place = _place(name)
+            if place is None:
                 yield name, shape
-                continue
-            stored = place[1] if kind == "weight" else f"{place[1]}_bias"
-            if stored not in seen:
-                seen.add(stored)
-                yield stored, (experts, *shape[::-1])
+            elif place.expert == 0:
+                yield place.stack, (self.dimensions.experts, *shape[::-1])
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an expert's weight or bias lies: the stored name of the stack, and its number there."""
+
+    stack: str
+    expert: int
+
+
+def _place(name: str) -> _Place | None:
+    """The place of the tensor of that canonical name. None where it is no expert's."""
+    found = _EXPERT.fullmatch(name)
+    return _Place(found[1] + ("_bias" if found[3] == "bias" else ""), int(found[2])) if found else None
 
 
 def _elements(module: Module) -> int:

@@ -92,22 +92,21 @@ class StoredSource(Source):
 
     def _require_vocabulary(self) -> None:
         """UserError where embeddings and head are whole rows, but not as many as config.json says."""
+        vocabulary, hidden = self.dimensions.vocabulary, self.dimensions.hidden
         shapes = [self._shape(name) for name in EMBEDDINGS]
-        rows, vocabulary = (
-            [shape[0] for shape in shapes if shape[1:] == (self.dimensions.hidden,)],
-            self.dimensions.vocabulary,
-        )
-        if len(rows) < len(EMBEDDINGS) or set(rows) == {vocabulary}:
-            return  # or another fault, which is told below
-        got = ", ".join(f"{count} rows in {name}" for name, count in zip(EMBEDDINGS, rows, strict=True))
+        rows = [shape[0] for shape in shapes]
+        if set(rows) == {vocabulary} or any(shape[1:] != (hidden,) for shape in shapes):
+            return  # no fault, or another one, which is told with its tensor
+        if len(set(rows)) == 1:
+            next_step = f"set vocab_size to {rows[0]} in config.json, as resizing the embeddings should have done"
+        else:
+            next_step = "resize both with model.resize_token_embeddings, and save the model again"
         raise UserError(
             "wrong vocab_size",
             where=self.checkpoint.directory / "config.json",
-            got=f"vocab_size={vocabulary}, but {got}",
-            expected="one number for all three",
-            next_step=f"set vocab_size to {rows[0]} in config.json, as resizing the embeddings should have done"
-            if len(set(rows)) == 1
-            else "resize both with model.resize_token_embeddings, and save the model again",
+            got=f"vocab_size={vocabulary}, but {rows[0]} rows in {EMBEDDINGS[0]} and {rows[1]} in {EMBEDDINGS[1]}",
+            expected="the same number",
+            next_step=next_step,
         )
 
     def _shape(self, name: str) -> tuple[int, ...]:
