@@ -106,6 +106,8 @@ def test_a_truncated_shard_and_a_missing_shard(source_copy, tmp_path):
     ("arguments", "named"),
     [
         (["stages/configure.py", "model=local", "model.path=/nowhere"], "/nowhere"),
+        (["stages/configure.py", "model=local", "model.path=unsloth/gpt-oss-20b"], "model=hub"),
+        (["stages/configure.py", "model=local", "model.path=stages"], "neither config.json nor *.safetensors"),
         (["stages/configure.py", "model=local"], "model.path"),
         (["stages/configure.py", "model=gpt_oss_7b"], "gpt_oss_7b"),
         (["stages/dequant.py", "layer=99"], "layer=99"),
