@@ -173,6 +173,18 @@ def test_padded_embeddings_say_which_number_config_json_needs(tmp_path):
             fetch(*local(tmp_path / "source", tmp_path / "artifacts"))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e6])
+@pytest.mark.parametrize("layout", ["split, 16 bit", "fused, 16 bit"])
+def test_experts_in_16_bit_with_values_that_no_absmax_holds_are_refused(tmp_path, layout, value):
+    makers.REQUANTIZED[layout](tmp_path / "source")
+    tensors = load_file(tmp_path / "source/model.safetensors")
+    damaged = next(name for name in tensors if "layers.1" in name and "experts.down_proj" in name and "bias" not in name)
+    tensors[damaged].view(-1)[77] = value
+    makers.write(tmp_path / "source", tensors)
+    with pytest.raises(UserError, match=r"cannot be quantized: model\.layers\.1\.mlp\.experts\.down_projs"):
+        converted(tmp_path / "source", tmp_path / "artifacts", mode=NF4)
+
+
 def test_experts_that_a_blocksize_does_not_divide_are_refused(tmp_path, monkeypatch):
     """A block would belong to two experts. At real widths every blocksize divides."""
     makers.fused_4_bit(tmp_path / "source", blocksize=4096)  # 192 * 256 = 12 * 4096; 128 * 192 = 6 * 4096

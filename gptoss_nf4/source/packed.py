@@ -15,7 +15,7 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import names
 from gptoss_nf4.format.codec import CODEBOOKS, denest_absmax, dequantize
 from gptoss_nf4.format.dtypes import TORCH_DTYPES
-from gptoss_nf4.format.quant_state import MAX_STATE_BYTES, QUANT_TYPES, QuantState
+from gptoss_nf4.format.quant_state import MAX_ABSMAX, MAX_STATE_BYTES, QUANT_TYPES, QuantState
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.tensor_reader import TensorInfo
 
@@ -27,7 +27,6 @@ PIECE_ELEMENTS = 1 << 22  # a multiple of every blocksize; 16 MiB in float32
 # Largest distance between neighbours of bitsandbytes' dynamic 8-bit map, whose values go up to 1. Rounding to that map may
 # bring an absmax this much of its nested absmax below 0.
 NESTED_ROUNDING = 0.02
-MAX_ABSMAX = 65504.0  # float16's largest number: a weight beyond it could not be served in float16
 NEXT_STEP = "copy the checkpoint here again, or save it again"
 
 

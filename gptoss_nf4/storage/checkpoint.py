@@ -57,10 +57,9 @@ class Checkpoint:
         model.safetensors counts alone: an index beside it is left over. Else those that the index names. Where there is
         neither, which transformers refuses, the files named like shards of a model, else those with other names.
         """
-        index = self.directory / INDEX_FILE
         if (self.directory / SINGLE_FILE).exists():
             return [self.directory / SINGLE_FILE]
-        if not index.exists():
+        if not self._has_index:
             files = sorted(self.directory.glob("model*.safetensors"))
             files = files or sorted(f for f in self.directory.glob("*.safetensors") if not f.name.startswith(OTHER_FILES))
             files = files or sorted(self.directory.glob("*.safetensors"))
@@ -78,7 +77,7 @@ class Checkpoint:
             if Path(name).name != name:
                 raise UserError(
                     "bad index",
-                    where=index,
+                    where=self.directory / INDEX_FILE,
                     got=f"file name {name!r}",
                     expected="a plain file name",
                     next_step="do not use this checkpoint",
@@ -92,6 +91,11 @@ class Checkpoint:
                     next_step="download it again",
                 )
         return [self.directory / name for name in names]
+
+    @property
+    def _has_index(self) -> bool:
+        """Whether there is an index that counts: beside model.safetensors it does not."""
+        return (self.directory / INDEX_FILE).exists() and not (self.directory / SINGLE_FILE).exists()
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
@@ -120,7 +124,7 @@ class Checkpoint:
         self.tensors[info.name] = info
 
     def _check_index(self) -> None:
-        if (self.directory / SINGLE_FILE).exists() or not (self.directory / INDEX_FILE).exists():
+        if not self._has_index:
             return
         missing = sorted(set(self.weight_map) - set(self.tensors))
         if missing:
