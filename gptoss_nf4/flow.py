@@ -4,7 +4,7 @@ from gptoss_nf4.check.audit import audit
 from gptoss_nf4.convert.assemble import assemble
 from gptoss_nf4.convert.dequant import dequant
 from gptoss_nf4.convert.normalize import normalize
-from gptoss_nf4.convert.plan import RequantOptions
+from gptoss_nf4.convert.plan import RequantOptions, require_plan
 from gptoss_nf4.convert.requant import requant
 from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.format.residual import AUTO
@@ -39,6 +39,7 @@ def convert(
     """
     fetch(model, artifacts)
     source = open_source(model, artifacts)
+    require_plan(source, options)
     for layer in range(source.dimensions.layers):
         dequant(source, artifacts, layer)
         requant(source, artifacts, layer, options, device)

@@ -4,13 +4,14 @@ model=NAME starts from the defaults in conf/. Without it, only what is named cha
 the embedded model. Values are taken as the shell passes them.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 from common import ROOT
-from given import adapter_as_model, adapter_entry, adapter_typed, adapters_typed, directory_of
+from given import adapter_as_model, adapter_entry, adapter_typed, adapters_typed, unquoted
 from hydra import compose, initialize_config_dir
 from naming import free_adapter_name, free_name, origin_of, require_free_name, require_own_adapter
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +21,7 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.owner import claim
 from gptoss_nf4.source.layouts import layer_count
 from gptoss_nf4.source.model import check_model_name, hub_config
+from gptoss_nf4.source.refused import require_checkpoint, require_directory
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.reading import read_text
 from gptoss_nf4.storage.writing import write_text
@@ -64,9 +66,10 @@ def composed(typed: Sequence[str], current: dict | None = None) -> DictConfig:
     _require_place(settings["model"])
     adapter = None
     if settings["model"]["kind"] == "local":
-        directory = directory_of(settings["model"]["path"], "model.path")
+        directory = Path(os.path.realpath(require_directory(unquoted(settings["model"]["path"]))))
         adapter = adapter_as_model(directory, settings["model"]["base"])
         if adapter is None:
+            require_checkpoint(directory)
             settings["model"] |= {"path": str(directory), "defined_by": str(directory), "layers": _layers(directory)}
         else:
             settings["model"] = _base_of(directory, adapter[1], given)

@@ -70,33 +70,6 @@ def test_a_header_whose_numbers_are_not_whole_is_refused_before_data_is_read(tmp
 
 
 @pytest.mark.parametrize(
-    ("names", "dtype", "found"),
-    [
-        (["model.layers.0.mlp.experts.gate_up_proj_blocks"], torch.uint8, "stock MXFP4"),
-        (["model.layers.0.mlp.experts.gate_up_proj"], torch.uint8, "without a quantization state"),
-        (
-            ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.gate_up_proj.absmax"],
-            torch.uint8,
-            "fused experts with a quantization state",
-        ),
-        (["model.layers.0.mlp.experts.gate_up_proj"], torch.bfloat16, "plain 16-bit"),
-        (["model.layers.0.self_attn.q_proj.weight.absmax"], torch.uint8, "transformers 5"),
-        (["something.else"], torch.uint8, "unknown layout"),
-    ],
-)
-def test_other_layouts_are_refused_by_name(tmp_path, names, dtype, found):
-    from safetensors.torch import save_file
-
-    source = tmp_path / "source"
-    source.mkdir()
-    save_file({name: torch.ones(4).to(dtype) for name in names}, source / "model.safetensors")
-    (source / "config.json").write_text('{"model_type": "gpt_oss"}')
-    model, artifacts = local(source, tmp_path / "artifacts")
-    with pytest.raises(UserError, match=found):
-        fetch(model, artifacts)
-
-
-@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("model_type", "llama"),
@@ -169,6 +142,8 @@ def test_a_truncated_shard_and_a_missing_shard(source_copy, tmp_path):
     ("arguments", "named"),
     [
         (["stages/configure.py", "model=local", "model.path=/nowhere"], "/nowhere"),
+        (["stages/configure.py", "model=local", "model.path=unsloth/gpt-oss-20b"], "model=hub"),
+        (["stages/configure.py", "model=local", "model.path=stages"], "neither config.json nor *.safetensors"),
         (["stages/configure.py", "model=local"], "model.path"),
         (["stages/configure.py", "model=gpt_oss_7b"], "gpt_oss_7b"),
         (["stages/fetch.py", "model.kind=zip"], "model.kind"),

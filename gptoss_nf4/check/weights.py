@@ -8,7 +8,7 @@ from bitsandbytes.functional import QuantState
 from gptoss_nf4.format import names
 from gptoss_nf4.format.bnb import dequantize_float32
 from gptoss_nf4.format.quant_state import QUANT_TYPES
-from gptoss_nf4.source.interface import Module, Source
+from gptoss_nf4.source.interface import OUTPUTS, Module, Source
 from gptoss_nf4.storage.checkpoint import Checkpoint
 
 
@@ -16,6 +16,8 @@ def source_weight(source: Source, module: Module) -> torch.Tensor:
     """The weight of one module of a source, float32 [rows, in_features], 4-bit or not."""
     if module.state is None:
         return source.floating(module.weight).tensor().float()
+    if module.blocks_along == OUTPUTS:  # a part of a tensor, which has no state of its own
+        return torch.from_numpy(source.dequantized(module))
     stored = source.stored(module)
     weight = stored.pop("weight")
     return dequantize_float32(source.checkpoint.torch(weight), _state(source.checkpoint, stored.values()))

@@ -76,6 +76,7 @@ def normalize(
         "underflow_by_tensor": {
             name: {"values": c.values, "underflow": c.underflow} for name, c in counts.items() if c.underflow
         },
+        "dequantized": [tensor.name for tensor in dense if any(origin.dequantized for origin in tensor.origins)],
         "joined_dense": [target.name for target in targets if isinstance(target, DenseTarget) and target.joined],
         "scaling": residual.report(losses, scale),
     }
@@ -83,7 +84,7 @@ def normalize(
 
 def _dtypes_of_origins(dense: list[DenseTensor]) -> dict[str, int]:
     """Number of the source's tensors by safetensors dtype."""
-    counted = Counter(origin.dtype for tensor in dense for origin in tensor.origins)
+    counted = Counter("U8" if origin.dequantized else origin.dtype for tensor in dense for origin in tensor.origins)
     counted += Counter({"U8": sum(tensor.dequantized for tensor in dense)})
     return dict(sorted(counted.items()))
 

@@ -94,6 +94,12 @@ class DenseTarget(Target):
         return any(part.state for part in self.parts)
 
 
+def require_plan(source: Source, options: RequantOptions) -> None:
+    """UserError where the mode cannot convert some layer of `source`."""
+    for layer in range(source.dimensions.layers):
+        plan_layer(source, layer, options)
+
+
 def plan_layer(source: Source, layer: int, options: RequantOptions) -> list[Target]:
     """The targets of one layer, in the order of `names.FUSIONS`. UserError where the mode cannot make one."""
     return [_plan_target(source, layer, fusion, options) for fusion in names.FUSIONS]
@@ -124,7 +130,7 @@ def _stored_quantization(source: Source, name: str, parts: tuple[Module, ...]) -
     dense = [part for part in parts if part.state is None]
     if dense:
         raise UserError(
-            "dense expert in a quantized layer",
+            "experts that were never 4-bit" if len(dense) == len(parts) else "dense expert in a quantized layer",
             where=dense[0].name,
             got=f"{len(dense)} of {len(parts)} experts in 16 or 32 bit",
             expected="4-bit experts only in mode exact",

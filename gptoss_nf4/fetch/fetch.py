@@ -13,25 +13,16 @@ from gptoss_nf4.fetch.owner import claim, require_own
 from gptoss_nf4.fetch.tensor_digests import Described, describe
 from gptoss_nf4.format.config_fields import ignored_keys
 from gptoss_nf4.format.dimensions import Dimensions
-from gptoss_nf4.format.names import FUSIONS, VOCABULARY_WEIGHTS
+from gptoss_nf4.format.names import FUSIONS
 from gptoss_nf4.source.interface import Source, becomes_dense
 from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.source.model import EMBEDDED_KINDS, Model
+from gptoss_nf4.source.side_files import require_side_files, side_files, unread
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.digests import verify
 from gptoss_nf4.storage.machine import cores, require_disk
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import describe_file, write_json
-
-# Files beside the weights that decide what the finished checkpoint says.
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 
 
 def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambda line: None) -> dict:
@@ -45,8 +36,8 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
     if model.expected:
         verify(directory, Path(model.expected), next_step=COPY_AGAIN)
     source = open_checkpoint(directory)
-    _require_vocabulary(source)
     source.validate()
+    require_side_files(directory)
     plan = budget(source, artifacts)
     require_disk(plan.disk_bytes, artifacts.root, "the converted checkpoint")
     described = describe(source.checkpoint, list(source.stored_by_layer.values()), artifacts.seen)
@@ -54,11 +45,14 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
         say(f"config.json has {', '.join(ignored)}, which neither transformers nor vLLM reads; the result goes without")
     digests, size = described.groups, sum(file.stat().st_size for file in source.checkpoint.weight_files)
     rough = f"about {_seconds(size, described):.0f} s on {cores()} cores, " if described.hashed_bytes > size / 10 else ""
+    notes = [*source.notes(), *unread(directory)]
+    for note in notes:
+        say(note)
     say(f"to convert {size / 1e9:.1f} GB: {rough}{plan.line()}")
     claim(artifacts, model.origin)
     for layer, digest in zip(source.stored_by_layer, digests, strict=True):
         write_json(artifacts.digest(layer), digest)
-    moved = _moved_as_codes(source)
+    moved = _moved_by_layer(source)
     write_json(artifacts.dense_digests, {name: d[name] for d in digests for name in d if name not in moved})
     for stale in set(artifacts.digests.glob("layer-*.json")) - {artifacts.digest(k) for k in source.stored_by_layer}:
         stale.unlink()  # a longer model of the same name was here before
@@ -66,6 +60,7 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
         "model": model.name,
         "source": origin,
         "layout": source.layout,
+        "notes": notes,
         "dimensions": source.dimensions.as_dict(),
         "tensors": len(source.checkpoint.tensors),
         "files": _describe_files(source),
@@ -110,33 +105,14 @@ def _holds(directory: Path, dimensions: Dimensions) -> bool:
         return False
 
 
-def _require_vocabulary(source: Source) -> None:
-    """UserError where embeddings and head have other numbers of rows than config.json says, as after padding them."""
-    stored = source.checkpoint.tensors
-    rows = {name: stored[name].shape[0] for name in VOCABULARY_WEIGHTS if name in stored}
-    if set(rows.values()) <= {source.dimensions.vocabulary}:
-        return
-    found = sorted(set(rows.values()))
-    raise UserError(
-        "wrong vocab_size",
-        where=source.checkpoint.directory / "config.json",
-        got=f"vocab_size={source.dimensions.vocabulary}",
-        expected=", ".join(f"{count} rows of {name}" for name, count in rows.items()),
-        next_step=f"write vocab_size={found[0]} into config.json"
-        if len(found) == 1
-        else "save the model again after resize_token_embeddings, which keeps both alike",
-    )
-
-
 def _describe_files(source: Source) -> list[dict]:
     """Name and size of each weight file, whose tensors have digests of their own. Other files also by digest."""
     weights = [{"name": path.name, "bytes": path.stat().st_size} for path in source.checkpoint.weight_files]
-    side = (source.checkpoint.directory / name for name in SIDE_FILES)
-    return [*weights, *(describe_file(path) for path in side if path.is_file())]
+    return [*weights, *(describe_file(path) for path in side_files(source.checkpoint.directory))]
 
 
-def _moved_as_codes(source: Source) -> set[str]:
-    """Stored names of the tensors that stage normalize never reads: codes and absmax of modules that stay 4-bit."""
+def _moved_by_layer(source: Source) -> set[str]:
+    """Stored names of the tensors that stage normalize never reads: those of weights that are 4-bit in the result."""
     moved: set[str] = set()
     for layer in range(source.dimensions.layers):
         for fusion in FUSIONS:
@@ -145,4 +121,6 @@ def _moved_as_codes(source: Source) -> set[str]:
                 for part in parts:
                     if part.state:
                         moved |= {name for kind, name in source.stored(part).items() if kind != "quant_state"}
+                    else:
+                        moved.add(source.floating(part.weight).stored)
     return moved

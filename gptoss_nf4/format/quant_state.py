@@ -16,6 +16,7 @@ from gptoss_nf4.errors import COPY_AGAIN, UserError
 from gptoss_nf4.format.dtypes import DTYPES
 
 QUANT_TYPES = ("nf4", "fp4")
+MAX_ABSMAX = 65504.0  # float16's largest number: a weight beyond it could not be served in float16
 MAX_STATE_BYTES = 1 << 16  # bitsandbytes writes some 200
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 `dequantize_4bit`
 

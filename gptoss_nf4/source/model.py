@@ -9,6 +9,7 @@ from gptoss_nf4.errors import UserError, first_line
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.layouts import open_checkpoint
+from gptoss_nf4.source.side_files import TEMPLATE, TEMPLATE_DIRECTORY
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.reading import read_json_object
 
@@ -20,7 +21,7 @@ NEEDED = {"local": "path", "hub": "repository", "synthetic": "dimensions"}  # ki
 MAX_NAME_BYTES = 200  # a file system takes 255
 
 # The files of a repository that a conversion reads. Pickled weights and code are never downloaded.
-HUB_PATTERNS = ("*.safetensors", "*.json", "chat_template.jinja")
+HUB_PATTERNS = ("*.safetensors", "*.json", TEMPLATE, f"{TEMPLATE_DIRECTORY}/*.jinja")
 
 
 @dataclass(frozen=True)

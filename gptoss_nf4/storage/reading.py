@@ -28,15 +28,16 @@ def reading(path: Path) -> Iterator[None]:
         ) from None
 
 
-def require_plain_files(directory: Path) -> None:
+def require_plain_files(directory: Path, *below: str) -> None:
     """Refuse a directory that holds a link out of it, a device, a pipe, or a side file too large to be one. UserError.
 
-    Links to one place outside are allowed: the hub's cache links from models--x/snapshots/commit/ to models--x/blobs/.
+    `below` names directories in it whose files are read too. Links to one place outside are allowed: the hub's cache links
+    from models--x/snapshots/commit/ to models--x/blobs/.
     """
     root = directory.resolve()
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     with reading(directory):
-        for path in sorted(directory.iterdir()):
+        for path in sorted(directory.iterdir()) + [path for name in below for path in sorted((directory / name).glob("*"))]:
             target = path.resolve()
             if not any(target.is_relative_to(place) for place in allowed):
                 raise UserError(

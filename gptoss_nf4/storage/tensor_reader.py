@@ -72,6 +72,15 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        stored = entry.get("dtype") if isinstance(entry, dict) else None
+        if isinstance(stored, str) and stored not in ITEM_BYTES:
+            raise UserError(
+                "unknown dtype",
+                where=file,
+                got=f"tensor {name} in {stored[:40]!r}",
+                expected=f"one of {', '.join(ITEM_BYTES)}",
+                next_step="save the model in 4 bit or in 16 bit, or copy the file again",
+            )
         try:
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):  # 8.0 and true are neither
