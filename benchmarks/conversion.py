@@ -127,7 +127,7 @@ def measure(project: Path, args: argparse.Namespace) -> dict:
     output = disk_bytes(artifacts / "checkpoint")
     disk = (disk_bytes(project) - before) / output
     rows["nothing changed, dvc repro assemble"] = run(project, *repro)
-    rows["prove: every weight through bitsandbytes"] = run(project, *DVC, "repro", "prove")
+    rows["prove: every tensor, codes through bitsandbytes"] = run(project, *DVC, "repro", "prove")
     exactness = json.loads((project / "metrics/exactness.json").read_text())
     change_a_code(project, args)
     rows["one layer changed, fetch and dvc repro assemble"] = run(project, *refetch) + run(project, *repro)
@@ -143,8 +143,8 @@ def measure(project: Path, args: argparse.Namespace) -> dict:
         "source_bytes": sum(file.stat().st_size for file in source_files(project, args)),
         "output_bytes": output,
         "disk_by_output": disk,
-        "weights_compared": exactness["compared"],
-        "weights_different": exactness["different"],
+        "values_compared": exactness["compared"],
+        "values_different": exactness["different"],
         "runs": {name: asdict(row) for name, row in rows.items()},
     }
 
@@ -182,7 +182,7 @@ def report(result: dict) -> None:
         rows.append([name, f"{seconds:.1f}", f"{seconds / copied:.2f}", f"{gib:.2f}", len(taken["stages"])])
     print(markdown(["what", "seconds", "of cp + md5sum", "largest process GiB", "stages run"], rows))
     print(f"disk beyond the source, cache included: {result['disk_by_output']:.2f} of the output")
-    print(f"weights compared: {result['weights_compared']}, different: {result['weights_different']}\n")
+    print(f"values compared: {result['values_compared']}, different: {result['values_different']}\n")
     if result["growth"]:
         rows = [
             [row["layers"], f"{row['seconds']:.1f}", f"{row['copy_seconds']:.1f}", f"{row['peak_gib']:.2f}"]

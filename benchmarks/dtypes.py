@@ -92,16 +92,13 @@ def serve(jobs: list[tuple[str, dict]]) -> None:
 
 def agreements(source: Path, directory: Path, engine: dict, cases: tuple[Case, ...] = CASES) -> Agreements:
     """Agreement with transformers in float32 by case; None where vLLM fails or is not finite."""
-    model = reference.build(open_checkpoint(source))
     found: Agreements = {}
     jobs = [(converted(source, directory, case), engine | {"dtype": case[0]}) for case in cases]
     for case, generations in zip(cases, served(jobs), strict=True):
         if generations is None or not all(generation.finite for generation in generations):
             found[case] = None
             continue
-        found[case] = agreement = Agreement()
-        for generation in generations:
-            agreement.add(generation, reference.log_probabilities(model, generation.token_ids))
+        found[case], _ = reference.agreements(open_checkpoint(source), generations)
     return found
 
 

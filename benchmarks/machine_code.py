@@ -34,9 +34,9 @@ from gptoss_nf4.vllm.kernels.plan import Gpu, plan_experts
 
 # By compute capability: A100, RTX 3090, H100.
 GPUS = {
-    80: Gpu(wgmma=False, shared_bytes=164 * 1024),
-    86: Gpu(wgmma=False, shared_bytes=100 * 1024),
-    90: Gpu(wgmma=True, shared_bytes=228 * 1024),
+    80: Gpu(wgmma=False, shared_bytes=164 * 1024, starts_early=False),
+    86: Gpu(wgmma=False, shared_bytes=100 * 1024, starts_early=False),
+    90: Gpu(wgmma=True, shared_bytes=228 * 1024, starts_early=True),
 }
 TOKENS = (1, 8, 32, 64, 128, 256, 2048)
 LINEAR_ROWS = (1, 16, 64, 65)
@@ -125,10 +125,11 @@ def launches(
     w2 = _packed(d.experts, d.hidden, d.intermediate, dtype, blocksize)
     qkv = _packed(1, d.q_rows + 2 * d.kv_rows, d.hidden, dtype, blocksize)
     top_k, experts = d.experts_per_token, d.experts
-    w13_factors = w2_factors = qkv_factors = None
+    w13_factors = w2_factors = qkv_factors = router_factors = None
     if lora_rank:
         w13_factors = _factors(lora_rank, experts, [2 * d.intermediate], d.hidden, dtype)
         w2_factors = _factors(lora_rank, experts, [d.hidden], d.intermediate, dtype)
+        router_factors = _factors(lora_rank, 1, [experts], d.hidden, dtype)
         qkv_factors = _factors(lora_rank, 1, [d.q_rows, d.kv_rows, d.kv_rows], d.hidden, dtype)
     with recorded(gpu) as found:
         for tokens in TOKENS:
@@ -143,6 +144,8 @@ def launches(
         for rows in LINEAR_ROWS:
             x = torch.empty(rows, d.hidden, dtype=dtype, device=META)
             launch.linear(x, qkv, d.q_rows + 2 * d.kv_rows, factors=qkv_factors)
+            if router_factors is not None:
+                launch.add_adapters(torch.empty(rows, experts, dtype=dtype, device=META), x, router_factors)
     return list({each.label: each for each in found}.values())
 
 

@@ -10,7 +10,8 @@
     samples/     sources that need no download
     fetch/       bringing a source or an adapter, and describing it
     convert/     the conversion, a module for each stage
-    check/       the proof and other checks of the result
+    proof/       the proof that the result is the source; it imports only storage and errors
+    check/       other checks of the result
     flow.py      all of it in order
 
 Beside them stand `vllm/`, the plugin that serves the result, and `engine/`, which drives vLLM for smoke and benchmark.

@@ -1,5 +1,9 @@
 """The one exception that a user is meant to see. Any other is a bug of ours and keeps its traceback."""
 
+# The next step where bytes are not those that somebody saved, and the one where config.json and the weights disagree.
+COPY_AGAIN = "copy or download it again from where it is whole, or save it again"
+OTHER_CONFIG = "config.json and the weights are not of one model: put the config.json there that was saved with them"
+
 
 class UserError(Exception):
     """A fault in the input or the set-up, told in one line: what, where, what came, what was expected, what to do."""

@@ -1,20 +1,21 @@
 """The whole conversion without DVC: each call is one stage."""
 
-from dataclasses import asdict
+from dataclasses import replace
 
 from gptoss_nf4.adapters.adapter import Adapter
 from gptoss_nf4.check.audit import audit
-from gptoss_nf4.check.merge import compare_merged
-from gptoss_nf4.check.proof import compare
+from gptoss_nf4.check.merge import changed_weights, losses, require_merged
 from gptoss_nf4.convert.assemble import assemble
 from gptoss_nf4.convert.dequant import dequant
 from gptoss_nf4.convert.merge import Merge
 from gptoss_nf4.convert.normalize import normalize
-from gptoss_nf4.convert.plan import RequantOptions
+from gptoss_nf4.convert.plan import RequantOptions, require_plan
 from gptoss_nf4.convert.requant import requant
 from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.format.residual import AUTO
-from gptoss_nf4.source.model import Model, open_source
+from gptoss_nf4.proof.config import Asked
+from gptoss_nf4.proof.prove import prove, require_proved
+from gptoss_nf4.source.model import Model, open_source, source_directory
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.checkpoint import Checkpoint
 
@@ -34,27 +35,37 @@ def convert(
         dtype: of everything that is not 4-bit: "float16", "bfloat16" or "float32".
         residual_scale: "auto" or a power of two up to 1; see `format/residual.py`.
         device: torch's, where mode nf4 quantizes. Mode exact does not use it.
-        adapter: merged into the weights, where `options.merge` names it.
+        adapter: merged into the weights. `options.merge` is its name.
 
     Returns:
-        The fields of `Comparison`, which the proof counted, and `floating_tensors`: their number by safetensors dtype. A
-        weight that differs is counted, not raised: see `check.proof.require_exact`. With an adapter also `merge`, what
-        quantizing lost of it: see `check.merge`.
+        What the proof counted (`proof.prove.Exactness.as_dict`), and `floating_tensors`: their number by safetensors dtype.
+        With an adapter also `merge`: what quantizing again lost of it, see `check.merge.losses`.
 
     Raises:
-        UserError: for a source, a setting or a machine with which this cannot be done.
+        UserError: for a source, a setting or a machine with which this cannot be done, and for a result that the proof
+            does not find to be the source, with the adapter if there is one.
     """
     fetch(model, artifacts)
     source = open_source(model, artifacts)
+    require_plan(source, options)
     merge = Merge(adapter, source.dimensions) if adapter else None
     for layer in range(source.dimensions.layers):
         dequant(source, artifacts, layer)
         requant(source, artifacts, layer, options, device, merge)
     normalize(source, artifacts, options, dtype, residual_scale, merge)
-    assemble(source, artifacts, options, dtype, residual_scale)
+    assemble(source, artifacts, options, dtype, residual_scale, merge)
     checkpoint = Checkpoint(artifacts.checkpoint)
     floating = audit(checkpoint, dtype)
+    asked = Asked(options.mode, options.w13_order, options.quant_type, options.blocksize, dtype, residual_scale)
+    if merge:
+        asked = replace(
+            asked, merged_adapter=merge.recorded(str(options.merge)), changed=changed_weights(source, merge, options)
+        )
+    proof = prove(source_directory(model, artifacts), artifacts.checkpoint, asked)
+    require_proved(proof, artifacts.checkpoint)
+    found = {**proof.as_dict(), "floating_tensors": floating}
     if merge is None:
-        return {**asdict(compare(source, checkpoint, options, dtype)), "floating_tensors": floating}
-    kept, lost = compare_merged(source, checkpoint, merge, options, dtype)
-    return {**asdict(kept), "floating_tensors": floating, "merge": lost}
+        return found
+    lost = losses(source, checkpoint, merge, options, dtype)
+    require_merged(lost, artifacts.checkpoint)
+    return found | {"merge": lost}

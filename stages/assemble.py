@@ -1,6 +1,7 @@
 """assemble: make the layers' tensors one checkpoint and audit its dtypes."""
 
 from common import model_of, stage
+from merging import merge_of
 from omegaconf import DictConfig
 
 from gptoss_nf4.check.audit import audit
@@ -14,7 +15,8 @@ from gptoss_nf4.storage.checkpoint import Checkpoint
 def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
     options = RequantOptions.of(cfg.requant)
-    assemble(open_source(model, artifacts), artifacts, options, cfg.dtype, cfg.residual_scale)
+    source = open_source(model, artifacts)
+    assemble(source, artifacts, options, cfg.dtype, cfg.residual_scale, merge_of(cfg, source, artifacts))
     floating = audit(Checkpoint(artifacts.checkpoint), cfg.dtype)
     return f"{artifacts.checkpoint}, {sum(floating.values())} tensors in {cfg.dtype}"
 

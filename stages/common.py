@@ -25,9 +25,12 @@ def _one_line_for_ctrl_c(kind: type[BaseException], error: BaseException, trace:
 sys.excepthook = _one_line_for_ctrl_c
 
 import hydra  # noqa: E402
+from hydra.errors import HydraException  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+from yaml import YAMLError  # noqa: E402
 
-from gptoss_nf4.errors import UserError  # noqa: E402
+from gptoss_nf4.errors import UserError, printable  # noqa: E402
 from gptoss_nf4.format.dimensions import Dimensions  # noqa: E402
 from gptoss_nf4.source.model import AdapterSource, Model  # noqa: E402
 from gptoss_nf4.storage.artifacts import Artifacts  # noqa: E402
@@ -51,7 +54,17 @@ def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
             sys.exit(f"error: {error}")
         print(f"{name}: {line}, {time.monotonic() - started:.1f} s\n", end="", flush=True)  # one write: others print too
 
-    return hydra.main(version_base="1.3", config_path="../conf", config_name="stage")(report)
+    run = hydra.main(version_base="1.3", config_path="../conf", config_name="stage")(report)
+
+    def main() -> None:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing several lines
+        try:
+            run()
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            line = printable(" ".join(str(error).split()))
+            sys.exit(f"error: {line}; `python stages/configure.py` writes params.yaml, and chooses model= and engine=")
+
+    return main
 
 
 def model_of(cfg: DictConfig) -> tuple[Model, Artifacts]:
@@ -83,7 +96,7 @@ def adapter_named(cfg: DictConfig, name: str) -> AdapterSource:
         where="params.yaml",
         got=f"adapter={name}",
         expected=f"one of {sorted(cfg.adapters)}",
-        next_step="run `python stages/configure.py 'adapters={NAME: DIRECTORY}'`",
+        next_step="run `python stages/configure.py adapters.NAME=DIRECTORY`",
     )
 
 

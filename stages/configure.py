@@ -1,107 +1,246 @@
-"""Compose conf/ into params.yaml: python stages/configure.py [model=...] [engine=...] [key=value ...]"""
+"""Write params.yaml: python stages/configure.py [model=...] [engine=...] [key=value ...]
 
+model=NAME starts from the defaults in conf/. Without it, only what is named changes. Without arguments, all goes back to
+the embedded model. Values are taken as the shell passes them.
+"""
+
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from common import ROOT
-from given import adapter_as_model, adapter_entry, directory_of
+from given import adapter_as_model, adapter_entry, adapter_typed, adapters_typed, unquoted
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from merging import merge_input, suffix_of
+from naming import free_adapter_name, free_name, origin_of, require_free_name, require_own_adapter
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from settings import bad, check, mapping, no_setting, one_of, put, require_writable, split, value_of
 
-from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.errors import UserError
+from gptoss_nf4.fetch.owner import claim
 from gptoss_nf4.source.layouts import layer_count
-from gptoss_nf4.source.model import hub_config, safe_model_name
+from gptoss_nf4.source.model import check_model_name, hub_config
+from gptoss_nf4.source.refused import require_checkpoint, require_directory
 from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.reading import read_text
 from gptoss_nf4.storage.writing import write_text
 
+PARAMS = Path("params.yaml")
 HEADER = "# Made from conf/ by `python stages/configure.py`; change values there, or pass them to it.\n"
+GROUPS = ("model", "engine")
+MISSING = "???"  # OmegaConf's mark of a value that the user has to give
 # What the user has to give with model=local and with model=hub.
 REQUIRED = {"path": "the directory of a checkpoint", "repository": "a Hub repository as owner/name"}
+# The models for which a setting has a meaning. The others of `model` are for all, or chosen by `model=`.
+ONLY_FOR = {
+    "model.path": ("local",),
+    "model.base": ("local",),
+    "model.repository": ("hub",),
+    "model.revision": ("hub", "gpt_oss_20b", "gpt_oss_120b"),
+    "model.kind": (),
+    "model.defined_by": (),
+}
 
 
-def composed(overrides: list[str]) -> DictConfig:
-    """conf/ with `overrides`, resolved, and prepared for a merge where `requant.merge` asks for one.
+def composed(typed: Sequence[str], current: dict | None = None) -> DictConfig:
+    """The settings after typing `typed`. UserError for a bad one.
 
-    UserError for a bad setting.
+    They start from `current`, which is params.yaml, where that is given and no model is named; else from conf/. Name and
+    layers of a model that conf/ does not know are read from the model. Where model.path is an adapter, its base becomes the
+    model and the adapter is added to `adapters`.
     """
-    cfg = _resolved(overrides)
-    if cfg.requant.merge is not None:
-        prepare_merge(cfg)
-    return cfg
+    given = split(typed)
+    chosen = {group: given.pop(group) for group in GROUPS if group in given}
+    settings = _start(chosen, current)
+    mapping("requant", settings["requant"])
+    if merged := settings["requant"]["merge"]:
+        settings["model"]["name"] = str(settings["model"]["name"]).removesuffix(suffix_of(merged))  # which `_name` adds
+    _require_meaning(given, settings)
+    if {"model.path", "model.repository"} & given.keys():
+        settings["model"] |= {"name": None, "layers": None}  # those of another source
+    for key, text in given.items():
+        if key == "adapters":
+            settings["adapters"] = adapters_typed(text)
+        elif key.startswith("adapters."):
+            _put_adapter(settings, key, text)
+        else:
+            put(settings, key, value_of(key, text))
+    _require_place(settings["model"])
+    adapter = None
+    if settings["model"]["kind"] == "local":
+        directory = Path(os.path.realpath(require_directory(unquoted(settings["model"]["path"]))))
+        adapter = adapter_as_model(directory, settings["model"]["base"])
+        if adapter is None:
+            require_checkpoint(directory)
+            settings["model"] |= {"path": str(directory), "defined_by": str(directory), "layers": _layers(directory)}
+        else:
+            settings["model"] = _base_of(directory, adapter[1], given)
+    elif settings["model"]["layers"] is None:
+        repository, revision = settings["model"]["repository"], settings["model"]["revision"]
+        settings["model"]["layers"] = _layers(hub_config(repository, revision).parent)
+    _name(settings["model"], settings["requant"]["merge"])
+    check(settings)
+    artifacts = Artifacts.of(settings["model"]["name"])
+    if adapter is not None:
+        name = free_adapter_name(adapter[0], str(directory), artifacts, settings["adapters"])
+        print(f"{directory} is an adapter, called {name} here; its base is converted ({' '.join(adapter[1])})")
+        settings["adapters"][name] = {"path": str(directory)}
+    settings["adapters"] = {name: adapter_entry(name, entry) for name, entry in settings["adapters"].items()}
+    for name, entry in settings["adapters"].items():
+        require_own_adapter(name, entry, artifacts)
+    settings["merge_input"] = merge_input(settings["requant"], settings["adapters"], artifacts)
+    require_writable("params.yaml", settings)
+    return OmegaConf.create(settings)
 
 
-def prepare_merge(cfg: DictConfig) -> None:
-    """Give the merged result a name of its own, and its stages the adapter as a dependency.
-
-    UserError for an adapter that `adapters` does not have, and for a mode that cannot hold merged weights.
-    """
-    cfg.requant.merge = name = str(cfg.requant.merge)
-    if name not in cfg.adapters:
+def _base_of(directory: Path, base: list[str], given: dict[str, str]) -> dict:
+    """The `model` section for the base of the adapter in `directory`, which `base` chooses."""
+    found = composed([*base, *(f"{key}={given[key]}" for key in ("model.name", "model.expected") if key in given)])
+    if found.adapters:
         raise UserError(
-            "no such adapter",
-            where="requant.merge",
-            got=repr(name),
-            expected=f"one of adapters, {sorted(cfg.adapters)}" if cfg.adapters else "an adapter, and adapters has none",
-            next_step=f"pass 'adapters={{{name}: DIRECTORY}}'",
+            "adapter on an adapter",
+            where=directory,
+            got=f"a base that is an adapter itself ({' '.join(base)})",
+            expected="a checkpoint",
+            next_step="pass model.base=DIRECTORY of the checkpoint that both were trained on",
         )
-    RequantOptions.of(cfg.requant)
-    cfg.model.name = f"{cfg.model.name}-{name}"
-    cfg.merge_input = str(Artifacts.of(cfg.model.name).adapter(name))
+    return dict(OmegaConf.to_container(found)["model"])
 
 
-def _resolved(overrides: list[str]) -> DictConfig:
-    """conf/ with `overrides`, resolved. UserError for a bad setting.
+def _start(chosen: dict[str, str], current: dict | None) -> dict:
+    """The settings before any key is set."""
+    for group, name in chosen.items():
+        one_of(sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")))(group, name)
+    if current is None or "model" in chosen:
+        return _from_conf(chosen)
+    defaults = _from_conf({"model": _group_of(current["model"])} | chosen)
+    settings = _completed(current, defaults)
+    return settings | {"engine": defaults["engine"]} if "engine" in chosen else settings
 
-    Name and layers of a model that conf/ does not know are read from the model. Where model.path is an adapter, its base
-    becomes the model and the adapter is added to `adapters`.
-    """
-    cfg = _compose(overrides)
+
+def _completed(current: dict, defaults: dict) -> dict:
+    """`current` with what a newer conf/ has beside it. UserError for a key that conf/ does not have."""
+    settings = {}
+    for section, default in defaults.items():
+        value = current.get(section, default)
+        sections = isinstance(default, dict) and isinstance(value, dict) and section != "adapters"
+        settings[section] = default | value if sections else value
+        unknown = sorted(map(str, value.keys() - default.keys())) if sections else []
+        for key in unknown:
+            raise no_setting(f"{section}.{key}", default)
+    for key in sorted(map(str, current.keys() - defaults.keys())):
+        raise no_setting(key, defaults)
+    mapping("adapters", settings["adapters"] or {})
+    return settings | {"adapters": dict(settings["adapters"] or {})}
+
+
+def _from_conf(chosen: dict[str, str]) -> dict:
+    """conf/ with the chosen models and engines."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        settings = OmegaConf.to_container(compose("config", [f"{group}={name}" for group, name in chosen.items()]))
+    return settings | {"adapters": settings["adapters"] or {}}
+
+
+def _group_of(model: dict) -> str:
+    """The name of the file in conf/model/ that the `model` section of params.yaml came from."""
+    return "local" if model["kind"] == "local" else Path(model["defined_by"]).stem
+
+
+def _require_meaning(given: dict[str, str], settings: dict) -> None:
+    """UserError for a key that would be ignored: one of `model` that the chosen model has no use for, or `merge_input`."""
+    if "merge_input" in given:
+        raise bad("merge_input", given["merge_input"], "requant.merge=NAME, which sets it too")
+    group = _group_of(settings["model"])
+    for key in given.keys() & ONLY_FOR.keys():
+        if group not in ONLY_FOR[key]:
+            models = " or ".join(f"model={each}" for each in ONLY_FOR[key][:2])
+            raise bad(
+                key,
+                given[key],
+                f"{models or 'model=NAME'}, not model={group}",
+                f"name the model too: {models or 'model=NAME'}",
+            )
+
+
+def _put_adapter(settings: dict, key: str, text: str) -> None:
+    """Set an adapter, or a field of it. Nothing, or null, takes the adapter away."""
+    name = key.removeprefix("adapters.")
+    entry, _, field = name.rpartition(".")
+    if entry in settings["adapters"] and field in settings["adapters"][entry]:
+        settings["adapters"][entry] |= {field: {"true": True, "false": False, "null": None}.get(text, text)}
+    elif value := adapter_typed(text):
+        settings["adapters"][name] = value
+    else:
+        settings["adapters"].pop(name, None)
+
+
+def _require_place(model: dict) -> None:
     for key, expected in REQUIRED.items():
-        if OmegaConf.is_missing(cfg.model, key):
+        if model.get(key) == MISSING or (model["kind"] == "local" and key == "path" and not model["path"]):
             raise UserError(
                 "bad setting",
                 where=f"model.{key}",
                 got="nothing",
                 expected=expected,
-                next_step=f"run `python stages/configure.py model={cfg.model.kind} model.{key}=...`",
+                next_step=f"run `python stages/configure.py model={model['kind']} model.{key}=...`",
             )
-    if cfg.model.kind == "local":
-        directory = directory_of(cfg.model.path, "model.path")
-        adapter = adapter_as_model(directory, cfg.model.base)
-        if adapter is not None:
-            name, base = adapter
-            print(f"{directory} is an adapter, called {name} here; its base is converted ({' '.join(base)})")
-            others = [each for each in overrides if not each.startswith(("model=", "model.path=", "model.base="))]
-            cfg = _resolved([*base, *others])
-            cfg.adapters = OmegaConf.to_container(cfg.adapters) | {name: adapter_entry(name, str(directory))}
-            return cfg
-        cfg.model.path = str(directory)
-        cfg.model.layers = list(range(layer_count(directory)))
-        cfg.model.name = safe_model_name(cfg.model.name or directory.name)
-    if cfg.model.kind == "hub" and cfg.model.layers is None:
-        cfg.model.layers = list(range(layer_count(hub_config(cfg.model.repository, cfg.model.revision).parent)))
-        cfg.model.name = safe_model_name(cfg.model.name or Path(cfg.model.repository).name)
-    cfg.adapters = {name: adapter_entry(name, given) for name, given in (cfg.adapters or {}).items()}
-    OmegaConf.resolve(cfg)
-    return cfg
 
 
-def _compose(overrides: list[str]) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", overrides)
+def _layers(directory: Path) -> list[int]:
+    return list(range(layer_count(directory)))
+
+
+def _name(model: dict, merge: str | None) -> None:
+    """Set the model's name, where conf/ and the user have none, and refuse that of another source.
+
+    Where adapter `merge` is merged, that is in the name, so that the result does not take the place of the unmerged one.
+    """
+    group = _group_of(model)
+    reserved = {path.stem for path in (ROOT / "conf/model").glob("*.yaml")} - {group}
+    origin = origin_of(model)
+    if model["name"] is None and group in ("local", "hub"):
+        model["name"] = free_name(str(model["path"] or model["repository"]), origin, reserved)
+    else:
+        check_model_name(str(model["name"] or ""), "model.name")
+        require_free_name(model["name"], origin, reserved)
+    if merge:
+        check_model_name(str(merge), "requant.merge")
+        model["name"] += suffix_of(merge)
+        require_free_name(model["name"], origin, reserved)
+
+
+def _current() -> dict:
+    """What params.yaml holds. UserError where that is no set of settings."""
+    try:
+        found = yaml.safe_load(read_text(PARAMS))
+    except yaml.YAMLError as error:
+        found = " ".join(str(error).split())
+    try:
+        _group_of(found["model"])
+    except (TypeError, KeyError):
+        raise UserError(
+            "broken settings",
+            where=PARAMS,
+            got=found if isinstance(found, str) else "something else",
+            expected="what configure.py writes",
+            next_step="name the model (model=...), or give no arguments to go back to the embedded model",
+        ) from None
+    return dict(found)
 
 
 def main() -> None:
+    typed = sys.argv[1:]
+    if {"-h", "--help"} & set(typed):
+        sys.exit(__doc__)
     try:
-        cfg = composed(sys.argv[1:])
+        bare = bool(typed) and not any(argument.startswith("model=") for argument in typed)
+        cfg = composed(typed, _current() if bare else None)
+        write_text(PARAMS, HEADER + OmegaConf.to_yaml(cfg))
+        claim(Artifacts.of(cfg.model.name), origin_of(cfg.model))
     except UserError as error:
         sys.exit(f"error: {error}")
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
-    write_text(Path("params.yaml"), HEADER + OmegaConf.to_yaml(cfg))
     line = f"params.yaml: model {cfg.model.name}, {len(cfg.model.layers)} layers, {cfg.dtype}, engine {cfg.engine.name}"
     line += f", adapters {', '.join(cfg.adapters)}" if cfg.adapters else ""
     print(line + (f", {cfg.requant.merge} merged" if cfg.requant.merge else ""))

@@ -1,5 +1,6 @@
 """Reading what the user gives as a model or an adapter: a directory, a Hub repository, or an adapter as the model."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,24 +8,30 @@ from pathlib import Path
 from common import ROOT
 from omegaconf import OmegaConf
 
+from gptoss_nf4.adapters.config import CONFIG_FILE as ADAPTER_CONFIG
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.source.model import safe_model_name
 from gptoss_nf4.storage.reading import read_json_object
+from gptoss_nf4.storage.repository import is_repository
 
-REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 ADAPTER_FIELDS = {"path": None, "repository": None, "revision": None, "any_base": False}
-ADAPTER_CONFIG = "adapter_config.json"
+# An entry of what is typed as a mapping: a name, and a value up to the next name or the end. A value in quotes or braces
+# ends where they do.
+ENTRY = re.compile(
+    r"""\s*([\w.-]+)\s*:\s*('(?:[^']|'')*'|"(?:[^"\\]|\\.)*"|\{.*?\}|.*?)\s*(?:,(?=\s*[\w.-]+\s*:)|,?\s*$)""", re.DOTALL
+)
 
 
-def is_repository(given: str) -> bool:
-    """Whether `given` is a repository: it has the form owner/name, and there is no such path here."""
-    return REPOSITORY.fullmatch(given) is not None and not Path(given).expanduser().exists()
+def unquoted(given: str) -> str:
+    """`given` without quotes around it, as Hydra's grammar asks for, unless something here is called so."""
+    in_quotes = len(given) > 1 and given[0] == given[-1] and given[0] in "'\""
+    return given[1:-1] if in_quotes and not os.path.lexists(given) else given
 
 
 def directory_of(given: str, where: str) -> Path:
     """`given` as an absolute path. UserError, which names setting `where`, if it is no directory."""
-    directory = Path(given).expanduser().resolve()
-    if not directory.is_dir():
+    directory = Path(os.path.realpath(os.path.expanduser(unquoted(given))))
+    if not os.path.isdir(directory):
         raise UserError(
             "no such directory",
             where=where,
@@ -41,7 +48,7 @@ def adapter_entry(name: str, given: object) -> dict:
     if isinstance(given, str):
         fields = {"repository": given} if is_repository(given) else {"path": given}
     elif isinstance(given, Mapping):
-        fields = dict(given)
+        fields = {key: value for key, value in given.items() if key != "defined_by"}
     one_place = bool(fields.get("path")) != bool(fields.get("repository"))
     if set(fields) - set(ADAPTER_FIELDS) or not one_place or name != safe_model_name(name):
         raise UserError(
@@ -55,6 +62,44 @@ def adapter_entry(name: str, given: object) -> dict:
         fields["path"] = str(directory_of(fields["path"], f"adapters.{name}"))
     # A dependency of stage adapter. DVC wants a path; a repository has none here, and its entry is in the stage's params.
     return ADAPTER_FIELDS | fields | {"defined_by": fields.get("path") or "conf/config.yaml"}
+
+
+def adapters_typed(text: str) -> dict:
+    """What is typed for `adapters`: `{mine: /data/my lora, theirs: someone/their-lora}`, or nothing.
+
+    Values need quotes only where they contain `, name:`.
+    """
+    value = adapter_typed(text)
+    if isinstance(value, str):
+        raise _no_entry(value)
+    return value
+
+
+def adapter_typed(text: str) -> str | dict:
+    """What is typed for one adapter: a place, whatever it contains, in quotes or without, or a mapping in braces."""
+    bare = text.strip()
+    if bare in ("", "null"):
+        return {}
+    if bare[0] != "{" or bare[-1] != "}":
+        return unquoted(text)
+    found, at, inside = {}, 0, bare[1:-1]
+    while inside[at:].strip():
+        entry = ENTRY.match(inside, at)
+        if entry is None:
+            raise _no_entry(inside[at:])
+        value = adapter_typed(entry[2])
+        found[entry[1]], at = {"true": True, "false": False}.get(str(value), value), entry.end()
+    return found
+
+
+def _no_entry(got: str) -> UserError:
+    return UserError(
+        "bad setting",
+        where="adapters",
+        got=repr(got),
+        expected="NAME: DIRECTORY, or NAME: OWNER/NAME of a Hub repository",
+        next_step="pass 'adapters={mine: /data/my-lora}', or adapters.mine=/data/my-lora",
+    )
 
 
 def adapter_as_model(directory: Path, base: str | None) -> tuple[str, list[str]] | None:
@@ -77,13 +122,8 @@ def adapter_as_model(directory: Path, base: str | None) -> tuple[str, list[str]]
     if re.fullmatch(r"checkpoint-\d+", name):  # a trainer's: the directory above says of what
         name = f"{directory.parent.name}-{name}"
     if not is_repository(base):
-        return safe_model_name(name), ["model=local", f"model.path={quoted(str(directory_of(base, 'model.base')))}"]
+        return safe_model_name(name), ["model=local", f"model.path={directory_of(base, 'model.base')}"]
     for group in sorted((ROOT / "conf/model").glob("*.yaml")):
         if OmegaConf.load(group).get("repository") == base:
             return safe_model_name(name), [f"model={group.stem}"]
     return safe_model_name(name), ["model=hub", f"model.repository={base}"]
-
-
-def quoted(text: str) -> str:
-    """`text`, whatever it contains, as a value on Hydra's command line."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -127,10 +127,11 @@ def record(done: dict[str, list[str]], kinds: dict[str, list[str]]) -> None:
 
 def repro(targets: list[str]) -> int:
     """Run what is out of date. Returns the status of the `dvc repro` at the end."""
+    print(dvc("repro", "--single-item", "fetch"), end="", flush=True)  # also says what is wrong with params.yaml
     params = yaml.safe_load(Path("params.yaml").read_text())
     layers, merge = params["model"]["layers"], params["requant"]["merge"]
-    # What the stages of the layers need first: fetch, and where an adapter is merged, that too.
-    print(dvc("repro", f"adapter@{merge}" if merge else "fetch"), end="", flush=True)
+    if merge:  # the layers need it
+        print(dvc("repro", "--single-item", f"adapter@{merge}"), end="", flush=True)
     # By kind, not by stage: DVC looks at all stages again for each target.
     changed = set(json.loads(dvc("status", "--json", *KINDS) or "{}"))
     if kinds := kinds_of_stages(layers, changed):

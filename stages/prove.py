@@ -1,15 +1,16 @@
-"""prove: compare every weight with the source's, through bitsandbytes, and record the digest of every file."""
+"""prove: compare every tensor with the source's, codes through bitsandbytes, and record the digest of every file."""
 
-from dataclasses import asdict
+from dataclasses import replace
 
 from common import METRICS, model_of, stage
 from merging import merge_of
 from omegaconf import DictConfig
 
-from gptoss_nf4.check.merge import compare_merged, require_merged
-from gptoss_nf4.check.proof import compare, require_exact
+from gptoss_nf4.check.merge import changed_weights, losses, require_merged
 from gptoss_nf4.convert.plan import RequantOptions
-from gptoss_nf4.source.model import open_source
+from gptoss_nf4.proof.config import Asked
+from gptoss_nf4.proof.prove import prove, require_proved
+from gptoss_nf4.source.model import open_source, source_directory
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.digests import write_digests
 from gptoss_nf4.storage.writing import write_json
@@ -27,22 +28,26 @@ def what_is_left(figures: dict) -> str:
 @stage
 def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
-    options = RequantOptions.of(cfg.requant)
-    source, checkpoint = open_source(model, artifacts), Checkpoint(artifacts.checkpoint)
-    merge = merge_of(cfg, source, artifacts)
-    settings = {"model": model.name, "mode": options.mode, "dtype": cfg.dtype}
-    if merge is None:
-        result = compare(source, checkpoint, options, cfg.dtype)
-        write_json(METRICS / "exactness.json", settings | asdict(result))
-    else:
-        result, lost = compare_merged(source, checkpoint, merge, options, cfg.dtype)
-        write_json(METRICS / "exactness.json", settings | asdict(result) | {"merge": {"adapter": options.merge} | lost})
+    directory, checkpoint = source_directory(model, artifacts), artifacts.require(artifacts.checkpoint, "assemble")
+    options, source = RequantOptions.of(cfg.requant), open_source(model, artifacts)
+    settings = {key: cfg.requant[key] for key in ("mode", "w13_order", "quant_type", "blocksize")}
+    asked = Asked(dtype=cfg.dtype, residual_scale=cfg.residual_scale, **settings)
+    if merge := merge_of(cfg, source, artifacts):
+        recorded, changed = merge.recorded(cfg.requant.merge), changed_weights(source, merge, options)
+        asked = replace(asked, merged_adapter=recorded, changed=changed)
+    found = prove(directory, checkpoint, asked, say=lambda line: print(f"prove: {line}", flush=True))
+    described = {"model": model.name, "mode": asked.mode, "dtype": asked.dtype} | found.as_dict()
+    if merge:
+        lost = losses(source, Checkpoint(checkpoint), merge, options, cfg.dtype)
+        described |= {"merge": {"adapter": options.merge} | lost}
         for each in lost["kinds"]:
             print("prove: " + what_is_left(each))
-        require_merged(lost, artifacts)
-    require_exact(result, options, artifacts)
-    write_digests(artifacts.checkpoint, artifacts.digest_list)
-    return f"{result.compared} weights compared, {result.different} different"
+    write_json(METRICS / "exactness.json", described)
+    require_proved(found, checkpoint)
+    if merge:
+        require_merged(lost, checkpoint)
+    write_digests(checkpoint, artifacts.digest_list)
+    return f"{found.total.compared} values of {found.source_tensors} tensors compared, {found.total.different} different"
 
 
 if __name__ == "__main__":

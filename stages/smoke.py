@@ -1,22 +1,25 @@
 """smoke: generate with vLLM and compare with transformers in float32."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from common import METRICS, engine_of, model_of, stage
 from merging import merge_of
 from omegaconf import DictConfig
-from torch.nn import Module
 
 from gptoss_nf4.adapters.adapter import Adapter
 from gptoss_nf4.check import reference
-from gptoss_nf4.check.agreement import Agreement, Generation
+from gptoss_nf4.check.agreement import Generation
 from gptoss_nf4.convert.plan import EXACT
+from gptoss_nf4.engine.forecast import forecast_on_cpu
 from gptoss_nf4.engine.generate import generate
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.residual import AUTO_FLOAT16, SMALLEST, scale_of
 from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.model import open_source
+from gptoss_nf4.storage.checkpoint import Checkpoint
+from gptoss_nf4.storage.machine import available_memory, cores
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import write_json
 
@@ -44,29 +47,49 @@ def advice(checkpoint: Path) -> str:
     return f"residual_scale is {scale!r}: configure with {more_room}, or with dtype=bfloat16, and run `dvc repro`"
 
 
-def compare(source: Source, adapter: Adapter | None, generations: list[Generation], limit_gib: float) -> dict:
-    """Agreement with the reference. Where that would need more than `limit_gib` of memory: why it was skipped.
-
-    Where `adapter` was merged, the reference is the source with the adapter beside it, and `without_adapter` is the
-    agreement with the source alone: what to compare with to see how much of the adapter is left.
-    """
-    needed = reference.float32_bytes(source.dimensions) / GIB
-    if needed > limit_gib:
-        return {"skipped": f"a float32 reference needs {needed:.1f} GiB, smoke.reference_gib is {limit_gib}"}
-    model = reference.build(source)
-    result = agreement(model, generations)
-    if adapter is None:
-        return result
-    model = reference.with_adapter(model, adapter, source.dimensions)
-    return {**agreement(model, generations), "without_adapter": result}
+def vllm_left_out(cfg: DictConfig, checkpoint: Path, source: Source, prompts: list[str]) -> str | None:
+    """Why vLLM is not run on `prompts`: a CPU would take too long, or has too little memory. None where it is run."""
+    if cfg.engine.max_minutes is None:
+        return None
+    tensors = Checkpoint(checkpoint).tensors
+    # vLLM keeps a second copy of the head, in oneDNN's order.
+    weights = sum(info.bytes for info in tensors.values()) + tensors["lm_head.weight"].bytes
+    kv_cache = int(cfg.engine.env.VLLM_CPU_KVCACHE_SPACE) * GIB
+    forecast = forecast_on_cpu(source.dimensions, weights, kv_cache, prompts, cfg.smoke.max_tokens, cores())
+    return forecast.too_much(available_memory(), cfg.engine.max_minutes)
 
 
-def agreement(model: Module, generations: list[Generation]) -> dict:
-    """How the engine's `generations` agree with `model`."""
-    found = Agreement()
-    for generation in generations:
-        found.add(generation, reference.log_probabilities(model, generation.token_ids))
-    return found.as_dict()
+def generated(checkpoint: Path, prompts: list[str], max_tokens: int, engine_args: dict) -> list[Generation]:
+    """`generate`, and the advice where the values are not finite. UserError then, or vLLM's own error."""
+    try:
+        generations = generate(checkpoint, prompts, max_tokens, engine_args)
+    except RuntimeError:
+        if engine_args["dtype"] == "float16":  # a GPU ends with an assertion on token ids sampled from NaN
+            print(f"smoke: if vLLM ended on values that are not finite: {advice(checkpoint)}", file=sys.stderr)
+        raise
+    require_finite(generations, checkpoint)
+    return generations
+
+
+def compare(
+    source: Source, base: list[Generation], adapter: Adapter | None = None, adapted: Sequence[Generation] = ()
+) -> tuple[dict, dict]:
+    """Agreement of `base` and of `adapted` with the reference; where there is too little memory, what is left out."""
+    longest = max(len(generation.token_ids) for generation in (*base, *adapted))
+    needed, free = reference.peak_bytes(source.dimensions, longest, adapter is not None), available_memory()
+    if needed > free:
+        sizes = f"needs about {needed / GIB:.1f} GiB of memory; {free / GIB:.1f} are free"
+        left_out = {"left_out": f"the comparison, whose reference {sizes}"}
+        return left_out, left_out
+    one, other = reference.agreements(source, base, adapter, adapted)
+    return one.as_dict(), other.as_dict()
+
+
+def summary(result: dict) -> str:
+    """The agreement, or what was left out, in one line for the console."""
+    left_out = result.get("left_out")
+    figures = ", ".join(f"{key} {value}" for key, value in result.items() if key != "without_adapter")
+    return f"left out: {left_out}" if left_out else figures
 
 
 def check(result: dict, dtype: str, cfg: DictConfig) -> None:
@@ -74,7 +97,7 @@ def check(result: dict, dtype: str, cfg: DictConfig) -> None:
 
     A checkpoint that was quantized again has other weights than the reference: its agreement is reported, not judged.
     """
-    if "skipped" in result or cfg.requant.mode != EXACT:
+    if "left_out" in result or cfg.requant.mode != EXACT:
         return
     limits = {"top-1 agreement": (result["top1_agreement"], "at least", cfg.smoke.min_top1_agreement)}
     if dtype == "float32" and cfg.engine.max_float32_difference is not None:
@@ -99,17 +122,20 @@ def main(cfg: DictConfig) -> str:
     model, artifacts = model_of(cfg)
     engine_args = engine_of(cfg)
     artifacts.require(artifacts.checkpoint / "config.json", "assemble")
-    try:
-        generations = generate(artifacts.checkpoint, list(cfg.smoke.prompts), cfg.smoke.max_tokens, engine_args)
-    except RuntimeError:
-        if engine_args["dtype"] == "float16":  # a GPU ends with an assertion on token ids sampled from NaN
-            print(f"smoke: if vLLM ended on values that are not finite: {advice(artifacts.checkpoint)}", file=sys.stderr)
-        raise
-    require_finite(generations, artifacts.checkpoint)
-    dtype = engine_args["dtype"]
-    source = open_source(model, artifacts)
+    source, prompts, dtype = open_source(model, artifacts), list(cfg.smoke.prompts), engine_args["dtype"]
+    left_out = vllm_left_out(cfg, artifacts.checkpoint, source, prompts)
     merge = merge_of(cfg, source, artifacts)
-    result = compare(source, merge.adapter if merge else None, generations, cfg.smoke.reference_gib)
+    generations: list[Generation] = []
+    if left_out:
+        result: dict = {"left_out": left_out}
+    else:
+        generations = generated(artifacts.checkpoint, prompts, cfg.smoke.max_tokens, engine_args)
+        if merge is None:
+            result, _ = compare(source, generations)
+        else:
+            # Against the base with the adapter beside it; and against the base alone, which says how much of it is left.
+            without, result = compare(source, generations, merge.adapter, generations)
+            result = {**result, "without_adapter": without}
     write_json(
         METRICS / "smoke.json",
         {
@@ -127,7 +153,7 @@ def main(cfg: DictConfig) -> str:
     for generation in generations:
         print(f"smoke: {generation.prompt!r} -> {generation.text!r}")
     check(result, dtype, cfg)
-    return ", ".join(f"{key} {value}" for key, value in result.items())
+    return summary(result)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gptoss_nf4.convert.plan import RequantOptions
+from gptoss_nf4.flow import convert
+from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.samples import embedded
 from gptoss_nf4.source.model import Model
 from gptoss_nf4.storage.artifacts import Artifacts
@@ -32,8 +35,46 @@ def source_copy(tiny: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "source"))
 
 
+@pytest.fixture(scope="session")
+def massive(tmp_path_factory) -> Path:
+    """The embedded checkpoint whose residual stream leaves float16; do not write into it."""
+    directory = tmp_path_factory.mktemp("massive") / "source"
+    embedded.write_checkpoint(directory, embedded.MASSIVE_DIMENSIONS, massive=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def converted(tiny: Path, tmp_path_factory) -> Path:
+    """The embedded model converted by the default settings; do not write into it."""
+    from gptoss_nf4.convert.plan import RequantOptions
+    from gptoss_nf4.flow import convert
+
+    model, artifacts = local(tiny, tmp_path_factory.mktemp("converted"))
+    convert(model, artifacts, RequantOptions(), "float16")
+    return artifacts.checkpoint
+
+
 def local(directory: Path, root: Path) -> tuple[Model, Artifacts]:
     return Model(name="test", kind="local", path=str(directory)), Artifacts(root)
+
+
+def converted_for_interpreter(source: Path, root: Path) -> Artifacts:
+    """Write a gpt-oss to `source` that Triton's interpreter runs in seconds, and convert it to float16 below `root`."""
+    d = Dimensions(
+        layers=1,
+        hidden=128,
+        intermediate=64,
+        experts=4,
+        experts_per_token=2,
+        heads=2,
+        kv_heads=1,
+        head_dim=64,
+        vocabulary=262,
+    )
+    embedded.write_checkpoint(source, d)
+    model, artifacts = local(source, root)
+    convert(model, artifacts, RequantOptions(), "float16")
+    return artifacts
 
 
 def edit_shard(directory: Path, layer: int, change) -> None:

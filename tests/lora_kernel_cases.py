@@ -28,7 +28,8 @@ from kernel_cases import (
     tiles,
 )
 
-from gptoss_nf4.vllm.kernels.lora import Factors, expand
+from gptoss_nf4.vllm.kernels.expand import expand
+from gptoss_nf4.vllm.kernels.lora import Factors
 from gptoss_nf4.vllm.kernels.plan import Large, Small, gpu_of, plan_experts
 
 BEYOND = 1 << 30  # in the mapping behind the last token, where nobody may look
@@ -76,7 +77,8 @@ def main() -> None:
             report(f"{case} {slices} {adapters}", dtype, linear_errors(case, slices, adapters, dtype))
         for case, adapters in EXPERTS:
             report(f"{case} {adapters}", dtype, experts_errors(case, adapters, dtype))
-        report("a dense layer of few rows", dtype, expand_errors(3, dtype))
+        for rank in (8, 2048):  # in one kernel, and in two
+            report(f"a dense layer of few rows, rank {rank}", dtype, expand_errors(3, rank, dtype))
 
 
 def linear_errors(case: Linear, slices: list[int], adapters: Adapters, dtype: torch.dtype) -> dict[str, float]:
@@ -149,9 +151,9 @@ def experts_errors(case: Experts, adapters: Adapters, dtype: torch.dtype) -> dic
     return errors | {"whole": relative(whole, expected.view(case.tokens, TOP_K, -1).sum(1))}
 
 
-def expand_errors(rows: int, dtype: torch.dtype) -> dict[str, float]:
+def expand_errors(rows: int, rank: int, dtype: torch.dtype) -> dict[str, float]:
     """In float32 too, as a router may have its results."""
-    factors = random_factors(Adapters(count=2, rank=8), 1, [12], 64, rows, dtype)
+    factors = random_factors(Adapters(count=2, rank=rank), 1, [12], 64, rows, dtype)._replace(scale=0.5)
     x, out = torch.randn(rows, 64, device=DEVICE).to(dtype), torch.randn(rows, 12, device=DEVICE)
     expected = out.double()
     for row, adapter in enumerate(factors.adapters[:rows].tolist()):

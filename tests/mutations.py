@@ -239,7 +239,7 @@ WHY_HARMLESS = {
     "edit_header": "the same meaning written another way",
     "edit_index": "shards are taken by their headers; the index only has to fit",
     "edit_config": "a key that no weight depends on is carried over",
-    "lose_a_file": "without an index all shards are read; generation_config.json has a default",
+    "lose_a_file": "without an index all shards are read; the tokenizer's and generation's configs have defaults",
 }
 CONTENT = (flip_content, change_offset)
 MUTATIONS = {

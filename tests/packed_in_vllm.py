@@ -11,13 +11,13 @@ from pathlib import Path
 
 os.environ |= {"TRITON_INTERPRET": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
+from whole_model import log_probabilities, whole_model
+
 import gptoss_nf4.vllm.linear
 import gptoss_nf4.vllm.moe
 import gptoss_nf4.vllm.ops
-from gptoss_nf4.check import reference
 from gptoss_nf4.check.agreement import Agreement
 from gptoss_nf4.engine.generate import generate
-from gptoss_nf4.source.layouts import open_checkpoint
 
 
 def use_the_gpus_path() -> dict[str, str]:
@@ -44,9 +44,9 @@ def main(source: str, checkpoint: str) -> None:
     engine = {"dtype": "float16", "max_model_len": 32, "max_num_batched_tokens": 32, "max_num_seqs": 1}
     engine["enforce_eager"] = True
     generations = generate(Path(checkpoint), ["2 + 2 ="], 2, engine)
-    model, result = reference.build(open_checkpoint(Path(source))), Agreement()
+    model, result = whole_model(Path(source)), Agreement()
     for generation in generations:
-        result.add(generation, reference.log_probabilities(model, generation.token_ids))
+        result.add(generation, log_probabilities(model, generation.token_ids))
     print(json.dumps(result.as_dict() | {"dtypes": dtypes}))
 
 

@@ -6,8 +6,8 @@ import torch
 from conftest import edit_shard, local, make_dense
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from whole_model import whole_model
 
-from gptoss_nf4.check.reference import state_dict
 from gptoss_nf4.check.weights import stored_weight
 from gptoss_nf4.convert.plan import NF4, RequantOptions
 from gptoss_nf4.errors import UserError
@@ -16,7 +16,6 @@ from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.rows import CONCATENATED, INTERLEAVED, interleaved_rows, w13_rows
 from gptoss_nf4.samples import embedded
 from gptoss_nf4.source.layouts import open_checkpoint
-from gptoss_nf4.source.model import open_source
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.vllm.experts import run_used_experts
@@ -33,27 +32,11 @@ def test_exact_changes_no_weight(tiny, tmp_path, order):
     result, report = result_of(tiny, tmp_path, w13_order=order)
     d = open_checkpoint(tiny).dimensions
     weights = d.layers * d.hidden * (2 * d.q_rows + 2 * d.kv_rows + 3 * d.intermediate * d.experts)
-    assert report["compared"] == weights
+    four_bit = ("attention_weight", "w13_weight", "w2_weight")
+    assert sum(each["compared"] for each in report["by_kind"] if each["kind"] in four_bit) == weights
     assert report["different"] == 0
     assert report["floating_tensors"].keys() == {"F16"}
     assert read_json_object(result.directory / "config.json")["quantization_config"]["w13_order"] == order
-
-
-def test_the_proof_sees_a_single_changed_code(tiny, tmp_path):
-    from gptoss_nf4.check.proof import compare
-
-    model, artifacts = local(tiny, tmp_path / "artifacts")
-    convert(model, artifacts, RequantOptions(), "float16")
-    file = artifacts.layer_weights(1)
-    info = Checkpoint(artifacts.checkpoint).tensors["model.layers.1.mlp.experts.w2.weight"]
-    data = bytearray(file.read_bytes())
-    data[info.start + 1000] ^= 0x10
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    for each in artifacts.checkpoint.iterdir():
-        (damaged / each.name).write_bytes(bytes(data) if each.name == file.name else each.read_bytes())
-    report = compare(open_source(model, artifacts), Checkpoint(damaged), RequantOptions(), "float16")
-    assert report.different == 1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -63,7 +46,7 @@ def test_bitsandbytes_reads_every_weight_of_the_result(tiny, tmp_path, dtype):
     marker = ".quant_state.bitsandbytes__nf4"
     weights = sorted(name.removesuffix(marker) for name in result.tensors if name.endswith(marker))
     assert len(weights) == 4 * 2
-    experts = state_dict(open_checkpoint(tiny))
+    experts = whole_model(tiny).state_dict()
     for weight in weights:
         sidecars = {name: result.torch(name) for name in result.tensors if name.startswith(f"{weight}.")}
         state = bnb.QuantState.from_dict(dict(sidecars), device=torch.device("cpu"))
@@ -89,7 +72,7 @@ def test_fused_experts_equal_transformers_experts(tiny, tmp_path, order):
         )
     )
     prefix = "model.layers.1.mlp.experts."
-    stored = state_dict(open_checkpoint(tiny))
+    stored = whole_model(tiny).state_dict()
     theirs.load_state_dict({key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)})
 
     x = torch.randn(7, d.hidden)

@@ -1,5 +1,7 @@
 """Bringing dense tensors to one dtype, and the audit."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 from conftest import edit_shard, local
@@ -32,6 +34,21 @@ def test_pieces_make_the_same_file_and_the_same_counts(tiny, tmp_path, monkeypat
         report = normalize(open_source(model, artifacts), artifacts, RequantOptions(), "float16")
         made.append((report, artifacts.dense_weights.read_bytes()))
     assert made[0] == made[1]
+
+
+def test_room_is_asked_for_in_the_results_dtype(tiny, tmp_path, monkeypatch):
+    """Between fetch, which counted bfloat16, and normalize the disk is left with room for half of float32."""
+    model, artifacts = local(tiny, tmp_path / "artifacts")
+    fetch(model, artifacts)
+    source = open_source(model, artifacts)
+    normalize(source, artifacts, RequantOptions(), "float32")
+    free = artifacts.dense_weights.stat().st_size * 3 // 4
+    artifacts.dense_weights.unlink()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Namespace(free=free))
+    with pytest.raises(UserError, match=r"disk too small.*dense\.safetensors in float32"):
+        normalize(source, artifacts, RequantOptions(), "float32")
+    assert not artifacts.dense_weights.exists()
+    normalize(source, artifacts, RequantOptions(), "bfloat16")
 
 
 @pytest.mark.parametrize("name", ["mlp.router.linear.weight", "mlp.experts.down_projs.5.bias", "self_attn.v_proj.bias"])

@@ -93,7 +93,7 @@ def test_code_and_pickles_of_a_source_are_left_alone(source_copy, tmp_path):
     model, artifacts = local(source_copy, tmp_path / "artifacts")
     convert(model, artifacts, RequantOptions(), "float16")
     assert not marker.exists()
-    assert {file.suffix for file in artifacts.checkpoint.iterdir()} == {".safetensors", ".json", ".jinja"}
+    assert {file.suffix for file in artifacts.checkpoint.iterdir()} == {".safetensors", ".json"}
     for file in artifacts.checkpoint.glob("*.json"):
         assert "evil" not in file.read_text()
 

@@ -1,9 +1,11 @@
 """Merging an adapter: against PEFT's own merge and against float64, quantized by bitsandbytes; the rest stays exact."""
 
+import hashlib
 import json
 import pickle
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -12,18 +14,20 @@ import torch
 from adapter_makers import ATTENTION, EXPERTS, PREFIX, ROUTER, Tensors, grouped, split, weights_of, with_adapter
 from conftest import edit_shard, local, make_dense
 from project_imports import ROOT
+from proof_cases import config_changed, proved, rewritten
+from proof_mutations import LAYER, OF_TENSORS, last_bit, one_code
 from safetensors.torch import load_file, save_file
+from whole_model import whole_model
 
 from gptoss_nf4.adapters.adapter import Adapter
-from gptoss_nf4.check import reference
-from gptoss_nf4.check.merge import compare_merged, require_merged
-from gptoss_nf4.check.proof import require_exact
+from gptoss_nf4.check.merge import changed_weights, losses, nearest_codes, require_merged
 from gptoss_nf4.check.weights import stored_weight
 from gptoss_nf4.convert.merge import Merge
 from gptoss_nf4.convert.plan import EXACT, NF4, RequantOptions
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.flow import convert
 from gptoss_nf4.format.rows import CONCATENATED, INTERLEAVED
+from gptoss_nf4.proof.config import Asked
 from gptoss_nf4.samples.embedded import TINY
 from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.source.model import open_source
@@ -43,7 +47,7 @@ PARTS = {  # of a fused tensor of a layer, by what the source calls them
 
 def save_adapter(source: Path, directory: Path, size: float = 0.1, **lora) -> Tensors:
     """An adapter of PEFT's on `source`, saved; what PEFT's merge makes of all weights, by name."""
-    model = with_adapter(reference.build(open_checkpoint(source)), **lora)
+    model = with_adapter(whole_model(source), **lora)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -87,6 +91,15 @@ def merged_weight(weights: Tensors, layer: int, target: str, number: int) -> tor
     return weights[f"model.layers.{layer}.{PARTS[target][number]}"]
 
 
+EVERY_WEIGHT = TINY.layers * TINY.hidden * (2 * TINY.q_rows + 2 * TINY.kv_rows + 3 * TINY.intermediate * TINY.experts)
+
+
+def weights_compared(report: dict) -> int:
+    """Of attention and experts, by the proof."""
+    kinds = ("attention_weight", "w13_weight", "w2_weight")
+    return sum(each["compared"] for each in report["by_kind"] if each["kind"] in kinds)
+
+
 def all_parts():
     return [
         (layer, target, i) for layer in range(TINY.layers) for target, parts in PARTS.items() for i in range(len(parts))
@@ -125,8 +138,11 @@ def test_every_form_is_merged_as_peft_does(tiny, tmp_path, form, order):
     for layer in range(TINY.layers):
         router = f"model.layers.{layer}.mlp.router"
         torch.testing.assert_close(result.torch(f"{router}.weight"), expected[router], rtol=1e-5, atol=1e-6)
-    assert result.config["quantization_config"]["merged_adapter"] == "mine"
-    assert (report["compared"], report["merge"]["total"]["unexplained"]) == (0, 0)
+    assert result.config["quantization_config"]["merged_adapter"] == {
+        "name": "mine",
+        "sha256": hashlib.sha256((tmp_path / "mine/adapter_model.safetensors").read_bytes()).hexdigest(),
+    }
+    assert (weights_compared(report), report["different"], report["merge"]["total"]["unexplained"]) == (0, 0, 0)
 
 
 def test_codes_are_bitsandbytes_own_bit_for_bit(tiny, tmp_path):
@@ -135,7 +151,7 @@ def test_codes_are_bitsandbytes_own_bit_for_bit(tiny, tmp_path):
     rewrite(tmp_path / "mine", lambda tensors: {name: (tensor * 64).round() / 64 for name, tensor in tensors.items()})
     tensors = load_file(tmp_path / "mine" / "adapter_model.safetensors")
     result, _ = result_of(tiny, tmp_path / "artifacts", tmp_path / "mine", MINE)
-    before = weights_of(reference.build(open_checkpoint(tiny)))
+    before = weights_of(whole_model(tiny))
 
     def delta(layer: int, target: str, number: int) -> torch.Tensor:
         name = PARTS[target][number] if "experts" not in target else target
@@ -182,8 +198,7 @@ def test_what_the_adapter_leaves_alone_stays_bit_for_bit(tiny, tmp_path):
     assert [each["kind"] for each in report["merge"]["kinds"]] == ["q_proj", "w13"]
     changed_weights = TINY.q_rows * TINY.hidden + 2 * TINY.intermediate * TINY.hidden
     assert report["merge"]["total"]["weights"] == changed_weights
-    everything = TINY.layers * TINY.hidden * (2 * TINY.q_rows + 2 * TINY.kv_rows + 3 * TINY.intermediate * TINY.experts)
-    assert (report["compared"], report["different"]) == (everything - changed_weights, 0)
+    assert (weights_compared(report), report["different"]) == (EVERY_WEIGHT - changed_weights, 0)
 
 
 def test_another_format_quantizes_all_and_says_so(tiny, tmp_path):
@@ -197,7 +212,9 @@ def test_another_format_quantizes_all_and_says_so(tiny, tmp_path):
     assert handled.keys() == {"merged and quantized again", "quantized again"}
     w2 = next(each for each in report["merge"]["kinds"] if each["kind"] == "w2")
     assert (w2["relative_delta"], w2["delta_kept"]) == (0, None)
-    assert (report["compared"], w2["unexplained"]) == (0, 0)
+    assert report["merge"]["total"]["weights"] == EVERY_WEIGHT
+    assert report["merge"]["total"]["unexplained"] == 0
+    assert weights_compared(report) == EVERY_WEIGHT - TINY.layers * TINY.q_rows * TINY.hidden
 
 
 def test_dense_modules_are_merged_before_they_are_rounded(source_copy, tmp_path):
@@ -223,7 +240,7 @@ def test_the_figures_are_those_of_float64(tiny, tmp_path, size, left):
     merged = save_adapter(tiny, tmp_path / "mine", size, target_parameters=["mlp.experts.gate_up_proj"])
     result, report = result_of(tiny, tmp_path / "artifacts", tmp_path / "mine", MINE)
     name = "model.layers.1.mlp.experts.w13"
-    base = weights_of(reference.build(open_checkpoint(tiny)))[name].double()
+    base = weights_of(whole_model(tiny))[name].double()
     delta, stored = merged[name].double() - base, stored_weight(result, f"{name}.weight").double()
     error = stored - merged[name].double()
     found = report["merge"]["layers"][1]["w13"]
@@ -246,32 +263,111 @@ def test_an_untrained_adapter_changes_nothing(tiny, tmp_path):
     assert report["merge"]["kinds"] == []
 
 
-@pytest.mark.parametrize("damage", ["moved code", "experts in another order"])
-def test_the_proof_sees_a_result_that_is_not_the_merge(tiny, tmp_path, damage):
-    save_adapter(tiny, tmp_path / "mine", target_parameters=["mlp.experts.down_proj"])
-    model, artifacts = local(tiny, tmp_path / "artifacts")
-    adapter = Adapter(tmp_path / "mine")
-    convert(model, artifacts, MINE, "float32", adapter=adapter)
-    file = artifacts.layer_weights(1)
-    tensors = load_file(file)
-    if damage == "moved code":
-        tensors["model.layers.1.mlp.experts.w13.weight"][2, 7, 5] ^= 0x10
-    else:
-        for name in ("weight", "weight.absmax"):
-            tensors[f"model.layers.1.mlp.experts.w2.{name}"] = tensors[f"model.layers.1.mlp.experts.w2.{name}"].flip(0)
-    file.unlink()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
-    source = open_source(model, artifacts)
-    merge = pickle.loads(pickle.dumps(Merge(adapter, source.dimensions)))  # as a worker gets it
-    kept, lost = compare_merged(source, Checkpoint(artifacts.checkpoint), merge, MINE, "float32")
-    if damage == "moved code":
-        with pytest.raises(UserError, match=r"not exact.*1 weights"):
-            require_exact(kept, MINE, artifacts)
-        require_merged(lost, artifacts)
-    else:
-        require_exact(kept, MINE, artifacts)
-        with pytest.raises(UserError, match=r"not the merged weights.*weights of w2"):
-            require_merged(lost, artifacts)
+@dataclass
+class Case:
+    """A merged result in float16, and what is asked of it."""
+
+    source: Path
+    result: Path
+    merge: Merge
+    asked: Asked
+
+    def check(self, result: Path) -> None:
+        """What stage prove does. UserError where it finds something."""
+        proved(self.source, result, self.asked)
+        require_merged(losses(open_checkpoint(self.source), Checkpoint(result), self.merge, MINE, "float16"), result)
+
+
+def case_of(source: Path, root: Path, **lora) -> Case:
+    save_adapter(source, root / "mine", **lora)
+    model, artifacts = local(source, root / "artifacts")
+    adapter = Adapter(root / "mine")
+    convert(model, artifacts, MINE, "float16", adapter=adapter)
+    opened = open_source(model, artifacts)
+    merge = pickle.loads(pickle.dumps(Merge(adapter, opened.dimensions)))  # as a worker gets it
+    asked = Asked(
+        "nf4", INTERLEAVED, "nf4", 64, "float16", "auto", merge.recorded("mine"), changed_weights(opened, merge, MINE)
+    )
+    return Case(source, artifacts.checkpoint, merge, asked)
+
+
+@pytest.fixture(scope="module")
+def little(tiny, tmp_path_factory) -> Case:
+    """k_proj of layer 0 alone is merged: all of layer 1, which the mutations change, is untouched."""
+    root = tmp_path_factory.mktemp("little")
+    return case_of(tiny, root, target_modules=["k_proj"], layers_to_transform=[0])
+
+
+@pytest.fixture(scope="module")
+def much(tiny, tmp_path_factory) -> Case:
+    return case_of(tiny, tmp_path_factory.mktemp("much"), **ALL)
+
+
+@pytest.mark.parametrize("mutation", OF_TENSORS)
+def test_what_the_adapter_leaves_alone_is_proved_as_without_it(little, tmp_path, mutation):
+    change, named = OF_TENSORS[mutation]
+    with pytest.raises(UserError, match=named):
+        proved(little.source, rewritten(little.result, tmp_path / "result", change), little.asked)
+
+
+def test_an_unchanged_one_passes(little, much, tmp_path):
+    """So the tests above and below could fail."""
+    for number, case in enumerate((little, much)):
+        case.check(rewritten(case.result, tmp_path / str(number), dict))
+
+
+W13, ROUTER_WEIGHT, QKV = (f"{LAYER}{name}.weight" for name in ("mlp.experts.w13", "mlp.router", "self_attn.qkv_proj"))
+TOO_SMALL = [*(name for name in OF_TENSORS if name.startswith("one absmax")), f"last bit of {ROUTER_WEIGHT}"]  # rounding
+OF_THE_MERGED = {name: OF_TENSORS[name][0] for name in OF_TENSORS if name not in TOO_SMALL} | {
+    "next code of one weight": lambda t: one_code(t, W13),
+    "scales of one expert": lambda t: t[f"{W13}.absmax"][3].mul_(1.01),
+    "NaN in a scale": lambda t: t[f"{QKV}.absmax"].view(-1)[7:8].fill_(torch.nan),
+    "NaN in the router": lambda t: t[ROUTER_WEIGHT].view(-1)[7:8].fill_(torch.nan),
+    "one value of the router": lambda t: t[ROUTER_WEIGHT].view(-1)[7:8].mul_(1.01),
+}
+
+
+@pytest.mark.parametrize("mutation", OF_THE_MERGED)
+def test_a_merged_weight_is_what_is_stored_for_the_sum(much, tmp_path, mutation):
+    """All weights of attention, experts and router are merged: nothing of them may be another, and no bias and no norm."""
+    with pytest.raises(UserError):
+        much.check(rewritten(much.result, tmp_path / "result", OF_THE_MERGED[mutation]))
+
+
+def test_a_result_without_the_adapter_is_not_the_merge(tiny, much, tmp_path):
+    exact, _ = result_of(tiny, tmp_path / "exact", None, RequantOptions(), "float16")
+    section = {"requant_mode": "nf4", "merged_adapter": much.asked.merged_adapter}
+    result = config_changed(exact.directory, tmp_path / "result", lambda c: c["quantization_config"].update(section))
+    with pytest.raises(UserError, match=r"not the merged weights.*q_proj.*w13.*router"):
+        much.check(result)
+
+
+@pytest.mark.parametrize("found", [None, "mine", {"name": "other"}])
+def test_config_json_names_the_adapter_where_one_is_merged_and_only_there(tiny, little, tmp_path, found):
+    section = {"merged_adapter": found}
+    changed = config_changed(little.result, tmp_path / "changed", lambda c: c["quantization_config"].update(section))
+    with pytest.raises(UserError, match=r"quantization_config\.merged_adapter"):
+        proved(tiny, changed, little.asked)
+    with pytest.raises(UserError, match=r"quantization_config\.merged_adapter"):
+        proved(tiny, little.result, replace(little.asked, merged_adapter=None))
+
+
+def test_only_weights_can_be_left_out(tiny, little, tmp_path):
+    """Whatever is asked: a bias, a norm or the head is compared."""
+    for number, name in enumerate((f"{LAYER}self_attn.qkv_proj.bias", f"{LAYER}input_layernorm.weight", "lm_head.weight")):
+        result = rewritten(little.result, tmp_path / str(number), lambda t, name=name: last_bit(t, name))
+        with pytest.raises(UserError, match=name):
+            proved(tiny, result, replace(little.asked, changed=little.asked.changed | {(name, i) for i in range(8)}))
+
+
+@pytest.mark.parametrize(("quant_type", "blocksize"), [("nf4", 64), ("fp4", 32)])
+def test_the_nearest_code_is_the_one_that_bitsandbytes_takes(quant_type, blocksize):
+    weights = torch.randn(64, 192, generator=torch.Generator().manual_seed(5))
+    weights[3] = 0
+    packed, state = bnb.quantize_4bit(weights, blocksize=blocksize, quant_type=quant_type)
+    expected = bnb.dequantize_4bit(packed, state).double()
+    found = nearest_codes(weights.double(), quant_type, blocksize)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_sum_that_cannot_be_served_is_refused_by_name(tiny, tmp_path):

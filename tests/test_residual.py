@@ -3,7 +3,6 @@
 import re
 import runpy
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,6 @@ from project_imports import ROOT
 
 from benchmarks.dtypes import ENGINE, agreements, rows
 from gptoss_nf4.check.agreement import Generation
-from gptoss_nf4.check.proof import compare
 from gptoss_nf4.convert.normalize import normalize
 from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.errors import UserError
@@ -21,18 +19,9 @@ from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.flow import convert
 from gptoss_nf4.format.residual import AUTO_FLOAT16, resolve, scaling_loss, writes_to_stream
 from gptoss_nf4.samples import embedded
-from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.source.model import open_source
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.reading import read_json_object
-from gptoss_nf4.storage.writing import write_json
-
-
-@pytest.fixture(scope="module")
-def massive(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("massive") / "source"
-    embedded.write_checkpoint(directory, embedded.MASSIVE_DIMENSIONS, massive=True)
-    return directory
 
 
 @pytest.mark.parametrize(
@@ -104,7 +93,7 @@ def test_underflow_is_reported_and_its_bound_fails(massive, tmp_path):
             assert 0 < report["largest_relative_error"] < 2**-11
 
 
-def test_another_scale_changes_no_weight_and_the_proof_multiplies_by_it(massive, tmp_path):
+def test_another_scale_changes_no_weight(massive, tmp_path):
     made = {}
     for scale in ("auto", 1):
         model, artifacts = local(massive, tmp_path / str(scale))
@@ -115,11 +104,6 @@ def test_another_scale_changes_no_weight_and_the_proof_multiplies_by_it(massive,
         assert (file.read_bytes() == (made["auto"] / file.name).read_bytes()) == (file.name != "config.json")
     recorded = {s: read_json_object(made[s] / "config.json")["quantization_config"]["residual_scale"] for s in made}
     assert recorded == {"auto": AUTO_FLOAT16, 1: 1.0}
-    config = read_json_object(made["auto"] / "config.json")
-    config["quantization_config"]["residual_scale"] = 0.3
-    write_json(made["auto"] / "config.json", config)
-    with pytest.raises(UserError, match="bad residual_scale"):
-        compare(open_checkpoint(massive), Checkpoint(made["auto"]), RequantOptions(), "float16")
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.serving import adapters, parent
-from benchmarks.serving.contender import ROUTED_TOKENS, distinct_experts, read_log
+from benchmarks.serving.contender import ROUTED_TOKENS, busy, distinct_experts, read_log
 from benchmarks.serving.jobs import BATCHES, CONTENDERS, PREFILLS, Job, grouped
 from benchmarks.serving.tables import report
 from gptoss_nf4.adapters.adapter import Adapter
@@ -186,3 +186,11 @@ def test_the_method_that_dequantizes_all_is_still_there():
     from gptoss_nf4.vllm.moe import Nf4MoEMethod
 
     assert callable(Nf4MoEMethod.packs)
+
+
+def test_the_devices_time_is_that_of_the_union_with_short_gaps():
+    assert busy([]) == 0
+    assert busy([(0, 10), (2, 8)]) == 10  # one within another
+    assert busy([(5, 10), (0, 6)]) == 10  # in any order
+    assert busy([(0, 10), (15, 20)]) == 20  # a gap of 5
+    assert busy([(0, 10), (110, 120)]) == 20  # one of 100

@@ -70,33 +70,6 @@ def test_a_header_whose_numbers_are_not_whole_is_refused_before_data_is_read(tmp
 
 
 @pytest.mark.parametrize(
-    ("names", "dtype", "found"),
-    [
-        (["model.layers.0.mlp.experts.gate_up_proj_blocks"], torch.uint8, "stock MXFP4"),
-        (["model.layers.0.mlp.experts.gate_up_proj"], torch.uint8, "without a quantization state"),
-        (
-            ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.gate_up_proj.absmax"],
-            torch.uint8,
-            "fused experts with a quantization state",
-        ),
-        (["model.layers.0.mlp.experts.gate_up_proj"], torch.bfloat16, "plain 16-bit"),
-        (["model.layers.0.self_attn.q_proj.weight.absmax"], torch.uint8, "transformers 5"),
-        (["something.else"], torch.uint8, "unknown layout"),
-    ],
-)
-def test_other_layouts_are_refused_by_name(tmp_path, names, dtype, found):
-    from safetensors.torch import save_file
-
-    source = tmp_path / "source"
-    source.mkdir()
-    save_file({name: torch.ones(4).to(dtype) for name in names}, source / "model.safetensors")
-    (source / "config.json").write_text('{"model_type": "gpt_oss"}')
-    model, artifacts = local(source, tmp_path / "artifacts")
-    with pytest.raises(UserError, match=found):
-        fetch(model, artifacts)
-
-
-@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("model_type", "llama"),
@@ -117,6 +90,42 @@ def test_a_config_that_vllm_would_serve_wrongly_is_refused(source_copy, tmp_path
     assert not artifacts.root.exists()
 
 
+@pytest.mark.parametrize(
+    ("tensors", "named"), [(("model.embed_tokens", "lm_head"), "vocab_size=336"), (("lm_head",), "both alike")]
+)
+def test_padded_embeddings_say_which_vocab_size_config_json_needs(source_copy, tmp_path, tensors, named):
+    def pad(stored):
+        for name in tensors:
+            stored[f"{name}.weight"] = torch.nn.functional.pad(stored[f"{name}.weight"], (0, 0, 0, 16))
+
+    edit_shard(source_copy, 2, pad)
+    model, artifacts = local(source_copy, tmp_path / "artifacts")
+    with pytest.raises(UserError, match=f"vocab_size.*{named}"):
+        fetch(model, artifacts)
+    assert not artifacts.root.exists()
+
+
+def test_what_config_json_has_beside_settings_is_told(source_copy, tmp_path):
+    path = source_copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"owner": "me", "unsloth_version": "2025.9"}))
+    said = []
+    fetch(*local(source_copy, tmp_path / "artifacts"), say=said.append)
+    assert said[0].startswith("config.json has owner, which")
+
+
+def test_only_damaged_bytes_are_to_be_copied_or_downloaded_again(source_copy, tmp_path):
+    """A config.json that fits no weights is no damage: no copy and no download would mend it."""
+    path, model = source_copy / "config.json", local(source_copy, tmp_path / "artifacts")
+    text = path.read_text()
+    path.write_text(json.dumps(json.loads(text) | {"intermediate_size": 512}))
+    with pytest.raises(UserError, match=r"not of one model: put the config\.json there") as caught:
+        fetch(*model)
+    assert "download" not in str(caught.value)
+    path.write_text(text[:-9])
+    with pytest.raises(UserError, match=r"not JSON.*copy or download it again"):
+        fetch(*model)
+
+
 def test_a_truncated_shard_and_a_missing_shard(source_copy, tmp_path):
     model, artifacts = local(source_copy, tmp_path / "artifacts")
     shard = source_copy / "model-00002-of-00003.safetensors"
@@ -133,8 +142,13 @@ def test_a_truncated_shard_and_a_missing_shard(source_copy, tmp_path):
     ("arguments", "named"),
     [
         (["stages/configure.py", "model=local", "model.path=/nowhere"], "/nowhere"),
+        (["stages/configure.py", "model=local", "model.path=unsloth/gpt-oss-20b"], "model=hub"),
+        (["stages/configure.py", "model=local", "model.path=stages"], "neither config.json nor *.safetensors"),
         (["stages/configure.py", "model=local"], "model.path"),
         (["stages/configure.py", "model=gpt_oss_7b"], "gpt_oss_7b"),
+        (["stages/fetch.py", "model.kind=zip"], "model.kind"),
+        (["stages/fetch.py", "model.kind=local"], "model.path"),
+        (["stages/fetch.py", "model.kind=hub"], "model.repository"),
         (["stages/dequant.py", "layer=99"], "layer=99"),
         (["stages/requant.py", "layer=0", "requant.mode=fast"], "requant.mode"),
         (["stages/normalize.py", "dtype=int8", "model.name=absent"], "fetch"),

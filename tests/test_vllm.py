@@ -10,27 +10,27 @@ import sys
 
 import pytest
 import torch
-from conftest import edit_shard, local, make_dense
+from conftest import converted_for_interpreter, edit_shard, local, make_dense
 from openai import OpenAI
 from project_imports import ROOT
 from vllm_server import server
+from whole_model import log_probabilities, whole_model
 
 from benchmarks.dtypes import PROMPTS, served
-from gptoss_nf4.check import reference
 from gptoss_nf4.check.agreement import Agreement
 from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.engine.generate import generate
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.flow import convert
-from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.format.result import expected_tensors
 from gptoss_nf4.format.rows import CONCATENATED
-from gptoss_nf4.samples import embedded
 from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import write_json
+from gptoss_nf4.vllm.settings import Settings
 
 ENGINE = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True}
 
@@ -56,10 +56,10 @@ def dynamic(tiny, tmp_path_factory) -> tuple[Source, Artifacts]:
 
 
 def agreement(source: Source, generations: list) -> Agreement:
-    model, result = reference.build(source), Agreement()
+    model, result = whole_model(source.checkpoint.directory), Agreement()
     for generation in generations:
         assert generation.finite
-        result.add(generation, reference.log_probabilities(model, generation.token_ids))
+        result.add(generation, log_probabilities(model, generation.token_ids))
     return result
 
 
@@ -109,20 +109,7 @@ def test_two_ranks_agree(dynamic, monkeypatch):
 @pytest.mark.slow
 def test_packed_weights_and_interpreted_kernels_agree(tmp_path):
     """The GPU's path without one: loading into the kernels' order, routing, and the kernels, within vLLM."""
-    d = Dimensions(
-        layers=1,
-        hidden=128,
-        intermediate=64,
-        experts=4,
-        experts_per_token=2,
-        heads=2,
-        kv_heads=1,
-        head_dim=64,
-        vocabulary=262,
-    )
-    embedded.write_checkpoint(tmp_path / "source", d)
-    model, artifacts = local(tmp_path / "source", tmp_path / "artifacts")
-    convert(model, artifacts, RequantOptions(), "float16")
+    artifacts = converted_for_interpreter(tmp_path / "source", tmp_path / "artifacts")
     script = [sys.executable, ROOT / "tests" / "packed_in_vllm.py", tmp_path / "source", artifacts.checkpoint]
     done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -207,6 +194,21 @@ def test_a_foreign_quantization_config_is_refused(converted):
         GptOssNf4Config.from_config(config | {"format_version": 99})
     with pytest.raises(UserError, match="w13_order"):
         GptOssNf4Config.from_config(config | {"w13_order": "halves"})
+    with pytest.raises(UserError, match="modules_to_not_convert"):
+        GptOssNf4Config.from_config(config | {"modules_to_not_convert": "o_proj"})
+
+
+def test_a_config_that_lists_no_dense_modules_has_none(converted, tmp_path):
+    """For the plugin's layers and for the check before loading alike."""
+    config = read_json_object(converted[1].checkpoint / "config.json")
+    whole = expected_tensors(config, tmp_path)
+    for listed in ([], None):
+        config["quantization_config"]["modules_to_not_convert"] = listed
+        assert expected_tensors(config, tmp_path) == whole
+        assert Settings.of(config["quantization_config"]).dense_modules == frozenset()
+    del config["quantization_config"]["modules_to_not_convert"]
+    assert expected_tensors(config, tmp_path) == whole
+    assert Settings.of(config["quantization_config"]).dense_modules == frozenset()
 
 
 def test_untested_versions_get_one_warning(monkeypatch):

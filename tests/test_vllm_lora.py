@@ -14,19 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_makers import ATTENTION, EXPERTS, ROUTER, grouped, split, with_adapter
-from conftest import local
+from conftest import converted_for_interpreter, local
 from openai import OpenAI
 from project_imports import ROOT
 from safetensors.torch import load_file, save_file
 from vllm_server import server
+from whole_model import log_probabilities, whole_model
 
-from gptoss_nf4.check import reference
 from gptoss_nf4.check.agreement import Agreement, Generation
 from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.flow import convert
-from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.samples import embedded
-from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.vllm.experts import ExpertsLoRA, run_used_experts
 
 PROMPTS = [
@@ -47,8 +45,7 @@ class Adapters:
     models: dict[str, torch.nn.Module]
 
     def reference(self, name: str | None, tokens: list[int]) -> torch.Tensor:
-        with torch.inference_mode():
-            return self.models[name or "base"](torch.tensor([tokens])).logits[0].log_softmax(-1)
+        return log_probabilities(self.models[name or "base"], tokens)
 
 
 def save(model: torch.nn.Module, directory: Path, seed: int, **lora) -> torch.nn.Module:
@@ -76,13 +73,12 @@ def resave(original: Path, directory: Path, change, **fields) -> None:
 
 @pytest.fixture(scope="module")
 def adapters(tiny, tmp_path_factory) -> Adapters:
-    root, source = tmp_path_factory.mktemp("adapters"), open_checkpoint(tiny)
-    experts = source.dimensions.experts
+    root, experts = tmp_path_factory.mktemp("adapters"), embedded.TINY.experts
     models = {
-        "base": reference.build(source),
-        "attention": save(reference.build(source), root / "attention", 1, target_modules=ATTENTION, r=8),
+        "base": whole_model(tiny),
+        "attention": save(whole_model(tiny), root / "attention", 1, target_modules=ATTENTION, r=8),
         "all": save(
-            reference.build(source),
+            whole_model(tiny),
             root / "all",
             2,
             target_modules=ATTENTION,
@@ -91,7 +87,7 @@ def adapters(tiny, tmp_path_factory) -> Adapters:
             alpha_pattern={"o_proj": 3},
             use_rslora=True,
         ),
-        "gate_up": save(reference.build(source), root / "gate_up", 3, target_parameters=EXPERTS[:1]),
+        "gate_up": save(whole_model(tiny), root / "gate_up", 3, target_parameters=EXPERTS[:1]),
     }
     marker = {"lora_B_layout": "grouped_by_expert"}
     resave(root / "all", root / "grouped", lambda tensors: grouped(tensors, experts), **marker)
@@ -209,27 +205,12 @@ def test_two_ranks(float32, adapters, tmp_path, expert_parallel):
 @pytest.mark.slow
 def test_the_gpus_path_serves_adapters(tmp_path):
     """The kernels, in Triton's interpreter, within vLLM: prompts and decoding, base and adapters in one batch."""
-    d = Dimensions(
-        layers=1,
-        hidden=128,
-        intermediate=64,
-        experts=4,
-        experts_per_token=2,
-        heads=2,
-        kv_heads=1,
-        head_dim=64,
-        vocabulary=262,
-    )
-    embedded.write_checkpoint(tmp_path / "source", d)
-    model, artifacts = local(tmp_path / "source", tmp_path / "artifacts")
-    convert(model, artifacts, RequantOptions(), "float16")
-    source = open_checkpoint(tmp_path / "source")
+    artifacts = converted_for_interpreter(tmp_path / "source", tmp_path / "artifacts")
+    source = tmp_path / "source"
     models = {
-        "base": reference.build(source),
-        "all": save(
-            reference.build(source), tmp_path / "all", 1, target_modules=ATTENTION, target_parameters=EXPERTS + ROUTER
-        ),
-        "attention": save(reference.build(source), tmp_path / "attention", 2, target_modules=ATTENTION, r=8),
+        "base": whole_model(source),
+        "all": save(whole_model(source), tmp_path / "all", 1, target_modules=ATTENTION, target_parameters=EXPERTS + ROUTER),
+        "attention": save(whole_model(source), tmp_path / "attention", 2, target_modules=ATTENTION, r=8),
     }
     adapters = Adapters({name: tmp_path / name for name in ("all", "attention")}, models)
     tokens = [5, 80, 200, 31, 7]

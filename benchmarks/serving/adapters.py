@@ -11,6 +11,7 @@ from benchmarks.serving.jobs import ADAPTERS, BATCHES, Job
 
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.lora.request import LoRARequest
 
     from gptoss_nf4.format.dimensions import Dimensions
 
@@ -55,18 +56,22 @@ def ensure(directory: Path, d: "Dimensions", rank: int) -> None:
     )
 
 
+def requests(job: Job) -> "list[LoRARequest]":
+    """ADAPTERS of them. vLLM knows adapters by number, so the same files serve as all."""
+    from vllm.lora.request import LoRARequest
+
+    return [LoRARequest(f"adapter-{number}", number, str(job.adapter)) for number in range(1, ADAPTERS + 1)]
+
+
 def measure(llm: "LLM", job: Job, vocabulary: int) -> dict[str, Any]:
     """Output tokens per second: by batch size on one adapter, and of the largest batch over all ADAPTERS.
 
-    vLLM knows adapters by number, so the same files serve as all of them. Rounds of all settings take turns.
+    Rounds of all settings take turns.
     """
-    from vllm.lora.request import LoRARequest
-
     from gptoss_nf4.engine.measure import measure_batch
 
-    path = str(job.adapter)
-    requests = [LoRARequest(f"adapter-{number}", number, path) for number in range(1, ADAPTERS + 1)]
-    settings = [(batch, requests[:1]) for batch in BATCHES] + [(BATCHES[-1], requests)]
+    all_of_them = requests(job)
+    settings = [(batch, all_of_them[:1]) for batch in BATCHES] + [(BATCHES[-1], all_of_them)]
     rates: list[list[float]] = [[] for _ in settings]
     for _ in range(job.rounds):
         for found, (batch, of) in zip(rates, settings, strict=True):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 GRAPH_SIZES = [1, 2, 4, 8, 16, 32]  # tokens of a decode step, captured as CUDA graphs
 ROUTED_TOKENS = 256  # beyond the graphs' sizes: within a graph no function of ours is called to watch the router
 LARGEST_KERNELS = 25
+WHOLE = "the device"  # its time, beside those of kernels
 
 
 def main() -> None:
@@ -95,7 +96,8 @@ def measure(llm: "LLM", job: Job) -> dict[str, Any]:
         prompt = random_prompts(1, job.max_model_len - 16, vocabulary)
         result["full_length_prompt_seconds"] = generate_seconds(llm, prompt, 16)
     if job.profile:
-        result["kernels_us_per_step"] = {batch: kernel_times(llm, batch, vocabulary) for batch in (1, 32)}
+        asked = adapters.requests(job)[:1] if job.lora_rank else [None]
+        result["kernels_us_per_step"] = {batch: kernel_times(llm, batch, vocabulary, asked * batch) for batch in BATCHES}
     chosen = chosen_experts(llm, vocabulary)
     result["distinct_experts"] = distinct_experts(chosen) if chosen else None
     return result
@@ -135,21 +137,38 @@ def distinct_experts(chosen: "list[torch.Tensor]") -> dict[int, float]:
     return {batch: mean(batch) for batch in BATCHES}
 
 
-def kernel_times(llm: "LLM", batch: int, vocabulary: int, steps: int = 32) -> dict[str, float]:
-    """Device microseconds per decode step: of all kernels, and of the largest. Prefill's are taken off."""
+def kernel_times(llm: "LLM", batch: int, vocabulary: int, asked: list | None = None, steps: int = 32) -> dict[str, float]:
+    """Microseconds per decode step: those of the device as a whole, and those of the largest kernels. Prefill is taken off.
+
+    Kernels may run side by side, so their times can add up to more than the whole. Short gaps between them belong to it.
+
+    Args:
+        asked: a LoRARequest, or None, for each prompt.
+    """
     from torch.profiler import ProfilerActivity, profile
 
-    from gptoss_nf4.engine.measure import generate_seconds, random_prompts
+    from gptoss_nf4.engine.measure import generate, random_prompts
 
     def times(output_tokens: int) -> dict[str, float]:
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
-            generate_seconds(llm, random_prompts(batch, 128, vocabulary), output_tokens)
-        return {event.key: event.self_device_time_total for event in trace.key_averages()}
+            generate(llm, random_prompts(batch, 128, vocabulary), output_tokens, asked)
+        ranges = [event.time_range for event in trace.events() if event.self_device_time_total]
+        each = {event.key: event.self_device_time_total for event in trace.key_averages()}
+        return {WHOLE: busy([(span.start, span.end) for span in ranges])} | each
 
     first, whole = times(1), times(1 + steps)
     per_step = {name: (time - first.get(name, 0)) / steps for name, time in whole.items()}
-    largest = sorted(per_step.items(), key=lambda item: item[1], reverse=True)[:LARGEST_KERNELS]
-    return {"all": sum(per_step.values())} | dict(largest)
+    return dict(sorted(per_step.items(), key=lambda item: item[1], reverse=True)[: LARGEST_KERNELS + 1])
+
+
+def busy(spans: list[tuple[float, float]], gap: float = 10.0) -> float:
+    """Length of the union of `spans` (start, end), with the gaps of up to `gap` between them."""
+    total, reached = 0.0, None
+    for start, end in sorted(spans):
+        begin = start if reached is None or start - reached > gap else reached
+        total += max(0.0, end - begin)
+        reached = end if reached is None else max(reached, end)
+    return total
 
 
 if __name__ == "__main__":

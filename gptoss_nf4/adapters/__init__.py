@@ -10,7 +10,7 @@ In reading order:
 - `canonical`: the tensors themselves, as `Delta`s.
 - `base`: whether an adapter was trained on this base.
 - `adapter`: a directory of files, as an `Adapter`.
-- `peft_form`: writing an adapter in the form that PEFT loads, for references.
+- `peft_form`: writing one layer of an adapter in the form that PEFT loads, for references.
 
 Only `adapter` and `peft_form` touch files. The others are pure functions of a configuration, of tensors by name and of a
 base's `Dimensions`.

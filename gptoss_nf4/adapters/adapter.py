@@ -7,15 +7,15 @@ import torch
 
 from gptoss_nf4.adapters.base import BaseMatch, match_base
 from gptoss_nf4.adapters.canonical import Delta, delta_of
-from gptoss_nf4.adapters.config import AdapterConfig
+from gptoss_nf4.adapters.config import CONFIG_FILE, AdapterConfig
 from gptoss_nf4.adapters.resolve import Module, resolve
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.dtypes import TORCH_DTYPES
 from gptoss_nf4.storage.reading import read_json_object, require_plain_files
 from gptoss_nf4.storage.tensor_reader import read_header, read_range
+from gptoss_nf4.storage.writing import sha256_of
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 4 << 20  # a rank_pattern with every module of gpt-oss-120b takes 0.7 MB
@@ -63,6 +63,10 @@ class Adapter:
     def delta(self, module: Module) -> Delta:
         """What the adapter adds to one of its modules. UserError for a value that is not finite."""
         return delta_of(module, self._read, self.weights_file)
+
+    def sha256(self) -> str:
+        """Digest of the file of weights, in hex: what tells this adapter from others, wherever it lies."""
+        return sha256_of(self.weights_file)
 
     def validate(self, d: Dimensions) -> None:
         """Check every tensor against the base's dimensions, and every value. UserError for the first fault."""

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
+from gptoss_nf4.storage.repository import is_repository
+
 FAMILY = re.compile(r"gpt-oss-(?:safeguard-)?\d+b", re.IGNORECASE)
 HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots(?:/|$)")
 
@@ -72,8 +74,7 @@ def _repository(name: str) -> str | None:
     cached = HUB_CACHE.search(name)
     if cached:
         return f"{cached[1]}/{cached[2]}".lower()
-    is_repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not os.path.exists(name)
-    return name.lower() if is_repository else None
+    return name.lower() if is_repository(name) else None
 
 
 def _family(name: str) -> str | None:

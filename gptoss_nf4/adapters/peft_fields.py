@@ -7,6 +7,7 @@ the trained adapter does not depend on it: it chose what was trained, or how, an
 from collections.abc import Mapping
 
 from gptoss_nf4.errors import UserError
+from gptoss_nf4.format.switches import is_off
 
 READ = frozenset(
     {
@@ -105,4 +106,4 @@ def require_plain_lora(config: Mapping, where: object) -> None:
 
 def _off(field: str, value: object) -> bool:
     """Whether a switch is off. PEFT writes None, False or something empty for that, and "none" for `bias`."""
-    return value is None or value is False or value in ("", [], {}) or (field == "bias" and value == "none")
+    return is_off(value) or (field == "bias" and value == "none")

@@ -1,6 +1,7 @@
 """Comparing what an engine generated with the reference's log-probabilities."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -39,12 +40,11 @@ class Agreement:
     agreeing: int = 0
     worst_difference: float = 0.0
 
-    def add(self, generation: Generation, reference: torch.Tensor) -> None:
-        """Count one generation. `reference`: log-probabilities, float32 [tokens, vocabulary], row i of token i + 1."""
-        for position, engine in enumerate(generation.logprobs):
-            if position == 0 or not engine:
+    def add(self, generation: Generation, reference: Iterable[torch.Tensor]) -> None:
+        """Count one generation. `reference`: rows of log-probabilities, float32 [vocabulary], row i of token i + 1."""
+        for engine, expected in zip(generation.logprobs[1:], reference, strict=False):  # the last row is of no token
+            if not engine:
                 continue
-            expected = reference[position - 1]
             self.positions += 1
             self.agreeing += max(engine, key=lambda token: engine[token]) == int(expected.argmax())
             differences = [abs(value - float(expected[token])) for token, value in engine.items() if value > -math.inf]

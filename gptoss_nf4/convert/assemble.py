@@ -1,40 +1,46 @@
 """Stage assemble: the files that make one checkpoint of the layers' tensors. No tensor is written.
 
-The files are the index, config.json, the generation config, the tokenizer and its chat template.
+The files are the index, config.json, the generation config, and the tokenizer with its chat templates.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptoss_nf4.convert.plan import QuantizedTarget, RequantOptions, plan_layer
-from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import residual
 from gptoss_nf4.format.dtypes import check_dtype
-from gptoss_nf4.format.result import FORMAT_VERSION, QUANT_METHOD
+from gptoss_nf4.format.result import FORMAT_VERSION, MERGED_ADAPTER, QUANT_METHOD
 from gptoss_nf4.source.interface import Source
+from gptoss_nf4.source.side_files import GENERATION_CONFIG, generation_config, tokenizer_files
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
-from gptoss_nf4.storage.reading import read_bytes, read_json_object, read_text
 from gptoss_nf4.storage.tensor_reader import read_header
-from gptoss_nf4.storage.writing import write_bytes, write_json, write_text
+from gptoss_nf4.storage.writing import write_bytes, write_json
 
-# Keys that are not taken over: the conversion decides the dtype, and the result runs no code of the source's.
-DROPPED = ("torch_dtype", "dtype", "auto_map", "custom_pipelines")
-NO_TEMPLATE = "{{ raise_exception('this fine-tune was saved without a chat template') }}\n"
+if TYPE_CHECKING:
+    from gptoss_nf4.convert.merge import Merge
 
 
 def assemble(
-    source: Source, artifacts: Artifacts, options: RequantOptions, dtype: str, residual_scale: object = residual.AUTO
+    source: Source,
+    artifacts: Artifacts,
+    options: RequantOptions,
+    dtype: str,
+    residual_scale: object = residual.AUTO,
+    merge: "Merge | None" = None,
 ) -> None:
     """Write the files. Always the same ones, since dvc.yaml names them. UserError where an input is missing or bad."""
     check_dtype(dtype)
     directory, origin = artifacts.checkpoint, source.checkpoint.directory
     write_json(directory / INDEX_FILE, build_index(weight_files(source, artifacts)))
-    write_json(directory / "config.json", build_config(source, options, dtype, residual.resolve(residual_scale, dtype)))
-    write_bytes(directory / "tokenizer.json", read_bytes(_required(origin / "tokenizer.json")))
-    tokenizer_config = build_tokenizer_config(origin)
-    write_text(directory / "chat_template.jinja", chat_template(origin, tokenizer_config))
-    write_json(directory / "tokenizer_config.json", tokenizer_config)
-    write_json(directory / "generation_config.json", build_generation_config(source))
+    config = build_config(source, options, dtype, residual.resolve(residual_scale, dtype), merge)
+    write_json(directory / "config.json", config)
+    for name, content in tokenizer_files(origin).items():
+        if isinstance(content, bytes):
+            write_bytes(directory / name, content)
+        else:
+            write_json(directory / name, content)
+    write_json(directory / GENERATION_CONFIG, generation_config(origin))
 
 
 def weight_files(source: Source, artifacts: Artifacts) -> list[Path]:
@@ -55,13 +61,13 @@ def build_index(files: list[Path]) -> dict:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def build_config(source: Source, options: RequantOptions, dtype: str, residual_scale: float) -> dict:
-    """The source's config.json with our dtype, and the quantization_config by which vLLM selects the plugin."""
+def build_config(
+    source: Source, options: RequantOptions, dtype: str, residual_scale: float, merge: "Merge | None" = None
+) -> dict:
+    """The source's settings with our dtype, and the quantization_config by which vLLM selects the plugin."""
     targets = [t for layer in range(source.dimensions.layers) for t in plan_layer(source, layer, options)]
     quantized = next(target for target in targets if isinstance(target, QuantizedTarget))
-    config = {key: value for key, value in source.checkpoint.config.items() if key not in DROPPED}
-    return config | {
-        "architectures": ["GptOssForCausalLM"],
+    return source.config | {
         "dtype": dtype,
         "quantization_config": {
             "quant_method": QUANT_METHOD,
@@ -73,43 +79,5 @@ def build_config(source: Source, options: RequantOptions, dtype: str, residual_s
             residual.KEY: residual_scale,
             "modules_to_not_convert": [target.name for target in targets if not isinstance(target, QuantizedTarget)],
         }
-        | ({"merged_adapter": options.merge} if options.merge else {}),
+        | ({MERGED_ADAPTER: merge.recorded(str(options.merge))} if merge else {}),
     }
-
-
-def build_tokenizer_config(origin: Path) -> dict:
-    """tokenizer_config.json. Older saves keep special tokens in special_tokens_map.json: those are taken over too."""
-    config = read_json_object(_required(origin / "tokenizer_config.json"))
-    older = origin / "special_tokens_map.json"
-    whole = (read_json_object(older) if older.exists() else {}) | config
-    return {key: value for key, value in whole.items() if key not in DROPPED}
-
-
-def chat_template(origin: Path, tokenizer_config: dict) -> str:
-    """The chat template, from its own file or else from `tokenizer_config`, where it is removed in any case."""
-    inside = tokenizer_config.pop("chat_template", None)
-    file = origin / "chat_template.jinja"
-    if file.exists():
-        return read_text(file)
-    return inside if isinstance(inside, str) else NO_TEMPLATE
-
-
-def build_generation_config(source: Source) -> dict:
-    """generation_config.json. Where the source has none, the special token ids of its config.json."""
-    path = source.checkpoint.directory / "generation_config.json"
-    if path.exists():
-        return read_json_object(path)
-    config = source.checkpoint.config
-    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
-
-
-def _required(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(
-            "missing file",
-            where=path.parent,
-            got=f"no {path.name}",
-            expected="the tokenizer beside the weights",
-            next_step="save it with tokenizer.save_pretrained",
-        )
-    return path

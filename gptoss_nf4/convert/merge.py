@@ -14,8 +14,8 @@ from gptoss_nf4.adapters.canonical import Delta
 from gptoss_nf4.adapters.resolve import Module
 from gptoss_nf4.convert.plan import Target
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.format.codec import MAX_ABSMAX
 from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.format.quant_state import MAX_ABSMAX
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Merge:
 
     adapter: Adapter
     d: Dimensions
+
+    def recorded(self, name: str) -> dict:
+        """What config.json says of the adapter, which the settings call `name`. The plugin knows it by its digest."""
+        return {"name": name, "sha256": self.adapter.sha256()}
 
     @cached_property
     def _modules(self) -> dict[str, Module]:

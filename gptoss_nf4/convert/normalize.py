@@ -15,6 +15,7 @@ from gptoss_nf4.format.dtypes import SAFETENSORS_NAMES, check_dtype
 from gptoss_nf4.format.residual import ScalingLoss
 from gptoss_nf4.source.interface import Floating, Source
 from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.machine import require_disk
 from gptoss_nf4.storage.tensor_writer import Declared, TensorWriter, writing_tensors
 
 
@@ -46,7 +47,7 @@ def normalize(
     The deltas of `merge` are added to router and dense attention in float32, before they are rounded.
 
     UserError names the tensor where a value overflows or is not finite, or where `residual_scale`, which the plugin will
-    apply, would lose too much. No file is written then.
+    apply, would lose too much; and it says so where the disk is too small. No file is written then.
     """
     scale = residual.resolve(residual_scale, dtype)
     stored_dtype = SAFETENSORS_NAMES[check_dtype(dtype)]
@@ -60,6 +61,8 @@ def normalize(
     }
     declared = [Declared(tensor.name, stored_dtype, tensor.shape) for tensor in dense]
     declared += [Declared(name, "U8", state.shape) for name, state in states.items()]
+    needed = sum(tensor.bytes for tensor in declared)  # stage fetch, which knows no dtype, counted in the source's
+    require_disk(needed, artifacts.checkpoint, f"{artifacts.dense_weights.name} in {dtype}")
     counts: dict[str, CastCounts] = {}
     losses: dict[str, ScalingLoss] = {}
     with writing_tensors(artifacts.dense_weights, declared) as out:
@@ -81,6 +84,7 @@ def normalize(
         "underflow_by_tensor": {
             name: {"values": c.values, "underflow": c.underflow} for name, c in counts.items() if c.underflow
         },
+        "dequantized": [tensor.name for tensor in dense if any(origin.dequantized for origin in tensor.origins)],
         "joined_dense": [target.name for target in targets if isinstance(target, DenseTarget) and target.joined],
         "scaling": residual.report(losses, scale),
     }
@@ -88,7 +92,7 @@ def normalize(
 
 def _dtypes_of_origins(dense: list[DenseTensor]) -> dict[str, int]:
     """Number of the source's tensors by safetensors dtype."""
-    counted = Counter(origin.dtype for tensor in dense for origin in tensor.origins)
+    counted = Counter("U8" if origin.dequantized else origin.dtype for tensor in dense for origin in tensor.origins)
     counted += Counter({"U8": sum(tensor.dequantized for tensor in dense)})
     return dict(sorted(counted.items()))
 

@@ -10,7 +10,7 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import names
 from gptoss_nf4.format.quant_state import BLOCKSIZES, QUANT_TYPES, QuantState
 from gptoss_nf4.format.rows import INTERLEAVED, W13_ORDERS, w13_rows
-from gptoss_nf4.source.interface import INPUTS, Module, Source
+from gptoss_nf4.source.interface import INPUTS, Module, Source, becomes_dense
 
 EXACT = "exact"
 NF4 = "nf4"
@@ -44,7 +44,7 @@ class RequantOptions:
                     where=f"requant.{key}",
                     got=repr(getattr(self, key)),
                     expected=f"one of {allowed}",
-                    next_step="correct it and run `python stages/configure.py`",
+                    next_step=f"run `python stages/configure.py requant.{key}={allowed[0]}`, or with another of these",
                 )
         if self.merge is not None and self.mode == EXACT:
             raise UserError(
@@ -52,7 +52,7 @@ class RequantOptions:
                 where="requant.merge",
                 got=f"{self.merge} with requant.mode={EXACT}",
                 expected=f"requant.mode={NF4}, since merged weights have to be quantized again",
-                next_step=f"pass requant.mode={NF4}, or leave out requant.merge and serve the adapter beside its base",
+                next_step=f"pass requant.mode={NF4}, or requant.merge= and serve the adapter beside its base",
             )
 
 
@@ -115,6 +115,12 @@ class DenseTarget(Target):
         return any(part.state for part in self.parts)
 
 
+def require_plan(source: Source, options: RequantOptions) -> None:
+    """UserError where the mode cannot convert some layer of `source`."""
+    for layer in range(source.dimensions.layers):
+        plan_layer(source, layer, options)
+
+
 def plan_layer(source: Source, layer: int, options: RequantOptions) -> list[Target]:
     """The targets of one layer, in the order of `names.FUSIONS`. UserError where the mode cannot make one."""
     return [_plan_target(source, layer, fusion, options) for fusion in names.FUSIONS]
@@ -122,7 +128,7 @@ def plan_layer(source: Source, layer: int, options: RequantOptions) -> list[Targ
 
 def _plan_target(source: Source, layer: int, fusion: names.Fusion, options: RequantOptions) -> Target:
     name, parts = names.target_of(fusion, layer), tuple(source.modules(layer, fusion))
-    if not fusion.stacked and any(part.state is None for part in parts):
+    if becomes_dense(fusion, parts):
         return DenseTarget(name, fusion, parts)
     if options.mode == NF4:
         quant_type, blocksize = options.quant_type, options.blocksize
@@ -145,7 +151,7 @@ def _stored_quantization(source: Source, name: str, parts: tuple[Module, ...]) -
     dense = [part for part in parts if part.state is None]
     if dense:
         raise UserError(
-            "dense expert in a quantized layer",
+            "experts that were never 4-bit" if len(dense) == len(parts) else "dense expert in a quantized layer",
             where=dense[0].name,
             got=f"{len(dense)} of {len(parts)} experts in 16 or 32 bit",
             expected="4-bit experts only in mode exact",

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gptoss_nf4.convert.plan import EXACT, DenseTarget, QuantizedTarget, RequantOptions, Target, plan_layer
+from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.codec import CODEBOOKS
+from gptoss_nf4.format.quant_state import MAX_ABSMAX
 from gptoss_nf4.format.rows import rows_of_blocks
-from gptoss_nf4.source.interface import Module, Source
+from gptoss_nf4.source.interface import INPUTS, Module, Source
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.tensor_reader import read_array, read_header
 from gptoss_nf4.storage.tensor_writer import Declared, writing_tensors
@@ -148,15 +150,24 @@ def _float32_weight(
 
     if part.state is None:
         weight = source.floating(part.weight).tensor().to(device, torch.float32)
+        if not weight.abs().max() <= MAX_ABSMAX:  # nor if any is NaN
+            raise UserError(
+                "weights that cannot be quantized",
+                where=part.weight,
+                got="NaN, infinity or a weight beyond float16's range",
+                expected=f"finite weights up to {MAX_ABSMAX:g}",
+                next_step="repair the source",
+            )
     else:
         state = QuantState(
             absmax=torch.from_numpy(absmax).to(device),
-            shape=torch.Size(part.shape),
+            shape=torch.Size(part.state.shape),
             dtype=torch.float32,
             blocksize=part.state.blocksize,
             quant_type=part.state.quant_type,
         )
         weight = dequantize_float32(torch.from_numpy(source.codes(part)).to(device), state)
+        weight = weight if part.blocks_along == INPUTS else weight.T.contiguous()
     return merged(weight, delta) if delta else weight
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gptoss_nf4.adapters.adapter import CONFIG_FILE, Adapter
+from gptoss_nf4.adapters.adapter import Adapter
 from gptoss_nf4.adapters.base import Verdict
+from gptoss_nf4.adapters.config import CONFIG_FILE
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch import hub
 from gptoss_nf4.format import names

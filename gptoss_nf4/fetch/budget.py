@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from gptoss_nf4.format import names
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.dtypes import ITEM_BYTES
-from gptoss_nf4.source.interface import Source
+from gptoss_nf4.source.interface import INPUTS, Source
 from gptoss_nf4.storage.artifacts import Artifacts
 
 MARGIN = 1.02  # headers, JSON files, DVC's records
 # Time of a conversion divided by that of hashing its source. stages/parallel.py took 53 to 59 s, hashing 4.3 to 5 s
 # (24 layers of the 20b, 2 cores). A conversion also reads the source, writes the result, and DVC hashes the result.
 WORK_BY_HASHING = 12.0
+# Bytes for each weight of a module while bitsandbytes quantizes it and the error is counted in float64. One of [5760, 2880]
+# took 0.7 GiB.
+QUANTIZING = 44
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,11 @@ class Budget:
 
 
 def budget(source: Source, artifacts: Artifacts) -> Budget:
-    """What converting `source` takes. Files that an earlier run has written are not counted again."""
+    """What converting `source` takes. Files that an earlier run has written are not counted again.
+
+    Tensors that are not 4-bit count in the source's dtype: stage fetch does not depend on the result's, so that another
+    dtype does not run it again. Stage normalize asks for room in the result's dtype before it writes.
+    """
     missing = largest = 0
     for layer in range(source.dimensions.layers):
         codes, blocks, dense = _layer_sizes(source, layer)
@@ -39,7 +46,15 @@ def budget(source: Source, artifacts: Artifacts) -> Budget:
         largest = max(largest, 2 * absmax)
     outside = sum(_bytes(source, name) for name in names.outside_shapes(source.dimensions))
     missing += (not artifacts.dense_weights.exists()) * outside
+    largest = max(largest, QUANTIZING * _quantized_anew(source))
     return Budget(int(missing * MARGIN), largest + (400 << 20))  # 400 MiB: Python with torch
+
+
+def _quantized_anew(source: Source) -> int:
+    """Weights of the largest module that mode nf4 alone converts. 0 where there is none."""
+    modules = (module for fusion in names.FUSIONS if fusion.stacked for module in source.modules(0, fusion))
+    anew = (module for module in modules if module.state is None or module.blocks_along != INPUTS)
+    return max((math.prod(module.shape) for module in anew), default=0)
 
 
 def _layer_sizes(source: Source, layer: int) -> tuple[int, int, int]:
@@ -49,7 +64,10 @@ def _layer_sizes(source: Source, layer: int) -> tuple[int, int, int]:
     for fusion in names.FUSIONS:
         for module in source.modules(layer, fusion):
             dense += _bytes(source, module.bias)
-            if module.state is None:
+            if fusion.stacked and module.state is None:  # mode nf4 quantizes it, by default in blocks of 64
+                codes += math.prod(module.shape) // 2
+                blocks += math.prod(module.shape) // 64
+            elif module.state is None:
                 dense += _bytes(source, module.weight)
             else:
                 codes += module.state.elements // 2

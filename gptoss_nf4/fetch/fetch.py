@@ -6,30 +6,23 @@ The description is a manifest and one digest file for each layer. A layer's stag
 from collections.abc import Callable
 from pathlib import Path
 
-from gptoss_nf4.errors import UserError
+from gptoss_nf4.errors import COPY_AGAIN, UserError
 from gptoss_nf4.fetch import hub
 from gptoss_nf4.fetch.budget import WORK_BY_HASHING, budget, synthetic_bytes
+from gptoss_nf4.fetch.owner import claim, require_own
 from gptoss_nf4.fetch.tensor_digests import Described, describe
+from gptoss_nf4.format.config_fields import ignored_keys
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.names import FUSIONS
-from gptoss_nf4.source.interface import Source
+from gptoss_nf4.source.interface import Source, becomes_dense
 from gptoss_nf4.source.layouts import open_checkpoint
-from gptoss_nf4.source.model import EMBEDDED_KINDS, KINDS, Model
+from gptoss_nf4.source.model import EMBEDDED_KINDS, Model
+from gptoss_nf4.source.side_files import require_side_files, side_files, unread
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.digests import verify
 from gptoss_nf4.storage.machine import cores, require_disk
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import describe_file, write_json
-
-# Files beside the weights that decide what the finished checkpoint says.
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 
 
 def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambda line: None) -> dict:
@@ -38,20 +31,28 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
     `say` gets a line on what the conversion will take. UserError for a source that is damaged or not supported, and for a
     full disk; no description is written then. The source's own files stay where they are.
     """
+    require_own(artifacts, model.origin)
     directory, origin = _make_available(model, artifacts)
     if model.expected:
-        verify(directory, Path(model.expected), next_step="fetch the model again")
+        verify(directory, Path(model.expected), next_step=COPY_AGAIN)
     source = open_checkpoint(directory)
     source.validate()
+    require_side_files(directory)
     plan = budget(source, artifacts)
     require_disk(plan.disk_bytes, artifacts.root, "the converted checkpoint")
     described = describe(source.checkpoint, list(source.stored_by_layer.values()), artifacts.seen)
+    if ignored := ignored_keys(source.checkpoint.config):
+        say(f"config.json has {', '.join(ignored)}, which neither transformers nor vLLM reads; the result goes without")
     digests, size = described.groups, sum(file.stat().st_size for file in source.checkpoint.weight_files)
     rough = f"about {_seconds(size, described):.0f} s on {cores()} cores, " if described.hashed_bytes > size / 10 else ""
+    notes = [*source.notes(), *unread(directory)]
+    for note in notes:
+        say(note)
     say(f"to convert {size / 1e9:.1f} GB: {rough}{plan.line()}")
+    claim(artifacts, model.origin)
     for layer, digest in zip(source.stored_by_layer, digests, strict=True):
         write_json(artifacts.digest(layer), digest)
-    moved = _moved_as_codes(source)
+    moved = _moved_by_layer(source)
     write_json(artifacts.dense_digests, {name: d[name] for d in digests for name in d if name not in moved})
     for stale in set(artifacts.digests.glob("layer-*.json")) - {artifacts.digest(k) for k in source.stored_by_layer}:
         stale.unlink()  # a longer model of the same name was here before
@@ -59,6 +60,7 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
         "model": model.name,
         "source": origin,
         "layout": source.layout,
+        "notes": notes,
         "dimensions": source.dimensions.as_dict(),
         "tensors": len(source.checkpoint.tensors),
         "files": _describe_files(source),
@@ -81,11 +83,9 @@ def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
         dimensions = embedded.MASSIVE_DIMENSIONS if massive else embedded.TINY
         embedded.write_checkpoint(artifacts.source, dimensions, massive=massive)
         return artifacts.source, {"kind": model.kind}
-    if model.kind == "synthetic":
+    if model.kind == "synthetic" and model.dimensions:
         from gptoss_nf4.samples import synthetic
 
-        if model.dimensions is None:
-            raise ValueError("a synthetic model has dimensions")
         if not _holds(artifacts.source, model.dimensions):
             require_disk(synthetic_bytes(model.dimensions), artifacts.source, "the synthetic source")
             synthetic.write_checkpoint(artifacts.source, model.dimensions)
@@ -93,46 +93,34 @@ def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
     if model.kind == "hub":
         directory, commit = hub.download(str(model.repository), model.revision)
         return directory, {"kind": model.kind, "repository": model.repository, "commit": commit}
-    if model.kind == "local":
-        if not model.path:
-            raise UserError(
-                "bad setting",
-                where="model.path",
-                got="nothing",
-                expected="the directory of a checkpoint",
-                next_step="run `python stages/configure.py model=local model.path=DIRECTORY`",
-            )
-        return Path(model.path), {"kind": model.kind, "path": model.path}
-    raise UserError(
-        "bad setting",
-        where="model.kind",
-        got=repr(model.kind),
-        expected=f"one of {KINDS}",
-        next_step="run `python stages/configure.py`",
-    )
+    return Path(str(model.path)), {"kind": model.kind, "path": model.path}
 
 
 def _holds(directory: Path, dimensions: Dimensions) -> bool:
     """Whether `directory` holds a whole synthetic source of these dimensions: its config.json is written last."""
     config = directory / "config.json"
-    return config.is_file() and Dimensions.from_config(read_json_object(config), config) == dimensions
+    try:
+        return config.is_file() and Dimensions.from_config(read_json_object(config), config) == dimensions
+    except UserError:  # written by an older version
+        return False
 
 
 def _describe_files(source: Source) -> list[dict]:
     """Name and size of each weight file, whose tensors have digests of their own. Other files also by digest."""
     weights = [{"name": path.name, "bytes": path.stat().st_size} for path in source.checkpoint.weight_files]
-    side = (source.checkpoint.directory / name for name in SIDE_FILES)
-    return [*weights, *(describe_file(path) for path in side if path.is_file())]
+    return [*weights, *(describe_file(path) for path in side_files(source.checkpoint.directory))]
 
 
-def _moved_as_codes(source: Source) -> set[str]:
-    """Stored names of the tensors that stage normalize never reads: codes and absmax of modules that stay 4-bit."""
+def _moved_by_layer(source: Source) -> set[str]:
+    """Stored names of the tensors that stage normalize never reads: those of weights that are 4-bit in the result."""
     moved: set[str] = set()
     for layer in range(source.dimensions.layers):
         for fusion in FUSIONS:
             parts = source.modules(layer, fusion)
-            if fusion.stacked or all(part.state for part in parts):
+            if not becomes_dense(fusion, parts):
                 for part in parts:
                     if part.state:
                         moved |= {name for kind, name in source.stored(part).items() if kind != "quant_state"}
+                    else:
+                        moved.add(source.floating(part.weight).stored)
     return moved

@@ -1,5 +1,6 @@
 """What the bytes mean: pure functions and tables that know nothing of files.
 
+- `config_fields.py`, `rope.py`, `switches.py`: every field of config.json, and which of them vLLM would ignore.
 - `dimensions.py`: a model's counts and widths, from its config.json.
 - `names.py`: the table of names, and which tensors make which fused one.
 - `codec.py`, `bnb.py`: 4-bit codes to values, by our own code and by bitsandbytes'.

@@ -1,6 +1,6 @@
 """bitsandbytes' own dequantization to float32.
 
-The proof compares the conversion with it. Mode nf4 starts from it.
+Mode nf4 starts from it, and so does the reference. The proof has its own.
 """
 
 import torch
@@ -15,7 +15,7 @@ def dequantize_float32(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     weight is handed over as one row, so it is read as it was written.
 
     Args:
-        packed: uint8, elements / 2 bytes in any shape.
+        packed: elements / 2 bytes in any shape; uint8, or another dtype that holds the same bytes (bnb_4bit_quant_storage).
         state: of the weight, with or without double quantization. It is not changed.
 
     Returns:
@@ -34,4 +34,4 @@ def dequantize_float32(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     )
     if shape[-1] % state.blocksize:
         flat.shape = torch.Size([1, shape.numel()])
-    return dequantize_4bit(packed.reshape(-1, 1), flat).reshape(shape)
+    return dequantize_4bit(packed.reshape(-1, 1).view(torch.uint8).reshape(-1, 1), flat).reshape(shape)

@@ -26,7 +26,6 @@ FP4_MAP = np.array(
     dtype=np.float32,
 )  # fmt: skip
 CODEBOOKS = {"nf4": NF4_MAP, "fp4": FP4_MAP}
-MAX_ABSMAX = 65504.0  # float16's largest number: a weight beyond it could not be served in float16
 
 
 def denest_absmax(

@@ -91,6 +91,9 @@ def kept_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
     }
 
 
+VOCABULARY_WEIGHTS = ("model.embed_tokens.weight", "lm_head.weight")  # [vocabulary, hidden]
+
+
 def outside_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors outside the layers, by full name."""
     return {

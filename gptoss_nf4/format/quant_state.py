@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from gptoss_nf4.errors import UserError
+from gptoss_nf4.errors import COPY_AGAIN, UserError
 from gptoss_nf4.format.dtypes import DTYPES
 
 QUANT_TYPES = ("nf4", "fp4")
+MAX_ABSMAX = 65504.0  # float16's largest number: a weight beyond it could not be served in float16
 MAX_STATE_BYTES = 1 << 16  # bitsandbytes writes some 200
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 `dequantize_4bit`
 
@@ -55,9 +56,7 @@ class QuantState:
         """Parse the JSON of a `quant_state.bitsandbytes__*` tensor. UserError names `where`, the tensor, and the field."""
 
         def bad(got: object, expected: str) -> UserError:
-            return UserError(
-                "bad quantization state", where=where, got=got, expected=expected, next_step="fetch the model again"
-            )
+            return UserError("bad quantization state", where=where, got=got, expected=expected, next_step=COPY_AGAIN)
 
         try:
             fields = json.loads(data)

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from gptoss_nf4.format import names
-from gptoss_nf4.format.dimensions import LAYER_TYPES, RMS_NORM_EPS, SWIGLU_LIMIT, Dimensions
+from gptoss_nf4.format.config_fields import LAYER_TYPES, RMS_NORM_EPS, SWIGLU_LIMIT
+from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.source import split
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
 from gptoss_nf4.storage.writing import write_file, write_json, write_text

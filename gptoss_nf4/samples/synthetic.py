@@ -59,6 +59,7 @@ def write_checkpoint(directory: Path, d: Dimensions) -> None:
             total += sum(sizes.values())
     write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     config = embedded.model_config(d) | {"_name_or_path": "synthetic random codes", "max_position_embeddings": 131072}
+    config["rope_scaling"] |= {"original_max_position_embeddings": 4096}
     embedded.write_tokenizer(directory)
     write_json(directory / "config.json", config)  # last: its presence says that the checkpoint is whole
 

@@ -5,7 +5,7 @@ another layout takes a subclass of `Source` in a file of its own, and one entry 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ import numpy as np
 
 from gptoss_nf4.format import names
 from gptoss_nf4.format.codec import CODEBOOKS, dequantize
+from gptoss_nf4.format.config_fields import served_config
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.quant_state import QuantState
 from gptoss_nf4.storage.checkpoint import Checkpoint
@@ -31,7 +32,8 @@ class Module:
     """One weight matrix and how it is quantized.
 
     `name` is canonical and full. `shape` is logical: [out_features, in_features]. `state` is None where the source left
-    the weight in 16 or 32 bit; `blocks_along` has no meaning then.
+    the weight in 16 or 32 bit; `blocks_along` has no meaning then. Where blocks run along the outputs, codes and absmax are
+    those of the transposed weight, [in_features, out_features], and so is the shape of `state`.
     """
 
     name: str
@@ -48,12 +50,21 @@ class Module:
         return f"{self.name}.bias"
 
 
+def becomes_dense(fusion: names.Fusion, parts: Sequence[Module]) -> bool:
+    """Whether what `fusion` makes of `parts` is stored dense: q, k and v are, or o_proj, where any part is not 4-bit.
+
+    Stacked experts are always 4-bit: mode nf4 quantizes a dense one, and mode exact refuses it.
+    """
+    return not fusion.stacked and any(part.state is None for part in parts)
+
+
 @dataclass(frozen=True)
 class Floating:
     """A tensor that is not 4-bit.
 
     `name` is canonical. `stored` is its name in the source, for messages. `dtype` is a safetensors name such as "BF16".
-    `read` gives its values in order: flat tensors of some megabytes.
+    `read` gives its values in order: flat tensors of some megabytes. `dequantized` says that the source has it in 4 bit:
+    `read` gives float32 then.
     """
 
     name: str
@@ -61,6 +72,7 @@ class Floating:
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], "Iterator[torch.Tensor]"]
+    dequantized: bool = False
 
     def tensor(self) -> "torch.Tensor":
         """The whole tensor, in its own shape and dtype."""
@@ -73,10 +85,13 @@ class Source(ABC):
     """A gpt-oss checkpoint that somebody else wrote. A tensor is read only when it is asked for."""
 
     layout: str  # its name in manifests and messages
+    renamed: Mapping[str, int] = {}  # wrapper -> number of names from which it was removed (`wrappers.py`)
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
-        self.dimensions = Dimensions.from_config(checkpoint.config, checkpoint.directory / "config.json")
+        where = checkpoint.directory / "config.json"
+        self.config = served_config(checkpoint.config, where)  # with transformers' defaults
+        self.dimensions = Dimensions.from_config(self.config, where)
 
     @classmethod
     @abstractmethod
@@ -93,7 +108,7 @@ class Source(ABC):
 
     @abstractmethod
     def codes(self, module: Module) -> np.ndarray:
-        """Codes of a 4-bit module, uint8 with elements / 2 bytes in any shape, the first element in the high nibble."""
+        """Codes of a 4-bit module, uint8 [elements / 2], the first element in the high nibble."""
 
     @abstractmethod
     def absmax(self, module: Module) -> np.ndarray:
@@ -101,7 +116,7 @@ class Source(ABC):
 
     @abstractmethod
     def floating(self, name: str) -> Floating:
-        """The tensor of that canonical name: a bias, a norm, the router, or the weight of a module that is not 4-bit."""
+        """The tensor of that canonical name: a bias, a norm, or a weight that is not 4-bit or that no fusion takes."""
 
     @abstractmethod
     def stored(self, module: Module) -> dict[str, str]:
@@ -121,8 +136,23 @@ class Source(ABC):
         """The weight of a 4-bit module by our own codec, float32 of its shape. ValueError if it is not 4-bit."""
         if module.state is None:
             raise ValueError(f"{module.name} is not 4-bit")
-        codebook = CODEBOOKS[module.state.quant_type]
-        return dequantize(self.codes(module), self.absmax(module), codebook, module.state.blocksize, module.shape)
+        codebook, state = CODEBOOKS[module.state.quant_type], module.state
+        weight = dequantize(self.codes(module), self.absmax(module), codebook, state.blocksize, state.shape)
+        return weight if module.blocks_along == INPUTS else np.ascontiguousarray(weight.T)
+
+    def notes(self) -> list[str]:
+        """What is to be told of this source before it is converted, a line each. Empty for a published one."""
+        lines = [f"{wrapper!r} is removed from {count} names" for wrapper, count in self.renamed.items()]
+        expert = self.modules(0, names.W13)[0]
+        if expert.state is None:
+            lines.append("the experts were never 4-bit: requant.mode=nf4 quantizes them and reports the error it adds")
+        elif expert.blocks_along == OUTPUTS:
+            lines.append("blocks of the experts run along the outputs: requant.mode=nf4 quantizes them again")
+        kept = [*names.outside_shapes(self.dimensions), *(names.prefix(0) + n for n in names.kept_shapes(self.dimensions))]
+        dense = [name for name in kept if self.floating(name).dequantized]
+        if dense:
+            lines.append(f"4-bit in the source, dense in the result: {', '.join(dense)}")
+        return lines
 
     @cached_property
     def stored_by_layer(self) -> dict[int | None, list[str]]:

@@ -1,5 +1,6 @@
 """The `model` and `adapters` sections of the settings, and finding what stages fetch and adapter brought."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,22 +9,27 @@ from gptoss_nf4.errors import UserError, first_line
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.layouts import open_checkpoint
+from gptoss_nf4.source.side_files import TEMPLATE, TEMPLATE_DIRECTORY
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.reading import read_json_object
 
 EMBEDDED_KINDS = ("embedded", "embedded_massive")
 SAMPLE_KINDS = (*EMBEDDED_KINDS, "synthetic")  # stage fetch writes these itself, into the artifacts
 KINDS = (*SAMPLE_KINDS, "hub", "local")
+NEEDED = {"local": "path", "hub": "repository", "synthetic": "dimensions"}  # kind -> the field that it cannot do without
+
+MAX_NAME_BYTES = 200  # a file system takes 255
 
 # The files of a repository that a conversion reads. Pickled weights and code are never downloaded.
-HUB_PATTERNS = ("*.safetensors", "*.json", "chat_template.jinja")
+HUB_PATTERNS = ("*.safetensors", "*.json", TEMPLATE, f"{TEMPLATE_DIRECTORY}/*.jinja")
 
 
 @dataclass(frozen=True)
 class Model:
     """Which source to convert; `name` also names the artifacts.
 
-    `path` counts for kind local, `repository` and `revision` for hub, `dimensions` for synthetic.
+    `path` counts for kind local, `repository` and `revision` for hub, `dimensions` for synthetic. UserError for an unknown
+    kind, and for one without what it needs.
     """
 
     name: str
@@ -33,6 +39,26 @@ class Model:
     revision: str | None = None
     dimensions: Dimensions | None = None
     expected: str | None = None  # path of a `sha256sum` list that the source's files must match
+
+    def __post_init__(self) -> None:
+        needed = NEEDED.get(self.kind)
+        bad_kind, nothing = self.kind not in KINDS, needed is not None and not getattr(self, needed)
+        if bad_kind or nothing:
+            raise UserError(
+                "bad setting",
+                where="model.kind" if bad_kind else f"model.{needed}",
+                got=repr(self.kind) if bad_kind else "nothing",
+                expected=f"one of {KINDS}" if bad_kind else f"the {needed} of a model of kind {self.kind}",
+                next_step="run `python stages/configure.py`, which makes params.yaml",
+            )
+        check_model_name(self.name, "model.name")
+
+    @property
+    def origin(self) -> dict:
+        """What tells this source from others, as JSON has it: its kind, and the place that it comes from."""
+        if self.kind == "hub":
+            return {"kind": self.kind, "repository": self.repository}
+        return {"kind": self.kind} | ({"path": os.path.realpath(str(self.path))} if self.kind == "local" else {})
 
 
 @dataclass(frozen=True)
@@ -45,9 +71,17 @@ class AdapterSource:
     revision: str | None = None
     any_base: bool = False  # accept the adapter though it was trained on other weights
 
+    def __post_init__(self) -> None:
+        check_model_name(self.name, "adapters")
+
 
 def open_source(model: Model, artifacts: Artifacts) -> Source:
     """Open the source that stage fetch brought and validated. UserError where fetch has not run or the source is gone."""
+    return open_checkpoint(source_directory(model, artifacts))
+
+
+def source_directory(model: Model, artifacts: Artifacts) -> Path:
+    """Where the source lies that stage fetch brought. UserError where fetch has not run or the source is gone."""
     manifest = read_json_object(artifacts.require(artifacts.manifest, "fetch"))
     directory = _directory(model, artifacts, manifest)
     if not directory.is_dir():
@@ -58,7 +92,7 @@ def open_source(model: Model, artifacts: Artifacts) -> Source:
             expected=f"the checkpoint of model {model.name}",
             next_step="put it back, or configure with another model.path" if model.path else "run `dvc repro -s -f fetch`",
         )
-    return open_checkpoint(directory)
+    return directory
 
 
 def _directory(model: Model, artifacts: Artifacts, manifest: dict) -> Path:
@@ -112,5 +146,20 @@ def hub_config(repository: str, revision: str | None) -> Path:
 
 
 def safe_model_name(text: str) -> str:
-    """`text` as a directory name for the artifacts: other characters than letters, digits, `.`, `_` and `-` become `-`."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "model"
+    """`text` as a directory name for the artifacts: other characters than letters, digits, `.`, `_` and `-` become `-`.
+
+    Letters are those of any alphabet. What is longer than MAX_NAME_BYTES is cut.
+    """
+    return re.sub(r"[^\w.-]+", "-", text).strip(".-").encode()[:MAX_NAME_BYTES].decode(errors="ignore") or "model"
+
+
+def check_model_name(name: str, where: str) -> None:
+    """UserError, which names setting `where`, if `name` is no directory's name or leads out of the artifacts."""
+    if name != safe_model_name(name):
+        raise UserError(
+            "bad setting",
+            where=where,
+            got=repr(name),
+            expected="a name of letters, digits, '.', '_' and '-' that names a directory below artifacts/",
+            next_step=f"call it {safe_model_name(name)}",
+        )

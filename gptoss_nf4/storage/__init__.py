@@ -6,7 +6,8 @@
 - `checkpoint.py`: a directory of them, every tensor by name.
 - `digests.py`: SHA-256 of a checkpoint's files, recorded and verified.
 - `artifacts.py`: the path of every file of a conversion.
-- `machine.py`: free disk space and cores.
+- `machine.py`: free disk space, cores and free memory.
+- `repository.py`: whether a text names a Hub repository or a path.
 
 May import `format` and `errors`. Imported by everything above.
 """

@@ -26,6 +26,11 @@ class Artifacts:
         return self.root / "manifest.json"
 
     @property
+    def origin(self) -> Path:
+        """Which source these artifacts belong to: see `fetch/owner.py`. It is no output, so DVC leaves it there."""
+        return self.root / "origin.json"
+
+    @property
     def seen(self) -> Path:
         """Digests that stage fetch remembers. It is a cache, not an output: deleting it costs only time."""
         return self.root / "seen.json"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gptoss_nf4.errors import UserError
+from gptoss_nf4.errors import COPY_AGAIN, UserError
 from gptoss_nf4.format.dtypes import TORCH_DTYPES
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.tensor_reader import TensorInfo, read_array, read_header, read_range
@@ -16,12 +16,15 @@ from gptoss_nf4.storage.tensor_reader import TensorInfo, read_array, read_header
 if TYPE_CHECKING:
     from torch import Tensor
 
+SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# Beginnings of files that may lie beside a model: an adapter, the same weights in another layout, a trainer's state.
+OTHER_FILES = ("adapter_", "consolidated", "optimizer", "scheduler")
 PIECE_BYTES = 1 << 23  # a multiple of every item's size
 
 
 class Checkpoint:
-    """A directory with config.json and either one safetensors file or several with an index.
+    """A directory with config.json and the safetensors files that transformers would load: see `weight_files`.
 
     Opening reads config.json, the index and every header. UserError where one is missing, damaged or contradicts another.
 
@@ -49,10 +52,17 @@ class Checkpoint:
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The shards, sorted: those that the index names, or every *.safetensors file where there is no index."""
-        index = self.directory / INDEX_FILE
-        if not index.exists():
-            files = sorted(self.directory.glob("*.safetensors"))
+        """The files that count, sorted, by transformers' rule (`modeling_utils._get_resolved_checkpoint_files`).
+
+        model.safetensors counts alone: an index beside it is left over. Else those that the index names. Where there is
+        neither, which transformers refuses, the files named like shards of a model, else those with other names.
+        """
+        if (self.directory / SINGLE_FILE).exists():
+            return [self.directory / SINGLE_FILE]
+        if not self._has_index:
+            files = sorted(self.directory.glob("model*.safetensors"))
+            files = files or sorted(f for f in self.directory.glob("*.safetensors") if not f.name.startswith(OTHER_FILES))
+            files = files or sorted(self.directory.glob("*.safetensors"))
             if not files:
                 raise UserError(
                     "no weights",
@@ -67,7 +77,7 @@ class Checkpoint:
             if Path(name).name != name:
                 raise UserError(
                     "bad index",
-                    where=index,
+                    where=self.directory / INDEX_FILE,
                     got=f"file name {name!r}",
                     expected="a plain file name",
                     next_step="do not use this checkpoint",
@@ -78,9 +88,14 @@ class Checkpoint:
                     where=self.directory,
                     got=f"no file {name}",
                     expected=f"{len(names)} shards named in {INDEX_FILE}",
-                    next_step="download it again",
+                    next_step=COPY_AGAIN,
                 )
         return [self.directory / name for name in names]
+
+    @property
+    def _has_index(self) -> bool:
+        """Whether there is an index that counts: beside model.safetensors it does not."""
+        return (self.directory / INDEX_FILE).exists() and not (self.directory / SINGLE_FILE).exists()
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
@@ -93,7 +108,7 @@ class Checkpoint:
                 where=path,
                 got="no weight_map that names files",
                 expected="a weight_map from tensor names to file names",
-                next_step="download it again",
+                next_step=COPY_AGAIN,
             )
         return weight_map
 
@@ -109,7 +124,7 @@ class Checkpoint:
         self.tensors[info.name] = info
 
     def _check_index(self) -> None:
-        if not (self.directory / INDEX_FILE).exists():
+        if not self._has_index:
             return
         missing = sorted(set(self.weight_map) - set(self.tensors))
         if missing:
@@ -118,13 +133,13 @@ class Checkpoint:
                 where=self.directory,
                 got=f"no {missing[0]} ({len(missing)} missing in all)",
                 expected=f"every tensor that {INDEX_FILE} names",
-                next_step="download it again",
+                next_step=COPY_AGAIN,
             )
 
-    def raw(self, name: str) -> np.ndarray:
-        """All bytes of the tensor, uint8 [bytes], in a new array."""
+    def raw(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Bytes `first` to `last` of the tensor, uint8 [last - first], in a new array. All of them by default."""
         info = self.tensors[name]
-        return read_range(info.file, info.start, info.end)
+        return read_range(info.file, info.start + first, info.end if last is None else info.start + last)
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:
         """The tensor's bytes in order: uint8 arrays of at most PIECE_BYTES."""

@@ -1,10 +1,12 @@
-"""This machine: room on its disks, and its cores."""
+"""This machine: room on its disks, its cores and its memory."""
 
 import os
 import shutil
 from pathlib import Path
 
 from gptoss_nf4.errors import UserError
+
+CGROUP = Path("/sys/fs/cgroup")  # in a container its own group lies here (cgroup v2)
 
 
 def require_disk(needed: int, directory: Path, purpose: str) -> None:
@@ -24,3 +26,22 @@ def require_disk(needed: int, directory: Path, purpose: str) -> None:
 def cores() -> int:
     """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def available_memory() -> int:
+    """Bytes of memory that can still be taken without swapping. A container's own limit counts too."""
+    import psutil
+
+    return min([psutil.virtual_memory().available, *_left_in_container()])
+
+
+def _left_in_container() -> list[int]:
+    """[what this process's control group may still take], by cgroup v2's files, or [] where it has no limit."""
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        used = int((CGROUP / "memory.current").read_text())
+        fields = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    # The page cache is given back when memory is asked for.
+    return [] if limit == "max" else [int(limit) - used + int(fields["inactive_file"]) + int(fields["active_file"])]

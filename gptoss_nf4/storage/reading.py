@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gptoss_nf4.errors import UserError
+from gptoss_nf4.errors import COPY_AGAIN, UserError
 
 # The files beside the weights are read whole, so their size is bounded. gpt-oss's tokenizer.json has 28 MB.
 MAX_SIDE_FILE_BYTES = 128 << 20
@@ -28,15 +28,16 @@ def reading(path: Path) -> Iterator[None]:
         ) from None
 
 
-def require_plain_files(directory: Path) -> None:
+def require_plain_files(directory: Path, *below: str) -> None:
     """Refuse a directory that holds a link out of it, a device, a pipe, or a side file too large to be one. UserError.
 
-    Links to one place outside are allowed: the hub's cache links from models--x/snapshots/commit/ to models--x/blobs/.
+    `below` names directories in it whose files are read too. Links to one place outside are allowed: the hub's cache links
+    from models--x/snapshots/commit/ to models--x/blobs/.
     """
     root = directory.resolve()
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     with reading(directory):
-        for path in sorted(directory.iterdir()):
+        for path in sorted(directory.iterdir()) + [path for name in below for path in sorted((directory / name).glob("*"))]:
             target = path.resolve()
             if not any(target.is_relative_to(place) for place in allowed):
                 raise UserError(
@@ -78,7 +79,7 @@ def read_text(path: Path) -> str:
     try:
         return read_bytes(path).decode()
     except UnicodeDecodeError as error:
-        raise UserError("not text", where=path, got=error, expected="UTF-8", next_step="fetch the model again") from None
+        raise UserError("not text", where=path, got=error, expected="UTF-8", next_step=COPY_AGAIN) from None
 
 
 def read_json_object(path: Path) -> dict:
@@ -89,20 +90,18 @@ def read_json_object(path: Path) -> dict:
             where=path.parent,
             got=f"no {path.name}",
             expected="this file in the checkpoint",
-            next_step="fetch the model again",
+            next_step=COPY_AGAIN,
         )
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            "not JSON", where=path, got=error, expected="a JSON object", next_step="fetch the model again"
-        ) from None
+        raise UserError("not JSON", where=path, got=error, expected="a JSON object", next_step=COPY_AGAIN) from None
     if not isinstance(value, dict):
         raise UserError(
             "not a JSON object",
             where=path,
             got=type(value).__name__,
             expected="a JSON object",
-            next_step="fetch the model again",
+            next_step=COPY_AGAIN,
         )
     return value

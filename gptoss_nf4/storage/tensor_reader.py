@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptoss_nf4.errors import UserError
+from gptoss_nf4.errors import COPY_AGAIN, UserError
 from gptoss_nf4.format.dtypes import FLOATING, ITEM_BYTES, NUMPY_DTYPES
 from gptoss_nf4.storage.reading import reading
 
@@ -50,7 +50,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """
 
     def damaged(got: str, expected: str) -> UserError:
-        return UserError("damaged shard", where=file, got=got, expected=expected, next_step="fetch the file again")
+        return UserError("damaged shard", where=file, got=got, expected=expected, next_step=COPY_AGAIN)
 
     with reading(file), file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -72,6 +72,15 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        stored = entry.get("dtype") if isinstance(entry, dict) else None
+        if isinstance(stored, str) and stored not in ITEM_BYTES:
+            raise UserError(
+                "unknown dtype",
+                where=file,
+                got=f"tensor {name} in {stored[:40]!r}",
+                expected=f"one of {', '.join(ITEM_BYTES)}",
+                next_step="save the model in 4 bit or in 16 bit, or copy the file again",
+            )
         try:
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):  # 8.0 and true are neither
@@ -123,7 +132,7 @@ def read_range(file: Path, start: int, end: int) -> np.ndarray:
                     where=file,
                     got=f"the end of the file at byte {end - len(view)}",
                     expected=f"at least {end} bytes",
-                    next_step="fetch the file again",
+                    next_step=COPY_AGAIN,
                 )
             view = view[count:]
     return data

@@ -2,7 +2,7 @@
 
 import torch
 
-from gptoss_nf4.format.dimensions import SWIGLU_ALPHA, SWIGLU_LIMIT
+from gptoss_nf4.format.config_fields import SWIGLU_ALPHA, SWIGLU_LIMIT
 
 
 def clamped_swiglu(gate_up: torch.Tensor) -> torch.Tensor:

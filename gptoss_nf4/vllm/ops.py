@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_
 
 from gptoss_nf4.vllm.kernels import launch
 from gptoss_nf4.vllm.kernels.arguments import Packed, Routing
-from gptoss_nf4.vllm.kernels.lora import Factors, expand
+from gptoss_nf4.vllm.kernels.lora import Factors
 from gptoss_nf4.vllm.kernels.plan import gpu_of, plan_experts
 from gptoss_nf4.vllm.kernels.sort import fits as sorts
 from gptoss_nf4.vllm.kernels.sort import sort_slots
@@ -88,7 +88,7 @@ def add_adapters(
 ) -> None:
     """Add to `out` [rows, out], the result of a dense linear layer, what the adapters add for x [rows, in]."""
     if needed(no_lora):
-        expand(out, x.contiguous(), Factors(lora_a, lora_b, adapters, ends=tuple(lora_ends)))
+        launch.add_adapters(out, x, Factors(lora_a, lora_b, adapters, ends=tuple(lora_ends)))
 
 
 def needed(no_lora: torch.Tensor | None) -> bool:

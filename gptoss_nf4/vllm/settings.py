@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.quant_state import BLOCKSIZES, QUANT_TYPES
 from gptoss_nf4.format.residual import scale_of
-from gptoss_nf4.format.result import FORMAT_VERSION
+from gptoss_nf4.format.result import FORMAT_VERSION, dense_modules
 from gptoss_nf4.format.rows import W13_ORDERS
 
 WHERE = "config.json"
@@ -20,7 +20,6 @@ class Settings:
     blocksize: int
     w13_order: str
     residual_scale: float = 1.0
-    # Full names of the modules that are dense, such as "model.layers.0.self_attn.o_proj".
     dense_modules: frozenset[str] = field(default_factory=frozenset)
 
     @classmethod
@@ -46,5 +45,5 @@ class Settings:
             blocksize=config["blocksize"],
             w13_order=config["w13_order"],
             residual_scale=scale_of(config, WHERE),
-            dense_modules=frozenset(config.get("modules_to_not_convert", [])),
+            dense_modules=dense_modules(config, WHERE),
         )

@@ -6,10 +6,13 @@ No function here waits for the GPU or looks at a tensor's values, so all may be 
 import torch
 import triton
 
-from gptoss_nf4.vllm.kernels import dense, lora
+from gptoss_nf4.vllm.kernels import dense
 from gptoss_nf4.vllm.kernels.arguments import Packed, Routing, kernel_weight
 from gptoss_nf4.vllm.kernels.combine import sum_slots
+from gptoss_nf4.vllm.kernels.expand import expand
+from gptoss_nf4.vllm.kernels.lora import Factors, Lora, launch_options
 from gptoss_nf4.vllm.kernels.plan import Large, Plan, Small, gpu_of, plan_linear
+from gptoss_nf4.vllm.kernels.shrink import shrink
 from gptoss_nf4.vllm.kernels.tiles import ROWS, operand_order
 
 
@@ -18,7 +21,7 @@ def linear(
     weight: Packed,
     out_features: int,
     plan: Small | None = None,
-    factors: lora.Factors | None = None,
+    factors: Factors | None = None,
 ) -> torch.Tensor:
     """A linear layer.
 
@@ -38,18 +41,26 @@ def linear(
         bias = None if weight.bias is None else weight.bias[0, :out_features]
         out = torch.nn.functional.linear(x, dequantize(weight, out_features, x.dtype), bias)
         if factors is not None:
-            lora.expand(out, x.contiguous(), factors)
+            add_adapters(out, x, factors)
         return out
     x = x.contiguous()
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
-    argument = kernel_weight(weight, x.dtype)
-    added = None if factors is None else lora.shrink(x, factors, rows, 1)
+    argument, gpu = kernel_weight(weight, x.dtype), gpu_of(x.device)
+    # With more rows the product takes the memory from `shrink`, and waits for it the longer (NOTES.md).
+    early = gpu.starts_early and plan.rows == 8
+    added = None if factors is None else shrink(x, factors, rows, 1, early=early)
+    options = plan.options(gpu) | launch_options(added)
     plan.kernels.linear[argument.R, triton.cdiv(rows, plan.rows)](
-        x, argument, added, out, count=rows, K=inputs, N=out_features, **plan.options(gpu_of(x.device))
+        x, argument, added, out, count=rows, K=inputs, N=out_features, **options
     )
     return out
+
+
+def add_adapters(out: torch.Tensor, x: torch.Tensor, factors: Factors) -> None:
+    """Add to `out` [rows, out], the contiguous result of a dense linear layer, what adapters add for x [rows, in]."""
+    expand(out, x.contiguous(), factors, early=gpu_of(x.device).starts_early)
 
 
 def dequantize(weight: Packed, out_features: int, dtype: torch.dtype) -> torch.Tensor:
@@ -72,8 +83,8 @@ def experts(
     w2: Packed,
     plan: Plan,
     out: torch.Tensor | None = None,
-    w13_factors: lora.Factors | None = None,
-    w2_factors: lora.Factors | None = None,
+    w13_factors: Factors | None = None,
+    w2_factors: Factors | None = None,
 ) -> torch.Tensor:
     """The weighted sum of each token's experts.
 
@@ -109,7 +120,7 @@ def swiglu_experts(
     w13: Packed,
     intermediate: int,
     plan: Plan,
-    factors: lora.Factors | None = None,
+    factors: Factors | None = None,
 ) -> torch.Tensor:
     """x [tokens, hidden] -> [tokens * top_k, intermediate]; rows of other ranks' experts are not written.
 
@@ -118,17 +129,18 @@ def swiglu_experts(
     slots = x.shape[0] * top_k
     out = torch.empty(slots, intermediate, dtype=x.dtype, device=x.device)
     weight = kernel_weight(w13, x.dtype)
+    added = _shrink(x, factors, slots, top_k, routing, plan)
     plan.kernels.swiglu_experts[triton.cdiv(weight.R, plan.kernels.SWIGLU_TILES), routing.experts.shape[0]](
         x,
         weight,
-        _shrink(x, factors, slots, top_k, routing, plan),
+        added,
         out,
         routing=routing,
         count=slots,
         top_k=top_k,
         K=x.shape[1],
         N=intermediate,
-        **plan.options(gpu_of(x.device)),
+        **plan.options(gpu_of(x.device)) | launch_options(added),
     )
     return out
 
@@ -141,7 +153,7 @@ def down_experts(
     hidden: int,
     plan: Plan,
     dtype: torch.dtype,
-    factors: lora.Factors | None = None,
+    factors: Factors | None = None,
 ) -> torch.Tensor:
     """x [slots, intermediate] -> [slots, hidden] in `dtype`, times topk_weights; zeros for other ranks' experts.
 
@@ -150,27 +162,26 @@ def down_experts(
     slots, intermediate = x.shape
     out = torch.empty(slots, hidden, dtype=dtype, device=x.device)
     weight = kernel_weight(w2, x.dtype)
+    added = _shrink(x, factors, slots, topk_weights.shape[1], routing, plan)
     plan.kernels.down_experts[triton.cdiv(weight.R, plan.kernels.DOWN_TILES), routing.experts.shape[0]](
         x,
         weight,
-        _shrink(x, factors, slots, topk_weights.shape[1], routing, plan),
+        added,
         out,
         routing=routing,
         slot_weights=topk_weights,
         count=slots,
         K=intermediate,
         N=hidden,
-        **plan.options(gpu_of(x.device)),
+        **plan.options(gpu_of(x.device)) | launch_options(added),
     )
     return out
 
 
-def _shrink(
-    x: torch.Tensor, factors: lora.Factors | None, slots: int, top_k: int, routing: Routing, plan: Plan
-) -> lora.Lora | None:
-    """`lora.shrink` for the product of `plan`, which reads the same x."""
+def _shrink(x: torch.Tensor, factors: Factors | None, slots: int, top_k: int, routing: Routing, plan: Plan) -> Lora | None:
+    """`shrink` for the product of `plan`, which reads the same x."""
     if factors is None:
         return None
     if isinstance(plan, Small):
-        return lora.shrink(x, factors, slots, top_k)
-    return lora.shrink(x, factors, slots, top_k, block=plan.rows, routing=routing, operand_order=True)
+        return shrink(x, factors, slots, top_k, early=gpu_of(x.device).starts_early)
+    return shrink(x, factors, slots, top_k, block=plan.rows, routing=routing, operand_order=True)

@@ -22,6 +22,8 @@ class Gpu:
     """Hopper's matrix instructions; Triton compiles the same products to mma.sync elsewhere."""
     shared_bytes: int
     """Shared memory of a multiprocessor."""
+    starts_early: bool
+    """A kernel can be started before the one in front of it has ended, see `lora`."""
 
     @property
     def holds_tables(self) -> bool:
@@ -68,11 +70,15 @@ Plan = Small | Large
 
 @cache
 def gpu_of(device: torch.device) -> Gpu:
-    """Of a CUDA device; without one, and in Triton's interpreter, a GPU with neither wgmma nor room for tables."""
+    """Of a CUDA device; without one, and in Triton's interpreter, a GPU that can do none of it."""
     if device.type != "cuda" or triton.knobs.runtime.interpret:
-        return Gpu(wgmma=False, shared_bytes=0)
+        return Gpu(wgmma=False, shared_bytes=0, starts_early=False)
     properties = torch.cuda.get_device_properties(device)
-    return Gpu(wgmma=properties.major == 9, shared_bytes=properties.shared_memory_per_multiprocessor)
+    return Gpu(
+        wgmma=properties.major == 9,
+        shared_bytes=properties.shared_memory_per_multiprocessor,
+        starts_early=properties.major >= 9,
+    )
 
 
 def plan_linear(rows: int) -> Small | None:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from gptoss_nf4.vllm.kernels.decode import decode, fill_shared, halves, load_table, lookup
-from gptoss_nf4.vllm.kernels.lora import delta, slice_of
+from gptoss_nf4.vllm.kernels.lora import adapters_of, delta, slice_of, some_of_b, wait_for_t
 from gptoss_nf4.vllm.kernels.swiglu import clamped_swiglu
 
 # Row tiles of a program: a gate and an up tile, or two neighbours.
@@ -83,6 +83,7 @@ def swiglu_experts(
         return
     expert = tl.load(routing.experts + block).to(tl.int64)
     if expert < 0:
+        wait_for_t(lora)
         return
     slot_m = _slots(routing, block, count, BM)
     rows = Rows(x, slot_m, top_k, K)
@@ -121,6 +122,7 @@ def down_experts(
     expert = tl.load(routing.experts + block).to(tl.int64)
     slot_m = _slots(routing, block, count, BM)
     if expert < 0:
+        wait_for_t(lora)
         zeros_nm = tl.zeros([16, BM], tl.float32)
         _store(out, zeros_nm, slot_m, tile, N)
         _store(out, zeros_nm, slot_m, tile + 1, N)
@@ -167,12 +169,8 @@ def _products(
     tiles = Tiles(codes, codes + to_next * weight.C * (32 * weight.S), absmax, absmax + to_next * weight.B * 8)
     warp = tl.arange(0, WARPS)
     ahead = _load(rows, tiles, weight, warp)
-    if lora is not None:  # here, so that its loads are on their way together with the first of the weight's
-        slice = slice_of(lora, first_row)
-        row_n = first_row + tl.arange(0, 16) * (2 if GATE_AND_UP else 1)
-        first_delta_nm = delta(lora, expert, row_n, slice, rows.slot_m)
-        if TWO:
-            second_delta_nm = delta(lora, expert, row_n + (1 if GATE_AND_UP else 16), slice, rows.slot_m)
+    if lora is not None:
+        adapter_m = adapters_of(lora, rows.slot_m)
     decoder = fill_shared(weight.table) if SHARED_TABLE else load_table(weight.table)
     first_wnm = tl.zeros([WARPS, 16, BM], tl.float32)
     second_wnm = tl.zeros([WARPS, 16, BM], tl.float32)
@@ -183,6 +181,12 @@ def _products(
         first_wnm += _product(words1_wls, absmax1_wg, x_wkm, decoder, SHARED_TABLE)
         if TWO:
             second_wnm += _product(words2_wls, absmax2_wg, x_wkm, decoder, SHARED_TABLE)
+    if lora is not None:  # lora_B comes while the warps' sums are added up
+        first_row_n = first_row + tl.arange(0, 16) * (2 if GATE_AND_UP else 1)
+        second_row_n = first_row_n + (1 if GATE_AND_UP else 16)
+        first_b_nmj = some_of_b(lora, expert, first_row_n, adapter_m, 0)
+        if TWO:
+            second_b_nmj = some_of_b(lora, expert, second_row_n, adapter_m, 0)
     first_nm = tl.sum(first_wnm, axis=0) * weight.unscale
     second_nm = tl.sum(second_wnm, axis=0) * weight.unscale
     if weight.bias is not None:
@@ -191,9 +195,12 @@ def _products(
         if TWO:
             second_nm += tl.load(bias + to_next * 16).to(tl.float32)[:, None]
     if lora is not None:
-        first_nm += first_delta_nm
+        wait_for_t(lora)
+        slice = slice_of(lora, first_row)
+        first_delta_nm = delta(lora, expert, first_row_n, slice, rows.slot_m, adapter_m, first_b_nmj)
         if TWO:
-            second_nm += second_delta_nm
+            second_nm += delta(lora, expert, second_row_n, slice, rows.slot_m, adapter_m, second_b_nmj)
+        first_nm += first_delta_nm
     return first_nm, second_nm
 
 

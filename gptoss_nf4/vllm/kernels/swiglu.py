@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from gptoss_nf4.format.dimensions import SWIGLU_ALPHA, SWIGLU_LIMIT
+from gptoss_nf4.format.config_fields import SWIGLU_ALPHA, SWIGLU_LIMIT
 
 ALPHA = tl.constexpr(SWIGLU_ALPHA)
 LIMIT = tl.constexpr(SWIGLU_LIMIT)

@@ -10,8 +10,8 @@ lora_B. On the CPU it also applies them to the linear layers. What it lacks is a
 4. `experts.py` computes the experts with the factors of each token's adapter.
 5. On a GPU, `linear.py` puts our kernels in the place of vLLM's in the linear layers.
 
-For an adapter, vLLM starts eleven kernels a layer in each step, and we six. A @ x takes one kernel for each of the four
-products, and B @ (A @ x) is added within the product's own (`kernels.lora`). The router, a dense layer, takes two.
+For an adapter, vLLM starts eleven kernels a layer in each step, and we five. A @ x takes one kernel for each of the four
+products, and B @ (A @ x) is added within the product's own (`kernels.lora`). The router, a dense layer, takes one.
 
 May import `gptoss_nf4.adapters` and what lies below; imported by `vllm/model.py` and `vllm/moe.py`.
 """

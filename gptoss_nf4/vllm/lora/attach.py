@@ -11,6 +11,7 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.format.result import MERGED_ADAPTER
 from gptoss_nf4.vllm.lora.linear import use_kernels
 from gptoss_nf4.vllm.lora.loading import AdapterLoader
 
@@ -23,7 +24,8 @@ def attach(manager: LoRAModelManager, vllm_config: VllmConfig, residual_scale: f
     _require_supported(vllm_config)
     config = vllm_config.model_config.hf_config.to_dict()
     dimensions = Dimensions.from_config(config, vllm_config.model_config.model)
-    _worker_manager()._lora_model_cls = AdapterLoader(manager, dimensions, residual_scale)
+    merged = (config.get("quantization_config") or {}).get(MERGED_ADAPTER)
+    _worker_manager()._lora_model_cls = AdapterLoader(manager, dimensions, residual_scale, merged)
     # CUDA graphs are padded, and the kernels read vLLM's buffer beyond the tokens that it sets.
     for punica_wrapper in manager.punica_wrapper_mapping.values():
         punica_wrapper._token_lora_indices.fill_(-1)

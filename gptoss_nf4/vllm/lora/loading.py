@@ -1,5 +1,6 @@
 """Loading an adapter for vLLM: from the files that Unsloth or PEFT wrote to the factors that vLLM's stacks hold."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,13 +23,17 @@ class AdapterLoader:
     """Stands where vLLM has its `LoRAModel` class, of which it asks `from_local_checkpoint` alone.
 
     vLLM's own loader refuses Unsloth's keys, casts before anything can be scaled, and accepts in silence what nothing
-    applies. This one reads the files itself, and refuses in one line what does not fit the base.
+    applies. This one reads the files itself, and refuses in one line what does not fit the base. `merged` is what
+    config.json says of an adapter that is merged into the base, None where none is.
     """
 
-    def __init__(self, manager: LoRAModelManager, dimensions: Dimensions, residual_scale: float):
+    def __init__(
+        self, manager: LoRAModelManager, dimensions: Dimensions, residual_scale: float, merged: Mapping | None = None
+    ):
         self.manager = manager
         self.dimensions = dimensions
         self.residual_scale = residual_scale
+        self.merged = merged
 
     def from_local_checkpoint(
         self,
@@ -42,6 +47,7 @@ class AdapterLoader:
     ) -> LoRAModel:
         """The adapter in `lora_dir` with factors in `dtype`; of experts, those of this rank."""
         adapter = Adapter(Path(lora_dir))
+        self._require_unmerged(adapter)
         loras: dict[str, LoRALayerWeights] = {}
         rank = 0
         for layer, deltas in adapter.layers(self.dimensions):
@@ -79,6 +85,16 @@ class AdapterLoader:
             lora_a.append(a[here].to(dtype))
             lora_b.append(b[here].to(dtype))
         return _weights(module, lora_a, lora_b)
+
+    def _require_unmerged(self, adapter: Adapter) -> None:
+        if self.merged is not None and adapter.sha256() == self.merged["sha256"]:
+            raise UserError(
+                "adapter is merged already",
+                where=adapter.directory,
+                got=f"the adapter {self.merged['name']}, which is in the weights of this checkpoint",
+                expected="another adapter: this one would be applied twice",
+                next_step="ask for the model without it, or serve the unmerged checkpoint with it",
+            )
 
     def _require_rank(self, delta: Delta, lora_dir: str) -> None:
         allowed = self.manager.lora_config.max_lora_rank

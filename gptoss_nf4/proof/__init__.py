@@ -1,0 +1,15 @@
+"""The proof that a converted checkpoint is its source: it shares nothing with the conversion.
+
+It opens two directories. Names, order of rows, roundings and config.json are written down here once more, from the
+published layouts, so that a mistake in the tables of the conversion cannot hide in the proof. 4-bit weights are compared as
+bitsandbytes dequantizes them.
+
+- `prove.py`: the proof in one function, and its result.
+- `names.py`: which tensors of a source make which tensor of the result.
+- `config.py`: what the result's config.json must say.
+- `stored.py`: the values of a stored tensor, a few rows at a time.
+- `compare.py`: comparing values: pure functions.
+- `progress.py`: how far it is, in bytes.
+
+May import `storage`, which brings bytes, and `errors`. Imported by `flow` and stage prove.
+"""

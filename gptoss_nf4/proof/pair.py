@@ -1,0 +1,116 @@
+"""One tensor of the result against those of the source that make it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.proof.compare import INTERLEAVED, Difference, difference, places
+from gptoss_nf4.proof.config import EXACT, Asked
+from gptoss_nf4.proof.names import Pair
+from gptoss_nf4.proof.stored import DTYPES, Dense, FourBit, Matrix, Tensors, Values
+
+NEXT_STEP = "run `dvc repro -f prove`, which converts again; if it stays, report it"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A matrix or vector of the source's that is not what tensor `target` of the result has in its place."""
+
+    target: str
+    got: str
+
+
+def pair_bytes(pair: Pair, before: Tensors, after: Tensors) -> int:
+    """Bytes that comparing `pair` reads, on both sides."""
+    return after.bytes(pair.target) + sum(before.bytes(name) for name in pair.sources)
+
+
+def compare_pair(
+    pair: Pair, before: Tensors, after: Tensors, asked: Asked, advance: Callable[[int], None]
+) -> tuple[Difference, list[Fault]]:
+    """Compare a few rows at a time. Returns the sum, and a fault for each of the source's matrices that has one.
+
+    Weights that a merged adapter changed are passed over.
+    `advance` is told how many bytes were done. UserError for another shape or storage than the plugin reads.
+    """
+    matrices = [matrix for name in pair.sources for matrix in before.matrices(name, pair.fused)]
+    values = _result_values(pair, before, after, asked)
+    _require_shape(pair, matrices, values)
+    order = asked.w13_order if pair.entry.gate_and_up else INTERLEAVED
+    whole = Matrix(pair.target, values, 0, (sum(matrix.rows for matrix in matrices), matrices[0].columns))
+    size, done, place = pair_bytes(pair, before, after), 0, 0
+    total, faults = Difference(), []
+    for number, matrix in enumerate(matrices):
+        if pair.entry.kind.endswith("_weight") and (pair.target, number) in asked.changed:
+            place += matrix.rows
+            continue
+        found, again = Difference(), _quantized_again(matrix, values, asked)
+        for start in range(0, matrix.rows, matrix.rows_at_a_time):
+            rows = matrix.read(start, min(start + matrix.rows_at_a_time, matrix.rows))
+            for which, lies_at in places(order, matrix.rows, start):
+                expected = rows[which]
+                found += difference(expected, whole.read(place + lies_at, place + lies_at + len(expected)))
+            reached = size * (place + start + len(rows)) // whole.rows
+            advance(reached - done)
+            done = reached
+        place += matrix.rows
+        total += found
+        if again and found.unrelated_rows:
+            got = f"{found.unrelated_rows} of {matrix.rows} rows that have nothing in common with {matrix.name}"
+            faults.append(Fault(pair.target, got))
+        if not again and found.different:
+            faults.append(
+                Fault(pair.target, f"{found.different} of {found.compared} values that differ from {matrix.name}")
+            )
+    advance(size - done)  # what was passed over at the end
+    return total, faults
+
+
+def _quantized_again(matrix: Matrix, values: Values, asked: Asked) -> bool:
+    """Whether the conversion changed the codes of `matrix`. A merge moves those of its own format, as mode exact does."""
+    if not isinstance(values, FourBit) or asked.mode == EXACT:
+        return False
+    before = matrix.values
+    movable = isinstance(before, FourBit) and before.blocks == values.blocks and not matrix.transposed
+    return asked.merged_adapter is None or not movable
+
+
+def _result_values(pair: Pair, before: Tensors, after: Tensors, asked: Asked) -> Values:
+    """The values of the pair's target. UserError where the plugin would not read them as they are stored."""
+    name, dtype = pair.target, getattr(torch, asked.dtype)
+    four_bit = pair.entry.four_bit
+    if four_bit is None:
+        four_bit = all(before.four_bit(source) for source in pair.sources)
+    _require(name, "4-bit" if after.four_bit(name) else "dense", "4-bit" if four_bit else "dense")
+    if not four_bit:
+        values = Dense(after.stored[name])
+        _require(name, values.dtype, dtype)
+        return values
+    # The plugin reads config.json and not the state, and absmax as it lies: float32, without double quantization.
+    section, state = after.checkpoint.config["quantization_config"], after.state(name)
+    _require(name, (state.quant_type, state.blocksize), (section["quant_type"], section["blocksize"]))
+    _require(name, state.dtype, dtype)
+    *rows, columns = state.shape
+    for stored, expected in (
+        (after.stored[name], (torch.uint8, (*rows, columns // 2))),
+        (after.stored[f"{name}.absmax"], (torch.float32, (*rows, columns // state.blocksize))),
+    ):
+        _require(stored.name, (DTYPES.get(stored.dtype, torch.uint8), stored.shape), expected)
+    return FourBit(after.stored[name], state)
+
+
+def _require_shape(pair: Pair, matrices: list[Matrix], values: Values) -> None:
+    """Experts are stacked along a new first dimension, and other matrices joined along their rows. UserError otherwise."""
+    rows, *rest = matrices[0].shape
+    stacked = ".experts." in pair.target
+    for matrix in matrices:
+        _require(matrix.name, matrix.shape, (rows if stacked else matrix.rows, *rest))
+    joined = (len(matrices), rows) if stacked else (sum(matrix.rows for matrix in matrices),)
+    _require(pair.target, values.shape, (*joined, *rest))
+
+
+def _require(where: str, got: object, expected: object) -> None:
+    if got != expected:
+        raise UserError("not as the plugin reads it", where=where, got=got, expected=expected, next_step=NEXT_STEP)

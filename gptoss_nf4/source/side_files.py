@@ -1,0 +1,106 @@
+"""The files beside the weights: tokenizer, chat templates and generation config, as transformers would load them.
+
+The result gets the same files, so what the source loads, the result loads. They are always the same number, since dvc.yaml
+names them: where the source has none, an empty object, which transformers takes for no file. All chat templates go into
+tokenizer_config.json, where transformers reads them too. From transformers 5.19, `tokenization_utils_base.py`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.storage.reading import read_bytes, read_json_object, read_text
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Read by transformers unless tokenizer_config.json has added_tokens_decoder. The first wins over tokenizer_config.json.
+SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
+GENERATION_CONFIG = "generation_config.json"
+TEMPLATE = "chat_template.jinja"
+PROCESSOR_TEMPLATE = "chat_template.json"
+TEMPLATE_DIRECTORY = "additional_chat_templates"
+_OBJECTS = ("config.json", TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, GENERATION_CONFIG)
+# Keys that are not taken over: the result runs no code of the source's.
+CODE = ("auto_map", "custom_pipelines")
+
+
+def side_files(directory: Path) -> list[Path]:
+    """Those that are there, config.json among them."""
+    files = [*(directory / name for name in _OBJECTS), directory / TEMPLATE]
+    return [*(file for file in files if file.is_file()), *_named_templates(directory)]
+
+
+def require_side_files(directory: Path) -> None:
+    """Check that there is a tokenizer and that every side file can be read. UserError for the first fault."""
+    if not (directory / TOKENIZER).is_file():
+        raise UserError(
+            "missing file",
+            where=directory,
+            got=f"no {TOKENIZER}",
+            expected="the tokenizer beside the weights",
+            next_step="save it there with tokenizer.save_pretrained, or copy the base model's tokenizer files",
+        )
+    for file in side_files(directory):
+        _ = read_json_object(file) if file.suffix == ".json" else read_text(file)
+
+
+def unread(directory: Path) -> list[str]:
+    """What is there and does not count, a line each."""
+    if not (directory / PROCESSOR_TEMPLATE).exists():
+        return []
+    return [f"{PROCESSOR_TEMPLATE} is not carried: transformers reads it with a processor, not with this tokenizer"]
+
+
+def tokenizer_files(directory: Path) -> dict[str, bytes | dict]:
+    """The result's tokenizer files by name: bytes, or an object to be written as JSON."""
+    config = _without_code(_object(directory, TOKENIZER_CONFIG))
+    template = _templates(directory) or config.pop("chat_template", None)
+    config = {key: _as_token(value) if key.endswith("_token") else _as_tokens(value) for key, value in config.items()}
+    return {
+        TOKENIZER: read_bytes(directory / TOKENIZER),
+        TOKENIZER_CONFIG: config | ({"chat_template": template} if template is not None else {}),
+        SPECIAL_TOKENS: {key: _as_tokens(value) for key, value in _object(directory, SPECIAL_TOKENS).items()},
+        ADDED_TOKENS: _object(directory, ADDED_TOKENS),
+    }
+
+
+def generation_config(directory: Path) -> dict:
+    """generation_config.json. Where there is none, the special token ids of config.json, as transformers takes them."""
+    if (directory / GENERATION_CONFIG).exists():
+        return _without_code(_object(directory, GENERATION_CONFIG))
+    config = _object(directory, "config.json")
+    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+
+
+def _object(directory: Path, name: str) -> dict:
+    file = directory / name
+    return read_json_object(file) if file.is_file() else {}
+
+
+def _without_code(fields: dict) -> dict:
+    return {key: value for key, value in fields.items() if key not in CODE}
+
+
+def _named_templates(directory: Path) -> list[Path]:
+    return sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja"))
+
+
+def _templates(directory: Path) -> str | list[dict[str, str]] | None:
+    """The chat templates that are files: they win over those in tokenizer_config.json, all of them. None without files.
+
+    One alone that is the default is a string; else each has its name.
+    """
+    files = {"default": directory / TEMPLATE} if (directory / TEMPLATE).is_file() else {}
+    files |= {file.name.removesuffix(".jinja"): file for file in _named_templates(directory)}
+    if list(files) == ["default"]:
+        return read_text(files["default"])
+    return [{"name": name, "template": read_text(file)} for name, file in files.items()] or None
+
+
+def _as_token(value: Any) -> Any:
+    """A token that is written as an object, marked as transformers 5 asks for: without the mark it ends in a TypeError."""
+    return value | {"__type": "AddedToken"} if isinstance(value, dict) and "content" in value else value
+
+
+def _as_tokens(value: Any) -> Any:
+    return [_as_token(each) for each in value] if isinstance(value, list) else value

@@ -1,0 +1,180 @@
+"""The proof: what it finds, in results that were changed and in conversions whose tables were."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import edit_shard, local, make_dense
+from project_imports import ROOT, direct_imports
+from proof_cases import ASKED, all_tensors, config_changed, proved, require_found, rewritten
+from proof_mutations import OF_TENSORS, last_bit
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from gptoss_nf4.convert.plan import RequantOptions
+from gptoss_nf4.flow import convert
+from gptoss_nf4.proof.compare import difference, places
+from gptoss_nf4.proof.config import Asked
+from gptoss_nf4.proof.progress import Progress
+from gptoss_nf4.proof.prove import prove
+
+ALLOWED = ("errors", "proof", "storage.checkpoint", "storage.machine", "storage.reading", "storage.tensor_reader")
+
+
+# What it lets pass
+
+
+@pytest.mark.parametrize("source", ["tiny", "massive"])
+@pytest.mark.parametrize("mode", ["exact", "nf4"])
+@pytest.mark.parametrize("order", ["interleaved", "concatenated"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_every_conversion_passes_and_every_tensor_is_counted(request, source, mode, order, dtype, tmp_path):
+    source = request.getfixturevalue(source)
+    model, artifacts = local(source, tmp_path)
+    options = RequantOptions(mode=mode, w13_order=order, blocksize=64 if mode == "exact" else 32)
+    report = convert(model, artifacts, options, dtype)
+    names: dict[Path, dict[str, int]] = {}
+    for directory in (source, artifacts.checkpoint):
+        found = names[directory] = {}
+        for file in directory.glob("*.safetensors"):
+            with safe_open(file, "pt") as opened:
+                found |= {name: torch.Size(opened.get_slice(name).get_shape()).numel() for name in opened.keys()}  # noqa: SIM118
+    before, after = names.values()
+    assert (report["source_tensors"], report["result_tensors"]) == (len(before), len(after))
+    sidecars = ("absmax", "quant_map", "bitsandbytes__nf4")
+    values = {name: size for name, size in after.items() if not name.endswith(sidecars)}
+    assert report["compared"] == sum(2 * size if f"{name}.absmax" in after else size for name, size in values.items())
+    assert sum(kind["compared"] for kind in report["by_kind"]) == report["compared"]
+    ends = ("weight", "bias", "sinks")
+    assert sum(kind["tensors"] for kind in report["by_kind"]) == sum(name.endswith(ends) for name in before)
+    quantized_again = {kind["kind"] for kind in report["by_kind"] if kind["different"]}
+    assert quantized_again == (set() if mode == "exact" else {"attention_weight", "w13_weight", "w2_weight"})
+
+
+# What it finds in a result
+
+
+@pytest.mark.parametrize("mutation", OF_TENSORS)
+def test_a_changed_result_is_found(tiny, converted, tmp_path, mutation):
+    change, named = OF_TENSORS[mutation]
+    result = rewritten(converted, tmp_path / "result", change)
+    require_found(tiny, result, named)
+
+
+def test_an_unchanged_one_passes(tiny, converted, tmp_path):
+    """So the tests above could fail."""
+    assert proved(tiny, rewritten(converted, tmp_path / "result", dict)).total.different == 0
+
+
+@pytest.mark.parametrize("mutation", [m for m in OF_TENSORS if any(w in m for w in ("exchanged", "reversed", "halves"))])
+def test_what_lies_elsewhere_is_found_in_mode_nf4_too(tiny, tmp_path, mutation, request):
+    """There weights differ anyway, but a row of another place has nothing in common with the source's."""
+    again = Asked("nf4", "interleaved", "nf4", 32, "float16", "auto")
+    origin = request.getfixturevalue("quantized_again")
+    change, named = OF_TENSORS[mutation]
+    require_found(tiny, rewritten(origin, tmp_path / "result", change), named, again)
+
+
+@pytest.fixture(scope="module")
+def quantized_again(tiny, tmp_path_factory) -> Path:
+    model, artifacts = local(tiny, tmp_path_factory.mktemp("again"))
+    convert(model, artifacts, RequantOptions(mode="nf4", blocksize=32), "float16")
+    return artifacts.checkpoint
+
+
+def test_dense_attention_is_compared_after_rounding(source_copy, tmp_path):
+    """k alone is left in 16 bit, so q, k and v are joined dense. A change of any of them, and of the list, is found."""
+    k_proj, fused = "model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.qkv_proj"
+    edit_shard(source_copy, 1, lambda t: make_dense(t, k_proj))
+    model, artifacts = local(source_copy, tmp_path / "artifacts")
+    convert(model, artifacts, RequantOptions(), "float16")
+    found = proved(source_copy, artifacts.checkpoint)
+    assert found.kinds["attention_weight"].difference.different == 0
+    changed = rewritten(artifacts.checkpoint, tmp_path / "changed", lambda t: last_bit(t, f"{fused}.weight"))
+    require_found(source_copy, changed, rf"{fused}\.weight: got 1 of")
+    unlisted = config_changed(
+        artifacts.checkpoint, tmp_path / "unlisted", lambda c: c["quantization_config"].update(modules_to_not_convert=[])
+    )
+    require_found(source_copy, unlisted, "modules_to_not_convert")
+
+
+def test_a_tensor_of_the_source_that_nothing_compares_is_found(tiny, converted, tmp_path):
+    name = "model.layers.0.self_attn.q_norm.weight"
+    source = rewritten(tiny, tmp_path / "source", lambda t: t.update({name: torch.ones(64)}))
+    require_found(source, converted, f"unknown tensor in the source: {name}")
+
+
+def test_a_tensor_that_the_source_lacks_is_found(tiny, converted, tmp_path):
+    name = "model.layers.1.mlp.experts.down_projs.3.bias"
+    require_found(
+        rewritten(tiny, tmp_path / "source", lambda t: t.pop(name)), converted, f"missing tensor in the source: {name}"
+    )
+
+
+def test_a_file_that_the_index_does_not_name_is_found(tiny, converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "result")
+    save_file({"model.layers.2.self_attn.sinks": torch.ones(4)}, tmp_path / "result/layer-2.safetensors")
+    require_found(tiny, tmp_path / "result", r"index does not name: .*layer-2\.safetensors")
+
+
+def test_a_tokenizer_that_is_no_copy_is_found(tiny, converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "result")
+    (tmp_path / "result/tokenizer.json").write_text("{}")
+    require_found(tiny, tmp_path / "result", r"file is not the source's: .*tokenizer\.json")
+
+
+# Its parts
+
+
+def test_rows_of_gate_and_up_lie_where_transformers_takes_them_from():
+    """transformers `modeling_gpt_oss.py`: gate is gate_up[..., ::2], up is gate_up[..., 1::2]."""
+    source = torch.arange(12)
+    for order, stored in (("interleaved", source), ("concatenated", torch.cat([source[::2], source[1::2]]))):
+        for first in (0, 4):
+            rows = source[first : first + 4]
+            for which, place in places(order, 12, first):
+                assert torch.equal(rows[which], stored[place : place + len(rows[which])])
+
+
+def test_differences_are_counted():
+    before = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    after = torch.tensor([[1.0, 2.0, 3.5], [-4.0, 5.0, float("nan")]])
+    found = difference(before, after)
+    assert (found.compared, found.different, found.largest_difference, found.unrelated_rows) == (6, 3, float("inf"), 1)
+    rounded = torch.tensor([[1 + 2.0**-12]])
+    assert difference(rounded, rounded.half()).different == 0
+    assert difference(rounded, rounded.half() + 2.0**-10).different == 1
+
+
+def test_progress_says_how_many_bytes_are_done(monkeypatch):
+    monkeypatch.setattr("gptoss_nf4.proof.progress.SECONDS_BETWEEN_LINES", 0)
+    lines = []
+    with Progress(4_000_000_000, lines.append) as progress:
+        progress.advance(1_000_000_000)
+        progress.advance(3_000_000_000)
+    assert [line.split(",")[0] for line in lines] == ["1.0 of 4.0 GB", "4.0 of 4.0 GB"]
+
+
+def test_progress_ends_with_all_bytes(tiny, converted, monkeypatch):
+    counts = []
+    monkeypatch.setattr(Progress, "advance", lambda self, count: counts.append(count))
+    totals = []
+    monkeypatch.setattr(Progress, "__init__", lambda self, total, say: totals.append(total))
+    monkeypatch.setattr(Progress, "__exit__", lambda *arguments: None)
+    prove(tiny, converted, ASKED)
+    data = sum(tensor.nbytes for directory in (tiny, converted) for tensor in all_tensors(directory).values())
+    assert [sum(counts)] == totals == [data]
+
+
+def test_the_proof_knows_nothing_of_the_conversion():
+    """Neither by its imports nor by what is in memory once it is imported: of `format`, only what reads headers."""
+    for file in (ROOT / "gptoss_nf4/proof").glob("*.py"):
+        ours = {name.removeprefix("gptoss_nf4.") for name in direct_imports(file) if name.startswith("gptoss_nf4.")}
+        assert all(name.startswith(ALLOWED) for name in ours), file
+    code = "import sys, gptoss_nf4.proof.prove; print(*(m for m in sys.modules if m.startswith('gptoss_nf4.')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {name.removeprefix("gptoss_nf4.") for name in done.stdout.split()}
+    assert {name for name in loaded if not name.startswith(("errors", "proof", "storage"))} == {"format", "format.dtypes"}
