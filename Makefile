@@ -7,17 +7,21 @@ LOCK := requirements/$(ENGINE).txt
 INSTALLED := $(VENV)/.installed-$(ENGINE)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
+
 .PHONY: run test quick lint lock clean
 
 run: $(INSTALLED)
 	dvc repro
 
+# The slow tests one by one: they start vLLM and whole pipelines, which take all cores and most of the memory.
 test: lint
-	pytest
+	pytest -m "not slow" $(PARALLEL)
+	pytest -m slow
 
 # The tests that start neither vLLM nor the pipeline, on several cores. (Those that do measure time and use all cores.)
 quick: $(INSTALLED)
-	pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal
+	pytest -m "not slow" $(PARALLEL)
 
 # The same four are in .pre-commit-config.yaml.
 lint: $(INSTALLED)

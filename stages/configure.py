@@ -6,7 +6,7 @@ the embedded model. Values are taken as the shell passes them.
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -14,14 +14,14 @@ from common import ROOT
 from given import adapter_as_model, adapter_entry, adapter_typed, adapters_typed, unquoted
 from hydra import compose, initialize_config_dir
 from merging import merge_input, suffix_of
-from naming import free_adapter_name, free_name, origin_of, require_free_name, require_own_adapter
+from naming import free_adapter_name, free_name, require_free_name, require_own_adapter
 from omegaconf import DictConfig, OmegaConf
 from settings import bad, check, mapping, no_setting, one_of, put, require_writable, split, value_of
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.owner import claim
 from gptoss_nf4.source.layouts import layer_count
-from gptoss_nf4.source.model import check_model_name, hub_config
+from gptoss_nf4.source.model import check_model_name, hub_config, origin_of
 from gptoss_nf4.source.refused import require_checkpoint, require_directory
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.reading import read_text
@@ -199,7 +199,7 @@ def _name(model: dict, merge: str | None) -> None:
     """
     group = _group_of(model)
     reserved = {path.stem for path in (ROOT / "conf/model").glob("*.yaml")} - {group}
-    origin = origin_of(model)
+    origin = _origin(model)
     if model["name"] is None and group in ("local", "hub"):
         model["name"] = free_name(str(model["path"] or model["repository"]), origin, reserved)
     else:
@@ -211,8 +211,14 @@ def _name(model: dict, merge: str | None) -> None:
         require_free_name(model["name"], origin, reserved)
 
 
-def _current() -> dict:
-    """What params.yaml holds. UserError where that is no set of settings."""
+def _origin(model: Mapping) -> dict:
+    return origin_of(model["kind"], model["path"], model["repository"])
+
+
+def _current() -> dict | None:
+    """What params.yaml holds; None where there is none. UserError where that is no set of settings."""
+    if not PARAMS.exists():
+        return None
     try:
         found = yaml.safe_load(read_text(PARAMS))
     except yaml.YAMLError as error:
@@ -238,7 +244,7 @@ def main() -> None:
         bare = bool(typed) and not any(argument.startswith("model=") for argument in typed)
         cfg = composed(typed, _current() if bare else None)
         write_text(PARAMS, HEADER + OmegaConf.to_yaml(cfg))
-        claim(Artifacts.of(cfg.model.name), origin_of(cfg.model))
+        claim(Artifacts.of(cfg.model.name), _origin(cfg.model))
     except UserError as error:
         sys.exit(f"error: {error}")
     line = f"params.yaml: model {cfg.model.name}, {len(cfg.model.layers)} layers, {cfg.dtype}, engine {cfg.engine.name}"

@@ -5,14 +5,9 @@ from itertools import chain, count
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.owner import owner_of, place_of, require_own, same_source
-from gptoss_nf4.source.model import Model, safe_model_name
+from gptoss_nf4.source.model import safe_model_name
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.reading import read_json_object
-
-
-def origin_of(model: Mapping) -> dict:
-    """`Model.origin` of the `model` section of the settings."""
-    return Model("unnamed", model["kind"], path=model["path"], repository=model["repository"]).origin
 
 
 def names_of_place(place: str) -> Iterator[str]:

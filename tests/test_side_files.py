@@ -34,6 +34,8 @@ def assembled(source: Path, finished: Artifacts, root: Path) -> Path:
     """Stages fetch and assemble on `source`, whose weights are those of the embedded model."""
     shutil.copytree(finished.root, root)
     model, artifacts = local(source, root)
+    artifacts.origin.unlink()  # they are this source's now
+    artifacts.manifest.unlink()
     fetch(model, artifacts)
     assemble(open_source(model, artifacts), artifacts, RequantOptions(), "float16")
     return artifacts.checkpoint

@@ -91,7 +91,7 @@ def test_a_config_that_vllm_would_serve_wrongly_is_refused(source_copy, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("tensors", "named"), [(("model.embed_tokens", "lm_head"), "vocab_size=336"), (("lm_head",), "both alike")]
+    ("tensors", "named"), [(("model.embed_tokens", "lm_head"), "set vocab_size to 336"), (("lm_head",), "resize both")]
 )
 def test_padded_embeddings_say_which_vocab_size_config_json_needs(source_copy, tmp_path, tensors, named):
     def pad(stored):

@@ -55,10 +55,15 @@ class Model:
 
     @property
     def origin(self) -> dict:
-        """What tells this source from others, as JSON has it: its kind, and the place that it comes from."""
-        if self.kind == "hub":
-            return {"kind": self.kind, "repository": self.repository}
-        return {"kind": self.kind} | ({"path": os.path.realpath(str(self.path))} if self.kind == "local" else {})
+        """What tells this source from others, as JSON has it: see `origin_of`."""
+        return origin_of(self.kind, self.path, self.repository)
+
+
+def origin_of(kind: str, path: str | None, repository: str | None) -> dict:
+    """A source's kind, and the place that it comes from: `path` for kind local, `repository` for hub."""
+    if kind == "hub":
+        return {"kind": kind, "repository": repository}
+    return {"kind": kind} | ({"path": os.path.realpath(str(path))} if kind == "local" else {})
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class Packed:
                 where=stored["quant_state"],
                 got=list(state.shape),
                 expected=f"{list(shape)} from config.json",
-                next_step="restore the config.json that belongs to these weights",
+                next_step=OTHER_CONFIG,
             )
         self._require("weight", STORAGE_DTYPES, size=state.elements // 2)
         self._require("quant_map", {"F32"}, elements=16)
