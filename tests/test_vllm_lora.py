@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from vllm_server import server
 from whole_model import log_probabilities, whole_model
 
+from gptoss_nf4.adapters.adapter import Adapter
 from gptoss_nf4.check.agreement import Agreement, Generation
 from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.flow import convert
@@ -280,6 +281,24 @@ def test_a_server_loads_and_unloads_adapters_and_refuses_what_does_not_fit(float
             assert said in answer, answer
             assert ": got " in answer, answer
         assert {name: text(name) for name in first} == first  # nothing of it disturbed the others
+
+
+@pytest.mark.slow
+def test_an_adapter_is_not_applied_to_a_checkpoint_that_it_is_merged_into(tiny, adapters, tmp_path, monkeypatch):
+    """Whatever it is called, and wherever it lies. Another adapter is served."""
+    for key, value in (SETTINGS | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}).items():
+        monkeypatch.setenv(key, value)
+    model, artifacts = local(tiny, tmp_path / "artifacts")
+    options = RequantOptions(mode="nf4", merge="mine")
+    convert(model, artifacts, options, "float32", adapter=Adapter(adapters.directories["attention"]))
+    elsewhere = shutil.copytree(adapters.directories["attention"], tmp_path / "elsewhere")
+    with server(artifacts.checkpoint, ENGINE | {"enable_lora": True}, tmp_path / "serve.log") as url:
+        status, answer = post(f"{url}/v1/load_lora_adapter", lora_name="again", lora_path=str(elsewhere))
+        assert status >= 400
+        assert "adapter is merged already" in answer
+        assert "got the adapter mine" in answer
+        other = post(f"{url}/v1/load_lora_adapter", lora_name="other", lora_path=str(adapters.directories["gate_up"]))
+        assert other[0] == 200
 
 
 def test_tokens_of_the_base_get_nothing_of_an_adapter():
