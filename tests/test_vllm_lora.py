@@ -1,5 +1,6 @@
 """vLLM with adapters on converted checkpoints, as they were saved, against PEFT on transformers: 1e-3 in float32."""
 
+import hashlib
 import json
 import os
 import re
@@ -24,9 +25,11 @@ from whole_model import log_probabilities, whole_model
 from gptoss_nf4.adapters.adapter import Adapter
 from gptoss_nf4.check.agreement import Agreement, Generation
 from gptoss_nf4.convert.plan import RequantOptions
+from gptoss_nf4.errors import UserError
 from gptoss_nf4.flow import convert
 from gptoss_nf4.samples import embedded
 from gptoss_nf4.vllm.experts import ExpertsLoRA, run_used_experts
+from gptoss_nf4.vllm.lora.loading import AdapterLoader
 
 PROMPTS = [
     "The capital of France is",
@@ -281,6 +284,17 @@ def test_a_server_loads_and_unloads_adapters_and_refuses_what_does_not_fit(float
             assert said in answer, answer
             assert ": got " in answer, answer
         assert {name: text(name) for name in first} == first  # nothing of it disturbed the others
+
+
+def test_a_merged_adapter_is_known_by_its_digest(adapters, tmp_path):
+    """So it is refused under another name and in another place."""
+    directory = adapters.directories["attention"]
+    digest = hashlib.sha256((directory / "adapter_model.safetensors").read_bytes()).hexdigest()
+    loader = AdapterLoader(None, embedded.TINY, 1.0, {"name": "mine", "sha256": digest})
+    with pytest.raises(UserError, match=r"adapter is merged already: .*got the adapter mine"):
+        loader.from_local_checkpoint(
+            str(shutil.copytree(directory, tmp_path / "x")), set(), None, lora_model_id=1, dtype=torch.float32
+        )
 
 
 @pytest.mark.slow
