@@ -100,7 +100,7 @@ def engine_of(cfg: DictConfig) -> dict:
 
     The dtype is always given: vLLM would round a float32 checkpoint to 16 bit.
     """
-    os.environ.update(OmegaConf.to_container(cfg.engine.env))
+    os.environ.update({key: "" if value is None else str(value) for key, value in cfg.engine.env.items()})
     return {"dtype": cfg.dtype} | OmegaConf.to_container(cfg.engine.args)
 
 
