@@ -344,6 +344,26 @@ def test_settings_of_another_type_written_by_hand_are_refused(here, old, new, na
     assert named in script(here, "configure", "dtype=bfloat16", ok=False)
 
 
+@pytest.mark.parametrize(
+    ("stage", "key", "value"),
+    [
+        ("fetch", "model.name", 5),
+        ("fetch", "model.layers", 3),
+        ("fetch", "requant", None),
+        ("fetch", "requant.mod", "nf4"),
+        ("adapter", "adapters", None),
+        ("adapter", "adapters.x", 5),
+        ("adapter", "adapters.x", {"path": "y"}),
+    ],
+)
+def test_a_stage_refuses_settings_of_another_type_written_by_hand(here, stage, key, value):
+    settings = written(here)
+    section, _, last = key.partition(".")
+    (settings[section] if last else settings)[last or section] = value
+    (here / "params.yaml").write_text(yaml.safe_dump(settings))
+    assert f"bad setting: {section}" in script(here, stage, *["adapter=x"] * (stage == "adapter"), ok=False)
+
+
 def test_the_engines_environment_is_text(monkeypatch):
     from common import engine_of
 
