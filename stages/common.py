@@ -26,7 +26,7 @@ sys.excepthook = _one_line_for_ctrl_c
 
 import hydra  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
-from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from omegaconf import DictConfig, ListConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 from yaml import YAMLError  # noqa: E402
 
@@ -69,6 +69,8 @@ def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
 
 def model_of(cfg: DictConfig) -> tuple[Model, Artifacts]:
     """The model of params.yaml, and where its artifacts lie."""
+    if not isinstance(cfg.model.layers, ListConfig):
+        raise _bad("model.layers", cfg.model.layers)
     fields = {key: cfg.model[key] for key in ("name", "kind", "path", "repository", "revision", "expected")}
     if cfg.model.kind == "synthetic":
         fields["dimensions"] = Dimensions(layers=len(cfg.model.layers), **cfg.model.dimensions)
@@ -78,7 +80,23 @@ def model_of(cfg: DictConfig) -> tuple[Model, Artifacts]:
 def adapters_of(cfg: DictConfig) -> list[AdapterSource]:
     """The adapters of params.yaml."""
     fields = ("path", "repository", "revision", "any_base")
+    if not isinstance(cfg.adapters, DictConfig):
+        raise _bad("adapters", cfg.adapters)
+    for name, entry in cfg.adapters.items():
+        if not isinstance(entry, DictConfig) or set(fields) - set(entry):
+            raise _bad(f"adapters.{name}", entry)
     return [AdapterSource(name, **{key: entry[key] for key in fields}) for name, entry in cfg.adapters.items()]
+
+
+def _bad(key: str, got: object) -> UserError:
+    """The error for a value that params.yaml has from another hand than configure.py's."""
+    return UserError(
+        "bad setting",
+        where=key,
+        got=got,
+        expected="what configure.py writes",
+        next_step="run `python stages/configure.py` with what you changed, such as adapters.NAME=DIRECTORY",
+    )
 
 
 def adapter_of(cfg: DictConfig) -> AdapterSource:
@@ -105,7 +123,7 @@ def engine_of(cfg: DictConfig) -> dict:
 
     The dtype is always given: vLLM would round a float32 checkpoint to 16 bit.
     """
-    os.environ.update(OmegaConf.to_container(cfg.engine.env))
+    os.environ.update({key: "" if value is None else str(value) for key, value in cfg.engine.env.items()})
     return {"dtype": cfg.dtype} | OmegaConf.to_container(cfg.engine.args)
 
 

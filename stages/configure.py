@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from merging import merge_input, suffix_of
 from naming import free_adapter_name, free_name, require_free_name, require_own_adapter
 from omegaconf import DictConfig, OmegaConf
-from settings import bad, check, mapping, no_setting, one_of, put, require_writable, split, value_of
+from settings import CHECKS, bad, check, mapping, no_setting, one_of, put, require_writable, split, value_of
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.owner import claim
@@ -39,6 +39,7 @@ ONLY_FOR = {
     "model.base": ("local",),
     "model.repository": ("hub",),
     "model.revision": ("hub", "gpt_oss_20b", "gpt_oss_120b"),
+    "model.layers": ("synthetic_20b", "synthetic_120b"),
     "model.kind": (),
     "model.defined_by": (),
 }
@@ -68,6 +69,8 @@ def composed(typed: Sequence[str], current: dict | None = None) -> DictConfig:
         else:
             put(settings, key, value_of(key, text))
     _require_place(settings["model"])
+    for key in ("model.path", "model.repository"):  # before they are looked for
+        CHECKS[key](key, settings["model"][key.partition(".")[2]])
     adapter = None
     if settings["model"]["kind"] == "local":
         directory = Path(os.path.realpath(require_directory(unquoted(settings["model"]["path"]))))
@@ -133,7 +136,7 @@ def _completed(current: dict, defaults: dict) -> dict:
     for key in sorted(map(str, current.keys() - defaults.keys())):
         raise no_setting(key, defaults)
     mapping("adapters", settings["adapters"] or {})
-    return settings | {"adapters": dict(settings["adapters"] or {})}
+    return settings | {"adapters": {str(name): entry for name, entry in (settings["adapters"] or {}).items()}}
 
 
 def _from_conf(chosen: dict[str, str]) -> dict:
@@ -239,7 +242,8 @@ def _current() -> dict | None:
 def main() -> None:
     typed = sys.argv[1:]
     if {"-h", "--help"} & set(typed):
-        sys.exit(__doc__)
+        print(__doc__)
+        return
     try:
         bare = bool(typed) and not any(argument.startswith("model=") for argument in typed)
         cfg = composed(typed, _current() if bare else None)

@@ -50,6 +50,23 @@ def adapter_entry(name: str, given: object) -> dict:
     elif isinstance(given, Mapping):
         fields = {key: value for key, value in given.items() if key != "defined_by"}
     one_place = bool(fields.get("path")) != bool(fields.get("repository"))
+    any_base = fields.get("any_base", False)
+    if not isinstance(any_base, bool):
+        raise UserError(
+            "bad setting",
+            where=f"adapters.{name}.any_base",
+            got=f"{any_base!r}",
+            expected="true or false",
+            next_step=f"pass adapters.{name}.any_base=true to accept an adapter of another base",
+        )
+    if fields.get("path") and fields.get("revision"):
+        raise UserError(
+            "bad setting",
+            where=f"adapters.{name}.revision",
+            got=f"{fields['revision']!r}",
+            expected="none, since a directory has no revisions",
+            next_step=f"name a Hub repository, or pass adapters.{name}.revision=null",
+        )
     if set(fields) - set(ADAPTER_FIELDS) or not one_place or name != safe_model_name(name):
         raise UserError(
             "bad setting",

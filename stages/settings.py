@@ -3,10 +3,10 @@
 Used by configure.py alone. The stages read what it wrote.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
 
 import yaml
 from omegaconf import OmegaConf
@@ -18,6 +18,7 @@ from gptoss_nf4.format.dtypes import DTYPES
 from gptoss_nf4.format.quant_state import BLOCKSIZES, QUANT_TYPES
 from gptoss_nf4.format.rows import W13_ORDERS
 from gptoss_nf4.source.model import check_model_name
+from gptoss_nf4.storage.repository import OWNER_AND_NAME
 
 # A check gets a setting's key and its value, and raises UserError for a bad one.
 Check = Callable[[str, object], None]
@@ -30,6 +31,8 @@ TEXTS = (
 # Keys below these are vLLM's or the system's; new ones may be added.
 OPEN = ("engine.args.", "engine.env.")
 REVISION = re.compile(r"\w[\w./-]*")
+FRACTION = re.compile(r"\d{1,9}/\d{1,9}")
+EXPONENT = re.compile(r"[\d.]+[eE][+-]?\d+")  # without a dot or a sign, YAML takes it for a text
 
 
 def bad(key: str, got: object, expected: object, next_step: str = "correct it and run the command again") -> UserError:
@@ -98,7 +101,7 @@ def revision(key: str, value: object) -> None:
 
 
 def existing_file(key: str, value: object) -> None:
-    if not isinstance(value, str) or not Path(value).is_file():
+    if not isinstance(value, str) or not os.path.isfile(value):
         raise bad(key, value, "a file", "check the path, or make the list with `sha256sum * > FILE` in the source")
 
 
@@ -106,9 +109,16 @@ def residual_scale(key: str, value: object) -> None:
     residual.resolve(value, DTYPES[0])
 
 
+def repository(key: str, value: object) -> None:
+    if not isinstance(value, str) or not OWNER_AND_NAME.fullmatch(value):
+        raise bad(key, value, "owner/name, as in the address of a repository on huggingface.co")
+
+
 count = within(1, 1e9, (int,))
 CHECKS: dict[str, Check] = {
     "model.name": lambda key, value: check_model_name(str(value), key),
+    "model.path": optional(text),
+    "model.repository": optional(repository),
     "model.revision": optional(revision),
     "model.expected": optional(existing_file),
     "model.layers": layers,
@@ -153,7 +163,9 @@ def value_of(key: str, typed: str) -> object:
     except yaml.YAMLError as error:
         raise bad(key, typed, f"a value in YAML ({first_line(error)})") from None
     try:
-        return float(Fraction(value)) if isinstance(value, str) else value
+        if isinstance(value, str) and FRACTION.fullmatch(value):
+            return float(Fraction(value))
+        return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
     except (ValueError, ZeroDivisionError):
         return value
 

@@ -284,6 +284,10 @@ def test_a_merge_takes_no_name_of_another_source(here, tiny):
         ("dtype=", "float16, bfloat16, float32"),
         ("residual_scale=0.3", "a power of two"),
         ("residual_scale=true", "a power of two"),
+        ("residual_scale=1e400", "a power of two"),
+        ("residual_scale=1e999999999", "a power of two"),
+        ("residual_scale=1/0", "a power of two"),
+        ("residual_scale=nan", "a power of two"),
         ("engine=tpu", "cpu, gpu"),
         ("model=gpt_oss_7b", "gpt_oss_120b, gpt_oss_20b, hub, local"),
         ("model=../tiny", "gpt_oss_120b"),
@@ -301,8 +305,7 @@ def test_a_merge_takes_no_name_of_another_source(here, tiny):
         ("smoke.min_top1_agreement=1.5", "a number from 0 to 1"),
         ("benchmark.batch_sizes=[1, 0]", "a whole number"),
         ("engine.args=7", "engine.args.KEY"),
-        ("model.layers=2", "all layers"),
-        ("model.layers=[1,2]", "all layers"),
+        ("model.layers=[0]", "model=synthetic_20b"),
         ("model.path=/tmp", "model=local"),
         ("model.repository=me/mine", "model=hub"),
         ("model.revision=main", "model=hub"),
@@ -315,10 +318,13 @@ def test_a_merge_takes_no_name_of_another_source(here, tiny):
         ("model.name=a\nb", "a directory below artifacts/"),
         ("model.name=gpt_oss_20b", "another name"),
         ("model.expected=/nowhere", "a file"),
+        (f"model.expected={'x' * 300}", "a file"),
         ("adapters.../x=some/lora", "letters, digits"),
         ("adapters={mine}", "NAME: DIRECTORY"),
         ("adapters=/tmp", "NAME: DIRECTORY"),
         ("adapters.mine=/nowhere/at/all", "a directory"),
+        ("adapters={mine: {path: /tmp, any_base: no}}", "true or false"),
+        ("adapters={mine: {path: /tmp, revision: main}}", "a directory has no revisions"),
         ("dtyp=float16", "dtype"),
         ("requant.mod=exact", "mode"),
         ("dtype.x=1", "dtype"),
@@ -346,6 +352,68 @@ def test_a_revision_that_cannot_be_is_refused(here, revision):
     with pytest.raises(UserError, match=r"model\.revision.*a commit, a branch or a tag"):
         composed(["model=gpt_oss_20b", f"model.revision={revision}"])
     assert composed(["model=gpt_oss_20b", "model.revision=0123456"]).model.revision == "0123456"
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("model=hub model.repository=https://huggingface.co/me/mine", "owner/name"),
+        ("model=hub model.repository=mine", "owner/name"),
+        ("model=hub model.repository=../mine", "owner/name"),
+        ("model=local model.path=~nobody-of-this-name/x", "no checkpoint"),
+        ("model=synthetic_20b model.layers=2", "all layers"),
+        ("model=synthetic_20b model.layers=[1,2]", "all layers"),
+    ],
+)
+def test_a_bad_value_of_a_model_is_refused_before_it_is_looked_for(here, typed, told):
+    from configure import composed
+
+    with pytest.raises(UserError, match=told):
+        composed(typed.split())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("path: null", "path: [a]", "model.path"),
+        ("path: null", "path: 5", "model.path"),
+        ("adapters: {}", "adapters: {1: 5}", "adapters.1"),
+        ("adapters: {}", "adapters: {a: [b]}", "adapters.a"),
+    ],
+)
+def test_settings_of_another_type_written_by_hand_are_refused(here, old, new, named):
+    written(here)
+    text = (here / "params.yaml").read_text()
+    (here / "params.yaml").write_text(text.replace(old, new, 1))
+    assert named in script(here, "configure", "dtype=bfloat16", ok=False)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "value"),
+    [
+        ("fetch", "model.name", 5),
+        ("fetch", "model.layers", 3),
+        ("fetch", "requant", None),
+        ("fetch", "requant.mod", "nf4"),
+        ("adapter", "adapters", None),
+        ("adapter", "adapters.x", 5),
+        ("adapter", "adapters.x", {"path": "y"}),
+    ],
+)
+def test_a_stage_refuses_settings_of_another_type_written_by_hand(here, stage, key, value):
+    settings = written(here)
+    section, _, last = key.partition(".")
+    (settings[section] if last else settings)[last or section] = value
+    (here / "params.yaml").write_text(yaml.safe_dump(settings))
+    assert f"bad setting: {section}" in script(here, stage, *["adapter=x"] * (stage == "adapter"), ok=False)
+
+
+def test_the_engines_environment_is_text(monkeypatch):
+    from common import engine_of
+
+    monkeypatch.setattr(os, "environ", {})
+    engine_of(OmegaConf.create({"dtype": "float16", "engine": {"args": {}, "env": {"A": 1, "B": None, "C": "x"}}}))
+    assert os.environ == {"A": "1", "B": "", "C": "x"}
 
 
 @pytest.mark.parametrize("text", ["a: [b\n", "- 1\n", "x\n", "", "model: 3\nengine: {}\n", "\x00"])

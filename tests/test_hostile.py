@@ -62,6 +62,23 @@ def test_a_link_out_of_the_directory_is_refused(source_copy, tmp_path, name):
     assert name in message
 
 
+def test_a_link_to_itself_is_no_link_out_of_the_directory(source_copy, tmp_path):
+    (source_copy / "loop").symlink_to("loop")
+    fetch(*local(source_copy, tmp_path / "artifacts"))
+
+
+def test_an_index_with_a_name_that_no_file_has_is_refused(source_copy, tmp_path):
+    (source_copy / INDEX_FILE).write_text(json.dumps({"weight_map": {"lm_head.weight": "x" * 300}}))
+    assert "File name too long" in refused(source_copy, tmp_path / "artifacts")
+
+
+def test_half_a_character_is_refused_before_it_has_to_be_written(source_copy, tmp_path):
+    (source_copy / "tokenizer_config.json").write_text('{"eos_token": "\\ud800"}')
+    assert "surrogates not allowed" in refused(source_copy, tmp_path / "artifacts")
+    (source_copy / "tokenizer_config.json").write_text('{"note": "\\ud83d\\ude00"}')
+    fetch(*local(source_copy, tmp_path / "artifacts"))
+
+
 def test_the_links_of_the_hubs_cache_are_followed(source_copy, tmp_path):
     """models--x/snapshots/commit/name -> ../../blobs/digest, and the directory itself may be reached by a link."""
     snapshot, blobs = tmp_path / "models--x/snapshots/abc", tmp_path / "models--x/blobs"

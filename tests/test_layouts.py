@@ -161,6 +161,41 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
         open_checkpoint(tmp_path / "source")
 
 
+@pytest.mark.parametrize(
+    ("make", "rename", "config", "told"),
+    [
+        (
+            makers.split,
+            lambda n: f"transformer.{n.removeprefix('model.')}",
+            {},
+            "there is transformer.layers.0.self_attn.q_",
+        ),
+        (
+            makers.split,
+            lambda n: n.replace("model.", "model.language_model.", 1),
+            {},
+            "there is model.language_model.layers.0",
+        ),
+        (
+            makers.fused_16_bit,
+            lambda n: n.replace("_proj_bias", "_proj.bias"),
+            {},
+            "there is .*experts.gate_up_proj.bias: re",
+        ),
+        (makers.split, str, {"num_local_experts": 5}, "correct num_local_experts.*gate_up_projs.4"),
+        (makers.split, str, {"num_hidden_layers": 3, "layer_types": None}, "correct num_hidden_layers.*model.layers.2"),
+    ],
+)
+def test_a_missing_tensor_that_has_another_name_or_was_counted_too_often_is_told(tmp_path, make, rename, config, told):
+    make(tmp_path / "source")
+    tensors = load_file(tmp_path / "source/model.safetensors")
+    makers.write(tmp_path / "source", {rename(name): value for name, value in tensors.items()})
+    file = tmp_path / "source/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    with pytest.raises(UserError, match=told):
+        fetch(*local(tmp_path / "source", tmp_path / "artifacts"))
+
+
 def test_padded_embeddings_say_which_number_config_json_needs(tmp_path):
     makers.split(tmp_path / "source")
     file = tmp_path / "source/model.safetensors"

@@ -83,6 +83,18 @@ def test_only_the_files_that_transformers_would_load_count(source_copy, tmp_path
     assert fetch(*local(source_copy, tmp_path / "without"))["tensors"] == expected
 
 
+def test_what_is_no_file_of_weights_does_not_count(source_copy, tmp_path):
+    """A directory of the single file's name; what macOS puts beside files that it copies."""
+    expected = fetch(*local(source_copy, tmp_path / "plain"))["tensors"]
+    (source_copy / "model.safetensors").mkdir()
+    assert fetch(*local(source_copy, tmp_path / "with-index"))["tensors"] == expected
+    (source_copy / "model.safetensors.index.json").unlink()
+    for number, file in enumerate(list(source_copy.glob("model-*.safetensors"))):
+        file.rename(source_copy / f"weights-{number}.safetensors")
+        (source_copy / f"._weights-{number}.safetensors").write_bytes(b"\x00\x05\x16\x07")
+    assert fetch(*local(source_copy, tmp_path / "without"))["tensors"] == expected
+
+
 def test_an_index_beside_a_single_file_is_left_over(source_copy, tmp_path):
     tensors = {}
     for file in source_copy.glob("*.safetensors"):

@@ -102,6 +102,11 @@ CASES: dict[str, dict[str, object]] = {
         "chat_template.jinja": None,
         "tokenizer_config.json": BARE | {"chat_template": "{{ 3 }}"},
     },
+    "an empty template wins too": {
+        "chat_template.jinja": "",
+        "tokenizer_config.json": BARE | {"chat_template": "{{ 3 }}"},
+    },
+    "a template from Windows": {"chat_template.jinja": "{{ 1 }}\r\n{%- if x -%}\r\n{%- endif %}"},
     "the template's file wins": {"tokenizer_config.json": BARE | {"chat_template": "{{ 3 }}"}},
     "a list of named templates": {
         "chat_template.jinja": None,
@@ -188,7 +193,12 @@ def test_the_result_loads_the_generation_config_of_the_source(source_copy, finis
     [
         ("tokenizer.json", None, "tokenizer.save_pretrained"),
         ("tokenizer.json", "{", "not JSON"),
+        ("tokenizer.json", "{}", "no tokenizer"),
+        ("tokenizer.json", '{"model": {"type": "X"}}', "no tokenizer"),
         ("tokenizer_config.json", "[]", "not a JSON object"),
+        ("tokenizer_config.json", "\ufeff{}", "without a byte order mark"),
+        ("tokenizer_config.json", '{"pad_token": 257}', "bad special token.*pad_token=257"),
+        ("special_tokens_map.json", '{"eos_token": ["<|return|>"]}', "bad special token.*eos_token"),
         ("special_tokens_map.json", "{", "not JSON"),
         ("added_tokens.json", "[]", "not a JSON object"),
         ("generation_config.json", "", "not JSON"),

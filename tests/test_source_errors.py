@@ -25,9 +25,19 @@ def put(name, value):
     return lambda tensors: tensors.__setitem__(name, value)
 
 
+def state_with(**fields):
+    def change(tensors):
+        key = f"{EXPERT}.weight.quant_state.bitsandbytes__nf4"
+        changed = json.loads(bytes(tensors[key].numpy())) | fields
+        tensors[key] = torch.frombuffer(bytearray(json.dumps(changed).encode()), dtype=torch.uint8)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        (state_with(group_size=64), "the field 'group_size'"),
         (remove(f"{EXPERT}.weight.nested_absmax"), f"{EXPERT}.weight.nested_absmax"),
         (remove(f"{EXPERT}.bias"), f"{EXPERT}.bias"),
         (remove("model.layers.1.self_attn.sinks"), "model.layers.1.self_attn.sinks"),

@@ -1,7 +1,7 @@
 """What one layer of the source becomes: which modules are 4-bit, and which stay dense. Only headers and states are read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import gcd
 
 import numpy as np
@@ -33,6 +33,15 @@ class RequantOptions:
     @classmethod
     def of(cls, section: Mapping) -> "RequantOptions":
         """Read the `requant` section. Its `device` is left out: it says where to compute, not what."""
+        keys = {field.name for field in fields(cls)}
+        if not isinstance(section, Mapping) or section.keys() - {*keys, "device"}:
+            raise UserError(
+                "bad setting",
+                where="requant",
+                got=sorted(section) if isinstance(section, Mapping) else section,
+                expected=f"the keys {', '.join(sorted(keys))}",
+                next_step="run `python stages/configure.py model=...`, which makes params.yaml",
+            )
         return cls(**{key: value for key, value in section.items() if key != "device"})
 
     def __post_init__(self) -> None:

@@ -6,6 +6,8 @@ fails when either gains a field. vLLM says nothing about a setting that it ignor
 setting is refused here, by its key, before any work.
 """
 
+import math
+
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.rope import served_rope
 from gptoss_nf4.format.switches import is_off
@@ -205,15 +207,21 @@ def require_served(config: dict, where: object) -> None:
     if config.get("model_type") != "gpt_oss":
         raise _unsupported(where, "model_type", config, "'gpt_oss'", "choose a gpt-oss: no other model is converted")
     names = config.get("architectures") or ["GptOssForCausalLM"]
+    if not isinstance(names, list):
+        raise _unsupported(where, "architectures", config, "['GptOssForCausalLM']", "write it as a list")
     # FSDP's wrapper puts its name in front.
-    if not isinstance(names, list) or not all(str(name).endswith("GptOssForCausalLM") for name in names):
+    if not all(str(name).endswith("GptOssForCausalLM") for name in names):
         raise _unsupported(where, "architectures", config, "GptOssForCausalLM", "save it as a causal language model")
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             raise _unsupported(where, key, config, repr(value), _BUILT_IN)
-    alternating = _layer_types(count(config, "num_hidden_layers", where))
-    if (config.get("layer_types") or alternating) != alternating:
-        raise _unsupported(where, "layer_types", config, f"{LAYER_TYPES[0]} and {LAYER_TYPES[1]} in turn", _BUILT_IN)
+    for key in WITHOUT_EFFECT:
+        if isinstance(config.get(key), float) and not math.isfinite(config[key]):
+            raise _unsupported(where, key, config, "a finite number", "restore the model's own config.json")
+    layers = count(config, "num_hidden_layers", where)
+    if config.get("layer_types") not in (None, _layer_types(layers)):
+        in_turn = f"{LAYER_TYPES[0]} and {LAYER_TYPES[1]} in turn, as many as num_hidden_layers={layers}"
+        raise _unsupported(where, "layer_types", config, in_turn, _BUILT_IN)
     _require_relations({key: count(config, key, where) for key in COUNTS if key != "sliding_window"}, where)
     for key in TOKEN_IDS:
         ids = config.get(key)

@@ -17,6 +17,7 @@ from gptoss_nf4.format.dtypes import DTYPES
 
 QUANT_TYPES = ("nf4", "fp4")
 MAX_ABSMAX = 65504.0  # float16's largest number: a weight beyond it could not be served in float16
+FIELDS = ("quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset")
 MAX_STATE_BYTES = 1 << 16  # bitsandbytes writes some 200
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 `dequantize_4bit`
 
@@ -64,6 +65,8 @@ class QuantState:
             raise bad(f"text that is not JSON ({error})", "a JSON object") from None
         if not isinstance(fields, dict):
             raise bad(type(fields).__name__, "a JSON object")
+        if unknown := sorted(fields.keys() - FIELDS):  # bitsandbytes does not read such a state
+            raise bad(f"the field {unknown[0][:40]!r}", f"only {', '.join(FIELDS)}")
 
         def number(key: str, kinds: tuple[type, ...] = (int,)) -> Any:
             value: Any = fields.get(key)

@@ -26,6 +26,7 @@ DEFAULT = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
+MAX_SCALING = 1000  # of cosine and sine: far beyond any yarn
 MAX_POSITIONS = 1 << 28  # of the table that vLLM makes: far beyond any gpt-oss
 
 
@@ -60,6 +61,9 @@ def served_rope(config: dict, positions: int, where: object) -> dict:
             f"a whole number that times factor is at least max_position_embeddings={positions}",
         )
     _require_plain_scaling(rope, factor, place, where)
+    truncate = rope.get("truncate", True)
+    if truncate not in (None, True, False):  # such as the text "false", which is true
+        raise _refused(where, f"{place}.truncate", truncate, "true or false")
     return {
         "rope_type": "yarn",
         "rope_theta": number("rope_theta", rope.get("rope_theta", config.get("rope_theta", THETA)), 2),
@@ -67,7 +71,7 @@ def served_rope(config: dict, positions: int, where: object) -> dict:
         "original_max_position_embeddings": int(original),
         "beta_fast": number("beta_fast", rope.get("beta_fast") or BETA_FAST, 1e-6),
         "beta_slow": number("beta_slow", rope.get("beta_slow") or BETA_SLOW, 1e-6),
-        "truncate": bool(rope.get("truncate", True)),
+        "truncate": bool(truncate),
     }
 
 
@@ -89,8 +93,8 @@ def _require_plain_scaling(rope: dict, factor: float, place: str, where: object)
     given, mscale, all_dim = (rope.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
     named = ("attention_factor",) if given is not None else ("mscale", "mscale_all_dim")
     for key in named:
-        if rope.get(key) is not None and type(rope[key]) not in (int, float):
-            raise _refused(where, f"{place}.{key}", rope[key], "a number")
+        if rope.get(key) is not None and (type(rope[key]) not in (int, float) or not abs(rope[key]) <= MAX_SCALING):
+            raise _refused(where, f"{place}.{key}", rope[key], f"a number of at most {MAX_SCALING}")
     built_in = _mscale(factor, 1)
     scaling = built_in
     if given is not None:

@@ -160,11 +160,11 @@ def safe_model_name(text: str) -> str:
 
 def check_model_name(name: str, where: str) -> None:
     """UserError, which names setting `where`, if `name` is no directory's name or leads out of the artifacts."""
-    if name != safe_model_name(name):
+    if not isinstance(name, str) or name != safe_model_name(name):  # params.yaml may hold a number
         raise UserError(
             "bad setting",
             where=where,
             got=repr(name),
             expected="a name of letters, digits, '.', '_' and '-' that names a directory below artifacts/",
-            next_step=f"call it {safe_model_name(name)}",
+            next_step=f"call it {safe_model_name(str(name))}",
         )

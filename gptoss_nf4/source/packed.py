@@ -6,6 +6,7 @@ lets FSDP keep them as bfloat16 or another (bitsandbytes 0.50 `quantize_4bit`: `
 """
 
 import math
+import re
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ PIECE_ELEMENTS = 1 << 22  # a multiple of every blocksize; 16 MiB in float32
 # Largest distance between neighbours of bitsandbytes' dynamic 8-bit map, whose values go up to 1. Rounding to that map may
 # bring an absmax this much of its nested absmax below 0.
 NESTED_ROUNDING = 0.02
+# What config.json counts, and how the names of one of them begin.
+_COUNTED = {"num_local_experts": r".*\.experts\.\w+\.\d+\.", "num_hidden_layers": r"model\.layers\.\d+\."}
 
 
 class Packed:
@@ -170,9 +173,22 @@ def require_tensor(checkpoint: Checkpoint, name: str) -> TensorInfo:
             where=checkpoint.directory,
             got=f"no {name}",
             expected="this tensor in one of the files",
-            next_step=COPY_AGAIN,
+            next_step=_instead_of(checkpoint, name),
         )
     return info
+
+
+def _instead_of(checkpoint: Checkpoint, name: str) -> str:
+    """The next step where the tensor `name` is not there: it may have another name, or config.json may count too many."""
+    tail, letters = f".{name.removeprefix('model.')}", re.sub(r"[._]", "", name)
+    for other in checkpoint.tensors:
+        if f".{other}".endswith(tail) or re.sub(r"[._]", "", other) == letters:
+            return f"there is {other}: rename the tensors to the names that transformers gives them"
+    for key, pattern in _COUNTED.items():
+        begin = re.match(pattern, name)
+        if begin and not any(other.startswith(begin[0]) for other in checkpoint.tensors):
+            return f"{COPY_AGAIN}; or correct {key} in config.json, since nothing here begins with {begin[0]}"
+    return COPY_AGAIN
 
 
 def require_weight(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> set[str]:

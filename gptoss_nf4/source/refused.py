@@ -1,6 +1,7 @@
 """What cannot be read, told apart and named: paths that hold no checkpoint, and checkpoints of other kinds."""
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -39,7 +40,7 @@ _KINDS: tuple[tuple[str, Callable[[TensorInfo, Collection[str]], object], str], 
 
 def require_directory(given: str) -> Path:
     """What the user gave as model.path, as a path. UserError where it is no directory says what it is instead."""
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))  # ~nobody stays as it is
     with reading(path):
         if not path.exists():
             raise _missing(given, path)

@@ -8,7 +8,7 @@ tokenizer_config.json, where transformers reads them too. From transformers 5.19
 from pathlib import Path
 from typing import Any
 
-from gptoss_nf4.errors import UserError
+from gptoss_nf4.errors import UserError, first_line
 from gptoss_nf4.storage.reading import read_bytes, read_json_object, read_text
 
 TOKENIZER = "tokenizer.json"
@@ -20,6 +20,7 @@ TEMPLATE = "chat_template.jinja"
 PROCESSOR_TEMPLATE = "chat_template.json"
 TEMPLATE_DIRECTORY = "additional_chat_templates"
 _OBJECTS = ("config.json", TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, GENERATION_CONFIG)
+TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # Keys that are not taken over: the result runs no code of the source's.
 CODE = ("auto_map", "custom_pipelines")
 
@@ -42,6 +43,38 @@ def require_side_files(directory: Path) -> None:
         )
     for file in side_files(directory):
         _ = read_json_object(file) if file.suffix == ".json" else read_text(file)
+    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+        _require_tokens(_object(directory, name), directory / name)
+    _require_tokenizer(directory / TOKENIZER)
+
+
+def _require_tokens(fields: dict, where: Path) -> None:
+    """UserError for a special token that transformers does not take."""
+    for key in TOKENS:
+        if not isinstance(fields.get(key), str | dict | None):
+            raise UserError(
+                "bad special token",
+                where=where,
+                got=f"{key}={str(fields[key])[:80]}",
+                expected="a text, or an object with its content",
+                next_step="write the one token there, or remove the key",
+            )
+
+
+def _require_tokenizer(file: Path) -> None:
+    """UserError where the library that transformers and vLLM use cannot load `file`."""
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:  # it raises no other type
+        raise UserError(
+            "no tokenizer",
+            where=file,
+            got=first_line(error),
+            expected="a file that the library tokenizers loads",
+            next_step="copy the base model's tokenizer files, or save it with tokenizer.save_pretrained",
+        ) from None
 
 
 def unread(directory: Path) -> list[str]:
@@ -54,7 +87,9 @@ def unread(directory: Path) -> list[str]:
 def tokenizer_files(directory: Path) -> dict[str, bytes | dict]:
     """The result's tokenizer files by name: bytes, or an object to be written as JSON."""
     config = _without_code(_object(directory, TOKENIZER_CONFIG))
-    template = _templates(directory) or config.pop("chat_template", None)
+    template = _templates(directory)
+    if template is None:
+        template = config.get("chat_template")
     config = {key: _as_token(value) if key.endswith("_token") else _as_tokens(value) for key, value in config.items()}
     return {
         TOKENIZER: read_bytes(directory / TOKENIZER),
@@ -66,7 +101,7 @@ def tokenizer_files(directory: Path) -> dict[str, bytes | dict]:
 
 def generation_config(directory: Path) -> dict:
     """generation_config.json. Where there is none, the special token ids of config.json, as transformers takes them."""
-    if (directory / GENERATION_CONFIG).exists():
+    if (directory / GENERATION_CONFIG).is_file():
         return _without_code(_object(directory, GENERATION_CONFIG))
     config = _object(directory, "config.json")
     return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}

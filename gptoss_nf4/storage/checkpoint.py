@@ -10,7 +10,7 @@ import numpy as np
 
 from gptoss_nf4.errors import COPY_AGAIN, UserError
 from gptoss_nf4.format.dtypes import TORCH_DTYPES
-from gptoss_nf4.storage.reading import read_json_object
+from gptoss_nf4.storage.reading import read_json_object, reading
 from gptoss_nf4.storage.tensor_reader import TensorInfo, read_array, read_header, read_range
 
 if TYPE_CHECKING:
@@ -57,12 +57,13 @@ class Checkpoint:
         model.safetensors counts alone: an index beside it is left over. Else those that the index names. Where there is
         neither, which transformers refuses, the files named like shards of a model, else those with other names.
         """
-        if (self.directory / SINGLE_FILE).exists():
+        if (self.directory / SINGLE_FILE).is_file():
             return [self.directory / SINGLE_FILE]
         if not self._has_index:
-            files = sorted(self.directory.glob("model*.safetensors"))
-            files = files or sorted(f for f in self.directory.glob("*.safetensors") if not f.name.startswith(OTHER_FILES))
-            files = files or sorted(self.directory.glob("*.safetensors"))
+            # macOS puts `._name` beside a file that it copies.
+            found = sorted(f for f in self.directory.glob("*.safetensors") if f.is_file() and not f.name.startswith("."))
+            files = [f for f in found if f.name.startswith("model")]
+            files = files or [f for f in found if not f.name.startswith(OTHER_FILES)] or found
             if not files:
                 raise UserError(
                     "no weights",
@@ -82,7 +83,9 @@ class Checkpoint:
                     expected="a plain file name",
                     next_step="do not use this checkpoint",
                 )
-            if not (self.directory / name).is_file():
+            with reading(self.directory / name):
+                there = (self.directory / name).is_file()
+            if not there:
                 raise UserError(
                     "missing shard",
                     where=self.directory,
@@ -95,7 +98,7 @@ class Checkpoint:
     @property
     def _has_index(self) -> bool:
         """Whether there is an index that counts: beside model.safetensors it does not."""
-        return (self.directory / INDEX_FILE).exists() and not (self.directory / SINGLE_FILE).exists()
+        return (self.directory / INDEX_FILE).is_file() and not (self.directory / SINGLE_FILE).is_file()
 
     @cached_property
     def weight_map(self) -> dict[str, str]:

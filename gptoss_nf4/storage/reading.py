@@ -1,6 +1,8 @@
 """Reading files that somebody else wrote: errors in one line, sizes bounded, nothing outside the directory."""
 
 import json
+import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,8 @@ from gptoss_nf4.errors import COPY_AGAIN, UserError
 # The files beside the weights are read whole, so their size is bounded. gpt-oss's tokenizer.json has 28 MB.
 MAX_SIDE_FILE_BYTES = 128 << 20
 SIDE_FILE_SUFFIXES = (".json", ".jinja")
+# Half of a UTF-16 pair, as JSON may write it. Alone it is no text: no file and no terminal takes it.
+_HALF_OF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @contextmanager
@@ -38,7 +42,7 @@ def require_plain_files(directory: Path, *below: str) -> None:
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     with reading(directory):
         for path in sorted(directory.iterdir()) + [path for name in below for path in sorted((directory / name).glob("*"))]:
-            target = path.resolve()
+            target = Path(os.path.realpath(path))  # a loop of links leads to itself; Path.resolve would raise
             if not any(target.is_relative_to(place) for place in allowed):
                 raise UserError(
                     "link out of the checkpoint",
@@ -75,9 +79,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The text in `path`. UserError where it cannot be read or is not UTF-8."""
+    """The text in `path`, with line ends as Python reads them. UserError where it cannot be read or is not UTF-8."""
     try:
-        return read_bytes(path).decode()
+        return read_bytes(path).decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError("not text", where=path, got=error, expected="UTF-8", next_step=COPY_AGAIN) from None
 
@@ -92,8 +96,19 @@ def read_json_object(path: Path) -> dict:
             expected="this file in the checkpoint",
             next_step=COPY_AGAIN,
         )
+    text = read_text(path)
+    if text.startswith("\ufeff"):  # transformers does not read it either
+        raise UserError(
+            "not JSON",
+            where=path,
+            got="a byte order mark at its start",
+            expected="a JSON object",
+            next_step="save it as UTF-8 without a byte order mark",
+        )
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(text)
+        if _HALF_OF_A_PAIR.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise UserError("not JSON", where=path, got=error, expected="a JSON object", next_step=COPY_AGAIN) from None
     if not isinstance(value, dict):
