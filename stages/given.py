@@ -8,9 +8,9 @@ from pathlib import Path
 from common import ROOT
 from omegaconf import OmegaConf
 
-from gptoss_nf4.adapters.config import CONFIG_FILE as ADAPTER_CONFIG
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.source.model import safe_model_name
+from gptoss_nf4.storage.checkpoint import ADAPTER_CONFIG, is_adapter
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.repository import is_repository
 
@@ -124,7 +124,7 @@ def adapter_as_model(directory: Path, base: str | None) -> tuple[str, list[str]]
 
     `base` is what the user says. Where that is None, adapter_config.json decides; UserError where it names no base.
     """
-    if not (directory / ADAPTER_CONFIG).is_file() or (directory / "config.json").is_file():
+    if not is_adapter(directory):
         return None
     base = base or read_json_object(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:

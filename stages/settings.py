@@ -160,13 +160,13 @@ def value_of(key: str, typed: str) -> object:
         return None if typed in ("", "null") else typed
     try:
         value = yaml.safe_load(typed)
-    except yaml.YAMLError as error:
-        raise bad(key, typed, f"a value in YAML ({first_line(error)})") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, a number of thousands of digits
+        raise bad(key, typed[:80], f"a value in YAML ({first_line(error)})") from None
     try:
         if isinstance(value, str) and FRACTION.fullmatch(value):
             return float(Fraction(value))
         return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):
         return value
 
 

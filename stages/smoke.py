@@ -54,8 +54,16 @@ def vllm_left_out(cfg: DictConfig, checkpoint: Path, source: Source, prompts: li
     tensors = Checkpoint(checkpoint).tensors
     # vLLM keeps a second copy of the head, in oneDNN's order.
     weights = sum(info.bytes for info in tensors.values()) + tensors["lm_head.weight"].bytes
-    kv_cache = int(cfg.engine.env.VLLM_CPU_KVCACHE_SPACE) * GIB
-    forecast = forecast_on_cpu(source.dimensions, weights, kv_cache, prompts, cfg.smoke.max_tokens, cores())
+    kv_cache = cfg.engine.env.get("VLLM_CPU_KVCACHE_SPACE") or "0"  # GiB; without one, vLLM takes of what is free
+    if not str(kv_cache).isdecimal():
+        raise UserError(
+            "bad setting",
+            where="engine.env.VLLM_CPU_KVCACHE_SPACE",
+            got=repr(kv_cache),
+            expected="a whole number of GiB",
+            next_step="run `python stages/configure.py engine.env.VLLM_CPU_KVCACHE_SPACE=1`",
+        )
+    forecast = forecast_on_cpu(source.dimensions, weights, int(kv_cache) * GIB, prompts, cfg.smoke.max_tokens, cores())
     return forecast.too_much(available_memory(), cfg.engine.max_minutes)
 
 

@@ -224,8 +224,12 @@ def test_another_path_alone_is_another_source(here, tiny):
     assert (after["model"]["name"], after["dtype"]) == ("second", "float32")
 
 
-def test_an_adapter_alone_keeps_what_was_set(here, tiny):
+@pytest.mark.parametrize("beside", [[], ["config.json"], ["config.json", "optimizer.safetensors", "training_args.bin"]])
+def test_an_adapter_alone_keeps_what_was_set(here, tiny, beside):
+    """Some trainers write the base's config.json beside an adapter."""
     (here / "lora").mkdir()
+    for name in (*beside, "adapter_model.safetensors"):
+        shutil.copy(tiny / "config.json", here / "lora" / name)
     config = {"base_model_name_or_path": str(link(tiny, here / "it's a=b"))}
     (here / "lora/adapter_config.json").write_text(json.dumps(config))
     written(here, "model=local", f"model.path={tiny}", "dtype=float32")
@@ -301,6 +305,9 @@ def test_a_merge_takes_no_name_of_another_source(here, tiny):
         ("smoke.prompts=hello", "a list"),
         ("smoke.prompts=[]", "a list"),
         ("smoke.prompts=[a", "YAML"),
+        ("smoke.prompts=2024-99-99", "YAML"),
+        ("smoke.max_tokens=1e400", "a whole number"),
+        ("smoke.max_tokens=" + "9" * 5000, "YAML"),
         ("smoke.max_tokens=0", "a whole number"),
         ("smoke.min_top1_agreement=1.5", "a number from 0 to 1"),
         ("benchmark.batch_sizes=[1, 0]", "a whole number"),

@@ -129,6 +129,10 @@ def touch(*names: str):
         (touch("config.json", "model-Q4_K_M.gguf"), ("GGUF", "convert the checkpoint in safetensors")),
         (touch("adapter_config.json", "adapter_model.safetensors"), ("LoRA adapter", "model=local model.path=")),
         (
+            touch("adapter_config.json", "adapter_model.safetensors", "config.json", "optimizer.bin"),
+            ("a LoRA adapter,", "both"),
+        ),
+        (
             touch(*(f"checkpoint-{n}/{file}.json" for n in (60, 500) for file in ("config", "adapter_config"))),
             ("2 checkpoints below it", "checkpoint-500"),
         ),

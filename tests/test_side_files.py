@@ -137,6 +137,16 @@ def test_the_result_loads_the_tokenizer_of_the_source(source_copy, finished, tmp
     assert about(result) == about(source_copy)
 
 
+def test_a_template_of_an_older_conversion_does_not_stay(source_copy, finished, tmp_path):
+    """transformers would prefer it. Older versions wrote one that refuses every chat."""
+    for name in ("chat_template.jinja", "additional_chat_templates/rag.jinja"):
+        put(finished.checkpoint, name, "{{ raise_exception('old') }}")
+    result = assembled(source_copy, finished, tmp_path / "artifacts")
+    for name in ("chat_template.jinja", "additional_chat_templates/rag.jinja"):
+        (finished.checkpoint / name).unlink()
+    assert about(result) == about(source_copy)
+
+
 def test_the_cases_differ(source_copy):
     """So the test above compares what they change."""
     plain, different = about(source_copy), 0

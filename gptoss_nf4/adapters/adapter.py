@@ -7,11 +7,12 @@ import torch
 
 from gptoss_nf4.adapters.base import BaseMatch, match_base
 from gptoss_nf4.adapters.canonical import Delta, delta_of
-from gptoss_nf4.adapters.config import CONFIG_FILE, AdapterConfig
+from gptoss_nf4.adapters.config import AdapterConfig
 from gptoss_nf4.adapters.resolve import Module, resolve
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.dtypes import TORCH_DTYPES
+from gptoss_nf4.storage.checkpoint import ADAPTER_CONFIG
 from gptoss_nf4.storage.reading import read_json_object, require_plain_files
 from gptoss_nf4.storage.tensor_reader import read_header, read_range
 from gptoss_nf4.storage.writing import sha256_of
@@ -34,7 +35,7 @@ class Adapter:
         """Read configuration and tensor header. UserError where one is missing, damaged or not supported."""
         self.directory = directory
         _require_adapter(directory)
-        self.config = AdapterConfig.from_dict(read_json_object(directory / CONFIG_FILE), directory / CONFIG_FILE)
+        self.config = AdapterConfig.from_dict(read_json_object(directory / ADAPTER_CONFIG), directory / ADAPTER_CONFIG)
         self.weights_file = directory / WEIGHTS_FILE
         self.tensors = read_header(self.weights_file)
         for info in self.tensors.values():
@@ -122,22 +123,22 @@ def _require_adapter(directory: Path) -> None:
         return UserError("no adapter", where=directory, got=got, expected=expected, next_step=next_step)
 
     if not directory.is_dir():
-        raise refuse("no such directory", f"a directory with {CONFIG_FILE} and {WEIGHTS_FILE}", "check the path")
+        raise refuse("no such directory", f"a directory with {ADAPTER_CONFIG} and {WEIGHTS_FILE}", "check the path")
     require_plain_files(directory)
-    if not (directory / CONFIG_FILE).is_file():
-        inside = [path.parent for path in directory.glob(f"*/{CONFIG_FILE}")]
+    if not (directory / ADAPTER_CONFIG).is_file():
+        inside = [path.parent for path in directory.glob(f"*/{ADAPTER_CONFIG}")]
         inside.sort(key=lambda path: (len(path.name), path.name))  # checkpoint-1000 after checkpoint-500
         if inside:
             found = ", ".join(path.name for path in inside[:8])
             raise refuse(f"{len(inside)} adapters in it: {found}", "one adapter", f"give one of them, such as {inside[-1]}")
         if (directory / "config.json").is_file():
-            raise refuse("config.json of a whole model", CONFIG_FILE, "convert it with model=local model.path=DIR")
-        raise refuse(f"no {CONFIG_FILE}", "what model.save_pretrained(DIR) writes", "check the path")
-    size = (directory / CONFIG_FILE).stat().st_size
+            raise refuse("config.json of a whole model", ADAPTER_CONFIG, "convert it with model=local model.path=DIR")
+        raise refuse(f"no {ADAPTER_CONFIG}", "what model.save_pretrained(DIR) writes", "check the path")
+    size = (directory / ADAPTER_CONFIG).stat().st_size
     if size > MAX_CONFIG_BYTES:
-        raise refuse(f"{CONFIG_FILE} of {size} bytes", f"at most {MAX_CONFIG_BYTES}", "do not use this adapter")
+        raise refuse(f"{ADAPTER_CONFIG} of {size} bytes", f"at most {MAX_CONFIG_BYTES}", "do not use this adapter")
     if not (directory / WEIGHTS_FILE).is_file():
         if (directory / PICKLE_FILE).is_file():
             advice = "load it in PEFT and save it with model.save_pretrained(DIR)"
             raise refuse(f"{PICKLE_FILE}, a pickle, which can run code", WEIGHTS_FILE, advice)
-        raise refuse(f"no {WEIGHTS_FILE}", f"this file beside {CONFIG_FILE}", "save the adapter again")
+        raise refuse(f"no {WEIGHTS_FILE}", f"this file beside {ADAPTER_CONFIG}", "save the adapter again")

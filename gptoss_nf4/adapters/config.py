@@ -10,7 +10,6 @@ from gptoss_nf4.adapters.patterns import Patterns
 from gptoss_nf4.adapters.peft_fields import require_plain_lora
 from gptoss_nf4.errors import UserError
 
-CONFIG_FILE = "adapter_config.json"
 # Orders of a fused lora_B's columns, [out, E * r], by Unsloth's names for them (unsloth_zoo 2026.10.9 `moe_utils.py`).
 RANK_MAJOR = "rank_major"  # column j * E + e is column j of expert e: PEFT's own order
 GROUPED_BY_EXPERT = "grouped_by_expert"  # column e * r + j: Unsloth's from 2026-02-05 to 2026.9.5

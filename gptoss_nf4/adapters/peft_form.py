@@ -13,8 +13,8 @@ from torch.nn.functional import pad
 
 from gptoss_nf4.adapters.adapter import WEIGHTS_FILE
 from gptoss_nf4.adapters.canonical import Delta
-from gptoss_nf4.adapters.config import CONFIG_FILE
 from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.storage.checkpoint import ADAPTER_CONFIG
 from gptoss_nf4.storage.writing import write_file, write_json
 
 PREFIX = "base_model.model.model.layers.0."
@@ -45,7 +45,7 @@ def write_peft_form(deltas: Mapping[str, Delta], d: Dimensions, directory: Path)
         "target_parameters": [parameter for part, parameter in PARAMETERS.items() if part in by_part],
         "inference_mode": True,
     }
-    write_json(directory / CONFIG_FILE, config)
+    write_json(directory / ADAPTER_CONFIG, config)
     write_file(directory / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 

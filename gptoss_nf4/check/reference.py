@@ -143,11 +143,10 @@ def _merged(model: "GptOssForCausalLM", adapter: Adapter, d: Dimensions, layer: 
 
 
 def _config(source: Source, **changes: object) -> "GptOssConfig":
-    """The source's config.json as transformers reads it, with `changes`."""
+    """The source's configuration with `changes`. It is the checked one: transformers 5 refuses what older ones wrote."""
     from transformers import GptOssConfig
 
-    fields = {key: value for key, value in source.checkpoint.config.items() if key != "quantization_config"}
-    config = GptOssConfig(**fields | changes)
+    config = GptOssConfig(**source.config | changes)
     config.dtype = torch.float32
     config._attn_implementation = "eager"
     return config

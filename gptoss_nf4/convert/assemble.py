@@ -11,7 +11,7 @@ from gptoss_nf4.format import residual
 from gptoss_nf4.format.dtypes import check_dtype
 from gptoss_nf4.format.result import FORMAT_VERSION, MERGED_ADAPTER, QUANT_METHOD
 from gptoss_nf4.source.interface import Source
-from gptoss_nf4.source.side_files import GENERATION_CONFIG, generation_config, tokenizer_files
+from gptoss_nf4.source.side_files import GENERATION_CONFIG, generation_config, template_files, tokenizer_files
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
 from gptoss_nf4.storage.tensor_reader import read_header
@@ -41,6 +41,8 @@ def assemble(
         else:
             write_json(directory / name, content)
     write_json(directory / GENERATION_CONFIG, generation_config(origin))
+    for left_over in template_files(directory):  # of an older version: transformers would prefer them
+        left_over.unlink()
 
 
 def weight_files(source: Source, artifacts: Artifacts) -> list[Path]:

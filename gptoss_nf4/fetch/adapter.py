@@ -10,13 +10,13 @@ import numpy as np
 
 from gptoss_nf4.adapters.adapter import Adapter
 from gptoss_nf4.adapters.base import Verdict
-from gptoss_nf4.adapters.config import CONFIG_FILE
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch import hub
 from gptoss_nf4.format import names
 from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.model import AdapterSource, Model
 from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.checkpoint import ADAPTER_CONFIG
 from gptoss_nf4.storage.writing import describe_file, write_json
 
 OTHER_BASE = (Verdict.OTHER_MODEL, Verdict.OTHER_WEIGHTS)
@@ -41,7 +41,7 @@ def fetch_adapter(source: AdapterSource, model: Model, base: Source, artifacts: 
     described = adapter.describe(base.dimensions)
     for name, about in described["modules"].items():
         about["relative_size"] = _relative_size(base, name, about["frobenius_norm"])
-    files = [describe_file(path) for path in (directory / CONFIG_FILE, adapter.weights_file)]
+    files = [describe_file(path) for path in (directory / ADAPTER_CONFIG, adapter.weights_file)]
     description = {
         "name": source.name,
         "source": origin,

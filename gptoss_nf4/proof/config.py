@@ -26,7 +26,7 @@ OWN_KEYS = {
 }
 ABSENT_KEYS = ("auto_map", "custom_pipelines", "torch_dtype")  # code of the source's, and a second dtype
 # No value of the network depends on these. They may be left out, but not changed.
-WITHOUT_EFFECT = {"attention_dropout", "initializer_range", "router_aux_loss_coef", "use_cache"}
+WITHOUT_EFFECT = {"attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef", "use_cache"}
 # transformers 4.5x writes the first two, transformers 5 the third; it reads both.
 ROPE_KEYS = {"rope_scaling", "rope_theta", "rope_parameters"}
 # What transformers' `_compute_yarn_parameters` reads; vLLM's gpt-oss has no other type of rope.
@@ -102,15 +102,24 @@ def _readable(source: dict) -> dict:
     """`source` without what older libraries wrote and transformers 5 does not read: OpenAI's name, 7 for 7.0, null."""
     from transformers import GptOssConfig
 
-    found = {"num_experts_per_tok": source["experts_per_token"]} | source if "experts_per_token" in source else dict(source)
-    for key in GptOssConfig.__annotations__.keys() & found.keys():
+    declared = GptOssConfig.__annotations__.keys()
+    found = {"num_experts_per_tok": source["experts_per_token"]} if "experts_per_token" in source else {}
+    for key, value in source.items():
+        says_nothing = value is None and key not in declared - WITHOUT_EFFECT | ROPE_KEYS
+        if not says_nothing and key not in OWN_KEYS:
+            found[key] = value
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(rope := found.get(key), dict) and rope.get("partial_rotary_factor", 1) is None:
+            found[key] = {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
+    for key in declared & found.keys():
         kind, value = type(getattr(GptOssConfig, key)), found[key]
         if kind in (bool, int, float) and isinstance(value, int | float) and kind(value) == value:
             found[key] = kind(value)
     if found.get("num_key_value_heads", 0) is None:  # these two as GptOssConfig's own __post_init__ has them
-        found["num_key_value_heads"] = found["num_attention_heads"]
+        found["num_key_value_heads"] = found.get("num_attention_heads", GptOssConfig.num_attention_heads)
     if found.get("head_dim", 0) is None:
-        found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
+        hidden = found.get("hidden_size", GptOssConfig.hidden_size)
+        found["head_dim"] = hidden // found.get("num_attention_heads", GptOssConfig.num_attention_heads)
     return found
 
 

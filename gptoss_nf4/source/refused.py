@@ -7,17 +7,17 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.storage.checkpoint import Checkpoint
+from gptoss_nf4.storage.checkpoint import ADAPTER_CONFIG, Checkpoint, is_adapter
 from gptoss_nf4.storage.reading import reading
+from gptoss_nf4.storage.repository import OWNER_AND_NAME
 from gptoss_nf4.storage.tensor_reader import TensorInfo
 
-ADAPTER_CONFIG = "adapter_config.json"
 CONVERT_THE_SOURCE = "convert the checkpoint in safetensors that it was made from"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".distcp")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".zst", ".7z")
 SAVE_AGAIN = "save the fine-tune in 4 bit or in 16 bit"
 
-_REPOSITORY = re.compile(r"(?:https?://huggingface\.co/|hf://)?([\w-][\w.-]*/[\w-][\w.-]*)/?")
+_REPOSITORY = re.compile(rf"(?:https?://huggingface\.co/|hf://)?({OWNER_AND_NAME.pattern})/?")
 # (what it is, its sign in a tensor among all names, what to do). The first that any tensor shows counts.
 _KINDS: tuple[tuple[str, Callable[[TensorInfo, Collection[str]], object], str], ...] = (
     (
@@ -52,7 +52,8 @@ def require_directory(given: str) -> Path:
 def require_checkpoint(directory: Path) -> None:
     """Check that a directory holds config.json and weights. UserError says what it holds instead. Only names are read."""
     with reading(directory):
-        if not (directory / "config.json").exists() or not any(directory.glob("*.safetensors")):
+        weights = (directory / "config.json").exists() and any(directory.glob("*.safetensors"))
+        if not weights or is_adapter(directory):
             raise _without_weights(directory)
 
 
@@ -89,11 +90,11 @@ def _not_a_directory(path: Path) -> UserError:
 
 
 def _without_weights(path: Path) -> UserError:
-    """The error for a directory without config.json or without *.safetensors."""
+    """The error for a directory without config.json or without *.safetensors, and for an adapter."""
     files = [each.name for each in path.iterdir()]
     kinds = {Path(name).suffix.lower() for name in files}
     config = "config.json" in files
-    if ADAPTER_CONFIG in files and not config:
+    if is_adapter(path):
         use = f"its base is converted and both are served: python stages/configure.py model=local model.path={path}"
         return _refusal(path, "a LoRA adapter", use)
     below = _checkpoints_below(path)

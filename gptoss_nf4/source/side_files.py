@@ -27,8 +27,13 @@ CODE = ("auto_map", "custom_pipelines")
 
 def side_files(directory: Path) -> list[Path]:
     """Those that are there, config.json among them."""
-    files = [*(directory / name for name in _OBJECTS), directory / TEMPLATE]
-    return [*(file for file in files if file.is_file()), *_named_templates(directory)]
+    return [*(file for name in _OBJECTS if (file := directory / name).is_file()), *template_files(directory)]
+
+
+def template_files(directory: Path) -> list[Path]:
+    """The chat templates that are files: transformers prefers them to those in tokenizer_config.json. The default first."""
+    default = directory / TEMPLATE
+    return [*([default] if default.is_file() else []), *sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja"))]
 
 
 def require_side_files(directory: Path) -> None:
@@ -116,17 +121,13 @@ def _without_code(fields: dict) -> dict:
     return {key: value for key, value in fields.items() if key not in CODE}
 
 
-def _named_templates(directory: Path) -> list[Path]:
-    return sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja"))
-
-
 def _templates(directory: Path) -> str | list[dict[str, str]] | None:
-    """The chat templates that are files: they win over those in tokenizer_config.json, all of them. None without files.
+    """What `template_files` hold. They win over those in tokenizer_config.json, all of them. None without files.
 
     One alone that is the default is a string; else each has its name.
     """
-    files = {"default": directory / TEMPLATE} if (directory / TEMPLATE).is_file() else {}
-    files |= {file.name.removesuffix(".jinja"): file for file in _named_templates(directory)}
+    default = directory / TEMPLATE
+    files = {"default" if f == default else f.name.removesuffix(".jinja"): f for f in template_files(directory)}
     if list(files) == ["default"]:
         return read_text(files["default"])
     return [{"name": name, "template": read_text(file)} for name, file in files.items()] or None

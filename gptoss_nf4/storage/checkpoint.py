@@ -21,6 +21,15 @@ INDEX_FILE = "model.safetensors.index.json"
 # Beginnings of files that may lie beside a model: an adapter, the same weights in another layout, a trainer's state.
 OTHER_FILES = ("adapter_", "consolidated", "optimizer", "scheduler")
 PIECE_BYTES = 1 << 23  # a multiple of every item's size
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside the weights of an adapter
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether `directory` holds a LoRA adapter and no model. Some trainers write the base's config.json beside it too."""
+    if not (directory / ADAPTER_CONFIG).is_file():
+        return False
+    weights = (*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin"))
+    return not (directory / "config.json").is_file() or all(file.name.startswith(OTHER_FILES) for file in weights)
 
 
 class Checkpoint:
