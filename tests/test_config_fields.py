@@ -170,6 +170,7 @@ REFUSED = [
         ("attention_dropout", float("nan")),
         ("initializer_range", float("inf")),
         ("layer_types", ["full_attention", "sliding_attention"]),
+        ("layer_types", []),
         ("num_experts_per_tok", 0),
         ("num_experts_per_tok", 9),
         ("num_experts_per_tok", 2.0),

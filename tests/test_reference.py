@@ -44,6 +44,13 @@ def test_layer_by_layer_is_bit_for_bit_the_whole_model(tmp_path, massive):
         assert torch.equal(got, log_probabilities(model, ids))
 
 
+def test_numbers_that_transformers_refuses_are_read_as_fetch_reads_them(source_copy):
+    file = source_copy / "config.json"
+    expected = rows(open_checkpoint(source_copy), sequences((40,)))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"swiglu_limit": 7, "use_cache": None}))
+    assert torch.equal(rows(open_checkpoint(source_copy), sequences((40,)))[0], expected[0])
+
+
 def test_a_module_in_16_bit_is_taken_as_it_is(source_copy):
     edit_shard(source_copy, 0, lambda t: make_dense(t, "model.layers.0.self_attn.o_proj"))
     edit_shard(source_copy, 1, lambda t: make_dense(t, "model.layers.1.mlp.experts.down_projs.3"))

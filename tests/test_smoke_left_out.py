@@ -54,6 +54,13 @@ def test_smoke_says_that_it_left_vllm_out(project):
     assert "top1_agreement" not in written
 
 
+def test_an_environment_without_a_value_and_a_cache_of_no_number(project):
+    """null sets nothing. A cache that is no number is one line."""
+    run(project, "smoke.py", "engine.max_minutes=0", "engine.env.VLLM_CPU_KVCACHE_SPACE=null", "+engine.env.FOO=null")
+    with pytest.raises(AssertionError, match=r"error: bad setting: engine.env.VLLM_CPU_KVCACHE_SPACE: got 'much'"):
+        run(project, "smoke.py", "engine.env.VLLM_CPU_KVCACHE_SPACE=much")
+
+
 def test_smoke_adapter_says_so_too(project):
     said = run(project, "smoke_adapter.py", "adapter=mine", "engine.max_minutes=0")
     assert "smoke_adapter: mine, left out: vLLM" in said
