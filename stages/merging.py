@@ -39,7 +39,7 @@ def merge_input(requant: Mapping, adapters: Mapping, artifacts: Artifacts) -> st
     """
     name = requant["merge"]
     if name is None:
-        return "requirements"
+        return "stages/common.py"
     if name not in adapters:
         raise UserError(
             "no such adapter",

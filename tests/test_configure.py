@@ -244,7 +244,7 @@ def test_a_merge_stays_until_it_is_taken_away(here, tiny):
         (here / name).mkdir()
         (here / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny)}))
     base = written(here, "model=local", f"model.path={tiny}", "adapters={mine: mine, other: other}", "requant.mode=nf4")
-    assert (base["model"]["name"], base["requant"]["merge"], base["merge_input"]) == ("source", None, "requirements")
+    assert (base["model"]["name"], base["requant"]["merge"], base["merge_input"]) == ("source", None, "stages/common.py")
     merging = written(here, "requant.merge=mine")
     assert merging["model"] == base["model"] | {"name": "source-mine"}
     assert merging["merge_input"] == "artifacts/source-mine/adapters/mine.json"

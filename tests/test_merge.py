@@ -406,7 +406,7 @@ def test_a_merged_result_has_a_name_of_its_own(tiny, tmp_path):
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny)}))
     unmerged = composed(["model=local", f"model.path={tiny}", f"adapters={{mine: {adapter}}}"])
-    assert (unmerged.model.name, unmerged.merge_input) == ("source", "requirements")
+    assert (unmerged.model.name, unmerged.merge_input) == ("source", "stages/common.py")
     merging = ["requant.mode=nf4", "requant.merge=mine"]
     for given in ([f"model.path={tiny}", f"adapters={{mine: {adapter}}}"], [f"model.path={adapter}"]):
         cfg = composed(["model=local", *given, *merging])
