@@ -59,10 +59,14 @@ class Routing(NamedTuple):
 
     slots: torch.Tensor | None
     """int32 [padded]: whole blocks for each expert, filled up with numbers that are no slots, but larger."""
-    experts: torch.Tensor
+    experts: torch.Tensor | None
     """int32 [blocks]: local expert of each block, -1 for another rank's."""
     padded_count: torch.Tensor | None
     """int32 [1]: how many of `slots` are in use."""
+    logits: torch.Tensor | None = None
+    """The router's [E] for the only token: slot s goes to the expert with the s-th largest. `experts` is None then."""
+    E: tl.constexpr = tl.constexpr(0)
+    """Of `logits`."""
 
 
 def kernel_weight(packed: Packed, dtype: torch.dtype) -> Weight:

@@ -97,12 +97,9 @@ def decode_scaled(word, absmax0, absmax1, registers, dtype: tl.constexpr):
 
     absmax0, absmax1: float16 of rows g and g + 8 (r = 0 and 1), broadcast to `word`.
     """
-    # Twice in a register each, for the two weights of a pair.
-    pair0 = absmax0.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32) * 0x10001
-    pair1 = absmax1.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32) * 0x10001
     operands = (word,)
     operands += registers
-    operands += (pair0, pair1)
+    operands += (_twice(absmax0, dtype), _twice(absmax1, dtype))
     pairs = tl.inline_asm_elementwise(
         SCALED_PERMUTES_BF16 if dtype == tl.bfloat16 else SCALED_PERMUTES_FP16,
         SCALED_PERMUTES_CONSTRAINTS,
@@ -121,16 +118,26 @@ DECLARE_PAIRS = tl.constexpr(f".shared .align 16 .b8 nf4_pairs[{PAIRS_BYTES}];\n
 STORE_FOUR_TIMES = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b32 $0, 0;")
 
 
-def _lookups() -> str:
-    """PTX that decodes one word. Outputs: $0 .. $3 the pairs of weights. Inputs: $4 the word, $5 the lane's column."""
-    lines = ["{ .reg .b32 a;"]
+def _lookups(scale_type: str | None = None) -> str:
+    """PTX that decodes one word.
+
+    Outputs: $0 .. $3 the pairs of weights. Inputs: $4 the word, $5 the lane's column. If `scale_type`, also $6 and $7: as $15
+    and $16 of `_permutes`.
+    """
+    lines = ["{ .reg .b32 a, zero;"]
     for byte in range(4):
         lines += [f"prmt.b32 a, $4, 0, 0x444{byte};", "mad.lo.u32 a, a, 128, $5;", f"ld.shared.b32 ${byte}, [a];"]
+    if scale_type:
+        lines.append("mov.b32 zero, 0x80008000;")
+        lines += [f"fma.rn.{scale_type} ${pair}, ${pair}, ${6 + pair % 2}, zero;" for pair in range(4)]
     return "\n".join(lines) + "}"
 
 
 LOOKUPS = tl.constexpr(_lookups())
 LOOKUPS_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,r,r")
+SCALED_LOOKUPS_BF16 = tl.constexpr(_lookups("bf16x2"))
+SCALED_LOOKUPS_FP16 = tl.constexpr(_lookups("f16x2"))
+SCALED_LOOKUPS_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r")
 
 
 @triton.jit
@@ -158,7 +165,27 @@ def lookup(word, column, dtype: tl.constexpr):
     return _unpacked(pairs, dtype)
 
 
+@triton.jit
+def lookup_scaled(word, absmax0, absmax1, column, dtype: tl.constexpr):
+    """`lookup`, times absmax, as `decode_scaled`. Not for the interpreter."""
+    pairs = tl.inline_asm_elementwise(
+        SCALED_LOOKUPS_BF16 if dtype == tl.bfloat16 else SCALED_LOOKUPS_FP16,
+        SCALED_LOOKUPS_CONSTRAINTS,
+        [word, column, _twice(absmax0, dtype), _twice(absmax1, dtype)],
+        dtype=FOUR_PAIRS,
+        is_pure=True,
+        pack=1,
+    )
+    return _unpacked(pairs, dtype)
+
+
 # ---- what they share ----
+
+
+@triton.jit
+def _twice(absmax, dtype: tl.constexpr):
+    """absmax in `dtype`, twice in a register, for the two weights of a pair: uint32."""
+    return absmax.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32) * 0x10001
 
 
 @triton.jit

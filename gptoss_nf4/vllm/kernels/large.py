@@ -16,12 +16,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from gptoss_nf4.vllm.kernels.decode import COMPILED, decode, decode_scaled, halves, load_table
+from gptoss_nf4.vllm.kernels.decode import COMPILED, decode, decode_scaled, fill_shared, halves, load_table, lookup_scaled
 from gptoss_nf4.vllm.kernels.lora import add_delta
 from gptoss_nf4.vllm.kernels.swiglu import clamped_swiglu
 
 WARPS = 4  # of a program
-ROW_TILES = tl.constexpr(WARPS)  # whose sums a program holds, of gate and of up each
 # Row tiles of a program: gate and up, or neighbours.
 SWIGLU_TILES = 2 * WARPS
 DOWN_TILES = WARPS
@@ -36,7 +35,20 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def swiglu_experts(
-    x, weight, lora, out, routing, count, top_k, K, N, BM: tl.constexpr, STAGES: tl.constexpr, WGMMA: tl.constexpr
+    x,
+    weight,
+    lora,
+    out,
+    routing,
+    count,
+    top_k,
+    K,
+    N,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    WGMMA: tl.constexpr,
+    SHARED_TABLE: tl.constexpr,
+    ROW_TILES: tl.constexpr,
 ):
     """out[slot] = clamped SwiGLU of w[expert] @ x[slot // top_k] + bias[expert].
 
@@ -65,15 +77,15 @@ def swiglu_experts(
     exists_R = pair_R < pairs
     first = expert * pairs * 2
     dtype: tl.constexpr = x.dtype.element_ty
-    registers = load_table(weight.table)
+    decoder = fill_shared(weight.table) if SHARED_TABLE else load_table(weight.table)
     gate_tiles, up_tiles = _tiles_from(weight, first), _tiles_from(weight, first + 1)
     gate_nm = tl.zeros([ROW_TILES * 16, BM], tl.float32)
     up_nm = tl.zeros([ROW_TILES * 16, BM], tl.float32)
     for C in tl.range(0, weight.C, num_stages=STAGES):
         x_km = _activations(x, row_m, used_m, C, K, weight.S, WGMMA)
-        gate_nk = _weights(gate_tiles, 2 * pair_R, exists_R, C, weight, registers, dtype, BM < 128, WGMMA)
+        gate_nk = _weights(gate_tiles, 2 * pair_R, exists_R, C, weight, decoder, dtype, BM < 128 or SHARED_TABLE, WGMMA, SHARED_TABLE)
         gate_nm = tl.dot(gate_nk, x_km, gate_nm)
-        up_nk = _weights(up_tiles, 2 * pair_R, exists_R, C, weight, registers, dtype, BM < 128, WGMMA)
+        up_nk = _weights(up_tiles, 2 * pair_R, exists_R, C, weight, decoder, dtype, BM < 128 or SHARED_TABLE, WGMMA, SHARED_TABLE)
         up_nm = tl.dot(up_nk, x_km, up_nm)
     n = tl.program_id(0) * (ROW_TILES * 16) + tl.arange(0, ROW_TILES * 16)
     exists_n = n < pairs * 16
@@ -94,7 +106,20 @@ def swiglu_experts(
 
 @triton.jit
 def down_experts(
-    x, weight, lora, out, routing, slot_weights, count, K, N, BM: tl.constexpr, STAGES: tl.constexpr, WGMMA: tl.constexpr
+    x,
+    weight,
+    lora,
+    out,
+    routing,
+    slot_weights,
+    count,
+    K,
+    N,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    WGMMA: tl.constexpr,
+    SHARED_TABLE: tl.constexpr,
+    ROW_TILES: tl.constexpr,
 ):
     """out[slot] = (w[expert] @ x[slot] + bias[expert]) * slot_weights[slot].
 
@@ -124,12 +149,12 @@ def down_experts(
     exists_R = tile_R < weight.R
     first = expert * weight.R
     dtype: tl.constexpr = x.dtype.element_ty
-    registers = load_table(weight.table)
+    decoder = fill_shared(weight.table) if SHARED_TABLE else load_table(weight.table)
     tiles = _tiles_from(weight, first)
     sum_nm = tl.zeros([ROW_TILES * 16, BM], tl.float32)
     for C in tl.range(0, weight.C, num_stages=STAGES):
         x_km = _activations(x, row_m, used_m, C, K, weight.S, WGMMA)
-        weight_nk = _weights(tiles, tile_R, exists_R, C, weight, registers, dtype, True, WGMMA)
+        weight_nk = _weights(tiles, tile_R, exists_R, C, weight, decoder, dtype, True, WGMMA, SHARED_TABLE)
         sum_nm = tl.dot(weight_nk, x_km, sum_nm)
     bias_n = tl.load(weight.bias + first * 16 + n, mask=n < weight.R * 16, other=0.0).to(tl.float32)
     value_nm = sum_nm * weight.unscale + bias_n[:, None]
@@ -153,32 +178,37 @@ def _weights(
     exists_R,
     C,
     weight,
-    registers,
+    decoder,
     dtype: tl.constexpr,
     SCALE_IN_DECODING: tl.constexpr,
     WGMMA: tl.constexpr,
+    SHARED_TABLE: tl.constexpr,
 ):
     """Operand A: row tiles `tile_R` of input tile C, times absmax and the codebook's factor, `dtype` [n, k].
 
     SCALE_IN_DECODING multiplies by absmax within the decoding (fewer instructions), else after it (fewer registers).
     """
     S: tl.constexpr = weight.S
+    ROW_TILES: tl.constexpr = tile_R.shape[0]
     tile_Rls = tile_R[:, None, None]
     exists_Rls = exists_R[:, None, None]
     place_Rls = (tile_Rls * weight.C + C) * (32 * S) + tl.arange(0, 32)[None, :, None] * S + tl.arange(0, S)[None, None, :]
     words_Rls = tl.load(tiles.codes + place_Rls, mask=exists_Rls, other=0)
     # Pairs of absmax: Triton copies no fewer than four bytes ahead of their use.
     pairs_R = tiles.absmax.to(tl.pointer_type(tl.int32)) + (tile_Rls * weight.B + C // weight.TILES_PER_BLOCK) * 8
-    if SCALE_IN_DECODING and COMPILED:
+    if SCALE_IN_DECODING and COMPILED:  # noqa
         pairs_Rl = pairs_R + (tl.arange(0, 32) // 4)[None, :, None]  # g of lane 4g + t
         absmax0_Rl, absmax1_Rl = halves(tl.load(pairs_Rl, mask=exists_Rls, other=0))
-        weight_Rlsprh = decode_scaled(words_Rls, absmax0_Rl, absmax1_Rl, registers, dtype)
+        if SHARED_TABLE:
+            weight_Rlsprh = lookup_scaled(words_Rls, absmax0_Rl, absmax1_Rl, decoder, dtype)
+        else:
+            weight_Rlsprh = decode_scaled(words_Rls, absmax0_Rl, absmax1_Rl, decoder, dtype)
         weight_Rgtsprh = tl.reshape(weight_Rlsprh, [ROW_TILES, 8, 4, S, 2, 2, 2])
     else:
         pairs_Rg = pairs_R + tl.arange(0, 8)[None, :, None]
         absmax0_Rg, absmax1_Rg = halves(tl.load(pairs_Rg, mask=exists_Rls, other=0))
         absmax_Rgr = tl.join(absmax0_Rg, absmax1_Rg).to(dtype)
-        weight_Rgtsprh = tl.reshape(decode(words_Rls, registers, dtype), [ROW_TILES, 8, 4, S, 2, 2, 2])
+        weight_Rgtsprh = tl.reshape(decode(words_Rls, decoder, dtype), [ROW_TILES, 8, 4, S, 2, 2, 2])
         weight_Rgtsprh = weight_Rgtsprh * tl.reshape(absmax_Rgr, [ROW_TILES, 8, 1, 1, 1, 2, 1])
     # k in the order in which the weights stand in a lane's registers already, as Triton lays out operand A:
     # (s h t p) for wgmma, (s t h p) for mma.sync.

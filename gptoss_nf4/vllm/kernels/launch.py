@@ -10,8 +10,8 @@ from gptoss_nf4.vllm.kernels import dense
 from gptoss_nf4.vllm.kernels.arguments import Packed, Routing, kernel_weight
 from gptoss_nf4.vllm.kernels.combine import sum_slots
 from gptoss_nf4.vllm.kernels.expand import expand
-from gptoss_nf4.vllm.kernels.lora import Factors, Lora, launch_options
-from gptoss_nf4.vllm.kernels.plan import Large, Plan, Small, gpu_of, plan_linear
+from gptoss_nf4.vllm.kernels.lora import Factors, Lora, early_launch, launch_options
+from gptoss_nf4.vllm.kernels.plan import Gpu, Large, Plan, Small, gpu_of, plan_linear
 from gptoss_nf4.vllm.kernels.shrink import shrink
 from gptoss_nf4.vllm.kernels.tiles import ROWS, operand_order
 
@@ -51,7 +51,7 @@ def linear(
     # With more rows the product takes the memory from `shrink`, and waits for it the longer (NOTES.md).
     early = gpu.starts_early and plan.rows == 8
     added = None if factors is None else shrink(x, factors, rows, 1, early=early)
-    options = plan.options(gpu) | launch_options(added)
+    options = plan.options(gpu) | _early(plan, gpu, added) | {"AHEAD": gpu.starts_early and rows <= plan.rows == 8}
     plan.kernels.linear[argument.R, triton.cdiv(rows, plan.rows)](
         x, argument, added, out, count=rows, K=inputs, N=out_features, **options
     )
@@ -110,7 +110,8 @@ def experts(
         x = operand_order(x, w13.codes.shape[-1] * ROWS)
     middle = swiglu_experts(x, top_k, routing, w13, intermediate, plan, w13_factors)
     partial = down_experts(middle, topk_weights, routing, w2, hidden, plan, partial_dtype, w2_factors)
-    return sum_slots(partial.view(tokens, top_k, hidden), x.dtype, out)
+    early = gpu_of(x.device).starts_early
+    return sum_slots(partial.view(tokens, top_k, hidden), x.dtype, out, early=early)
 
 
 def swiglu_experts(
@@ -128,9 +129,9 @@ def swiglu_experts(
     """
     slots = x.shape[0] * top_k
     out = torch.empty(slots, intermediate, dtype=x.dtype, device=x.device)
-    weight = kernel_weight(w13, x.dtype)
+    gpu, weight = gpu_of(x.device), kernel_weight(w13, x.dtype)
     added = _shrink(x, factors, slots, top_k, routing, plan)
-    plan.kernels.swiglu_experts[triton.cdiv(weight.R, plan.kernels.SWIGLU_TILES), routing.experts.shape[0]](
+    plan.kernels.swiglu_experts[triton.cdiv(weight.R, plan.kernels.SWIGLU_TILES), slots if routing.experts is None else len(routing.experts)](
         x,
         weight,
         added,
@@ -140,7 +141,7 @@ def swiglu_experts(
         top_k=top_k,
         K=x.shape[1],
         N=intermediate,
-        **plan.options(gpu_of(x.device)) | launch_options(added),
+        **plan.options(gpu) | _early(plan, gpu, added),
     )
     return out
 
@@ -161,9 +162,9 @@ def down_experts(
     """
     slots, intermediate = x.shape
     out = torch.empty(slots, hidden, dtype=dtype, device=x.device)
-    weight = kernel_weight(w2, x.dtype)
+    gpu, weight = gpu_of(x.device), kernel_weight(w2, x.dtype)
     added = _shrink(x, factors, slots, topk_weights.shape[1], routing, plan)
-    plan.kernels.down_experts[triton.cdiv(weight.R, plan.kernels.DOWN_TILES), routing.experts.shape[0]](
+    plan.kernels.down_experts[triton.cdiv(weight.R, plan.kernels.DOWN_TILES), len(routing.experts)](
         x,
         weight,
         added,
@@ -173,9 +174,18 @@ def down_experts(
         count=slots,
         K=intermediate,
         N=hidden,
-        **plan.options(gpu_of(x.device)) | launch_options(added),
+        **plan.options(gpu) | _early(plan, gpu, added),
     )
     return out
+
+
+def _early(plan: Plan, gpu: Gpu, added: Lora | None) -> dict:
+    """The options of `plan`'s kernels that say when they start; see `ahead`, and for kernels with adapters `lora`."""
+    if isinstance(plan, Large):
+        return launch_options(added)
+    if added is not None:
+        return {"EARLY": False} | launch_options(added)
+    return {"EARLY": gpu.starts_early} | early_launch(gpu.starts_early)
 
 
 def _shrink(x: torch.Tensor, factors: Factors | None, slots: int, top_k: int, routing: Routing, plan: Plan) -> Lora | None:

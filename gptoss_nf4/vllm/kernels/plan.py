@@ -11,6 +11,7 @@ import triton
 from gptoss_nf4.vllm.kernels import large, small
 from gptoss_nf4.vllm.kernels.decode import PAIRS_BYTES
 
+MIN_L2_BYTES = 40 << 20
 MAX_LINEAR_ROWS = 64  # beyond, a dense copy of the weight and cuBLAS are faster
 
 
@@ -24,6 +25,9 @@ class Gpu:
     """Shared memory of a multiprocessor."""
     starts_early: bool
     """A kernel can be started before the one in front of it has ended, see `lora`."""
+
+    prefetches: bool = False
+    """Its L2 cache holds what all programs of a kernel ask for at once, see `ahead`."""
 
     @property
     def holds_tables(self) -> bool:
@@ -57,12 +61,21 @@ class Large:
     """Of activations, of a program: 16 to 128."""
     stages: int = 3
     """A program reads stages - 1 input tiles ahead."""
+    shared_table: bool = False
+    warps: int = 4
 
     kernels: ClassVar[ModuleType] = large
 
     def options(self, gpu: Gpu) -> dict:
         """The kernels' constants and Triton's launch options."""
-        return {"BM": self.rows, "STAGES": self.stages, "WGMMA": gpu.wgmma, "num_warps": large.WARPS}
+        return {
+            "BM": self.rows,
+            "STAGES": self.stages,
+            "WGMMA": gpu.wgmma,
+            "SHARED_TABLE": self.shared_table,
+            "ROW_TILES": self.warps,
+            "num_warps": self.warps,
+        }
 
 
 Plan = Small | Large
@@ -78,6 +91,7 @@ def gpu_of(device: torch.device) -> Gpu:
         wgmma=properties.major == 9,
         shared_bytes=properties.shared_memory_per_multiprocessor,
         starts_early=properties.major >= 9,
+        prefetches=properties.L2_cache_size >= MIN_L2_BYTES,
     )
 
 
