@@ -140,7 +140,8 @@ def launches(
             routing = Routing(None, blocks, None) if tokens == 1 else Routing(blocks, blocks, blocks)
             x = torch.empty(tokens, d.hidden, dtype=dtype, device=META)
             topk_weights = torch.empty(tokens, top_k, device=META)
-            launch.experts(x, topk_weights, routing, w13, w2, plan, None, w13_factors, w2_factors)
+            topk_ids = torch.empty(tokens, top_k, dtype=torch.int32, device=META)
+            launch.experts(x, topk_weights, topk_ids, routing, w13, w2, plan, None, w13_factors, w2_factors)
         for rows in LINEAR_ROWS:
             x = torch.empty(rows, d.hidden, dtype=dtype, device=META)
             launch.linear(x, qkv, d.q_rows + 2 * d.kv_rows, factors=qkv_factors)

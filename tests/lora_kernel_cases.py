@@ -146,7 +146,9 @@ def experts_errors(case: Experts, adapters: Adapters, dtype: torch.dtype) -> dic
     errors |= {"w2": relative(result, expected), "w2 base": different(result, down(None), mapping)}
 
     whole = poison(
-        lambda: launch.experts(x, topk_weights, routing, w13.packed, w2.packed, plan, None, w13_factors, w2_factors)
+        lambda: launch.experts(
+            x, topk_weights, ids.int(), routing, w13.packed, w2.packed, plan, None, w13_factors, w2_factors
+        )
     )
     return errors | {"whole": relative(whole, expected.view(case.tokens, TOP_K, -1).sum(1))}
 

@@ -20,6 +20,7 @@ from gptoss_nf4.vllm.kernels.plan import Plan, plan_experts, plan_linear
 
 ROOT = Path(__file__).parent.parent
 LIMITS = {"torch.bfloat16": 4e-3, "torch.float16": 1e-3}
+BOTH_PRODUCTS = ("whole", "some skipped")  # one after the other: the first one's rounding is an input of the second
 KERNELS = {
     "small.linear",
     "small.swiglu_experts",
@@ -111,8 +112,9 @@ def test_results(script, cases):
     assert len(results) >= cases
     for result in results:
         for kernel, error in result["errors"].items():
-            exact = result["dtype"] == "torch.int32" or kernel.endswith("base")
-            assert error <= (0 if exact else LIMITS[result["dtype"]]), (
+            exact = result["dtype"] == "torch.int32" or kernel.endswith(("base", "exact"))
+            limit = 0 if exact else LIMITS[result["dtype"]] * (2 if kernel in BOTH_PRODUCTS else 1)
+            assert error <= limit, (
                 seed,
                 result["case"],
                 result["dtype"],

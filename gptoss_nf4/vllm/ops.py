@@ -15,7 +15,7 @@ from gptoss_nf4.vllm.kernels.arguments import Packed, Routing
 from gptoss_nf4.vllm.kernels.lora import Factors
 from gptoss_nf4.vllm.kernels.plan import gpu_of, plan_experts
 from gptoss_nf4.vllm.kernels.sort import fits as sorts
-from gptoss_nf4.vllm.kernels.sort import sort_slots
+from gptoss_nf4.vllm.kernels.sort import local_experts, sort_slots
 
 
 @torch.library.custom_op("gptoss_nf4::packed_linear", mutates_args=())
@@ -117,7 +117,7 @@ def packed_experts(
 
     Args:
         x: [tokens, hidden] float16 or bfloat16.
-        topk_weights, topk_ids: [tokens, k], global expert numbers.
+        topk_weights, topk_ids: [tokens, k], global expert numbers; a choice of -1 adds exactly 0.
         expert_map: int32 [experts] from global to local number, -1 for another rank's; None where all are here.
         experts: their global number.
         w13_*, w2_*: this rank's experts in the order of `kernels.tiles`.
@@ -170,7 +170,7 @@ def packed_experts_with_adapters(
     w2 = Packed(w2_codes, w2_absmax, w2_bias, w2_blocksize, quant_type)
     w13_factors = w2_factors = None
     if needed(no_lora):
-        local = _local(topk_ids, expert_map)
+        local = local_experts(topk_ids, expert_map)
         w13_factors = Factors(w13_lora_a, w13_lora_b, adapters, local)
         w2_factors = Factors(w2_lora_a, w2_lora_b, adapters, local, scale=w2_lora_scale)
     _experts(out, x, topk_weights, topk_ids, expert_map, experts, w13, w2, w13_factors, w2_factors)
@@ -192,15 +192,16 @@ def _experts(
     tokens, top_k = topk_ids.shape
     if tokens == 0:
         return
+    topk_ids = topk_ids.to(torch.int32)  # as vLLM's routers have it: no copy. The kernels are compiled for this dtype.
     plan = plan_experts(tokens, top_k, experts, gpu_of(x.device))
-    if tokens == 1:  # each slot its own block: nothing to sort
-        routing = Routing(None, _local(topk_ids, expert_map), None)
-    else:
-        sort = sort_slots if sorts(tokens * top_k, experts) else moe_align_block_size
-        routing = Routing(*sort(topk_ids, plan.rows, experts, expert_map))
-    launch.experts(x, topk_weights, routing, w13, w2, plan, out, w13_factors, w2_factors)
+    routing = _routing(topk_ids, expert_map, experts, plan.rows)
+    launch.experts(x, topk_weights, topk_ids, routing, w13, w2, plan, out, w13_factors, w2_factors)
 
 
-def _local(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
-    """The local expert of each slot, -1 for another rank's."""
-    return topk_ids.flatten() if expert_map is None else expert_map[topk_ids.flatten().long()]
+def _routing(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, experts: int, block: int) -> Routing:
+    """Slots sorted by expert, for blocks of `block`. Those of expert -1 are in no block."""
+    if len(topk_ids) == 1:  # each slot its own block: nothing to sort
+        return Routing(None, local_experts(topk_ids, expert_map), None)
+    if sorts(topk_ids.numel(), experts):
+        return Routing(*sort_slots(topk_ids, block, experts, expert_map))
+    return Routing(*moe_align_block_size(topk_ids, block, experts, expert_map))

@@ -78,6 +78,7 @@ def dequantize(weight: Packed, out_features: int, dtype: torch.dtype) -> torch.T
 def experts(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
     routing: Routing,
     w13: Packed,
     w2: Packed,
@@ -91,6 +92,7 @@ def experts(
     Args:
         x: [tokens, hidden] float16 or bfloat16.
         topk_weights: float32 [tokens, k].
+        topk_ids: int32 [tokens, k], global expert numbers; a choice of -1 adds exactly 0.
         routing: of the slots, for blocks of `plan.rows`.
         w13: tiles of gate and of up rows in turn (`tiles.gate_and_up_tiles`), with bias.
         w2: rows of hidden, with bias.
@@ -110,7 +112,7 @@ def experts(
         x = operand_order(x, w13.codes.shape[-1] * ROWS)
     middle = swiglu_experts(x, top_k, routing, w13, intermediate, plan, w13_factors)
     partial = down_experts(middle, topk_weights, routing, w2, hidden, plan, partial_dtype, w2_factors)
-    return sum_slots(partial.view(tokens, top_k, hidden), x.dtype, out)
+    return sum_slots(partial.view(tokens, top_k, hidden), topk_ids, x.dtype, out)
 
 
 def swiglu_experts(
