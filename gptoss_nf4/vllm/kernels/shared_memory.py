@@ -12,7 +12,9 @@ from typing import NamedTuple
 from triton.compiler import CompiledKernel
 
 WITHOUT_ASKING = 48 * 1024
-CUDAS_OWN_BYTES = 1024  # CUDA keeps this much of a multiprocessor's for each program (CUDA C++ Programming Guide, 8.x and 9.0)
+CUDAS_OWN_BYTES = (
+    1024  # CUDA keeps this much of a multiprocessor's for each program (CUDA C++ Programming Guide, 8.x and 9.0)
+)
 
 
 class SharedMemory(NamedTuple):

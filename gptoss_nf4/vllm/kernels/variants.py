@@ -78,8 +78,8 @@ def recorded() -> Iterator[list[Launch]]:
 def variants(start: Callable[[int], object], most_tokens: int) -> list[Launch]:
     """One launch of every variant that `start(tokens)` makes on meta tensors, for 1 to `most_tokens` tokens.
 
-    Constants change at some numbers of tokens only, and each moves in one direction between two powers of two. So where both
-    ends of a range start the same variants, all between them do; else the range is halved.
+    Constants change at some numbers of tokens only, and each moves in one direction between two powers of two. So where
+    both ends of a range start the same variants, all between them do; else the range is halved.
     """
     found: dict[str, Launch] = {}
     keys_of: dict[int, frozenset[str]] = {}

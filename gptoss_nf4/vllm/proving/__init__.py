@@ -8,5 +8,5 @@
 
 A wrong or missing kernel shows here and nowhere else: in a running server it would be noise in the answers.
 
-May import `gptoss_nf4.vllm.kernels`, `activation`, `format` and `errors`; imported by the layers' methods and by `lora.attach`.
+May import `gptoss_nf4.vllm.kernels`, `activation`, `format` and `errors`; imported by the layers' methods and by `lora`.
 """

@@ -58,9 +58,9 @@ def fault(product: Product, gpu: Gpu, device: torch.device) -> str | None:
     before = gpu_of(device)
     settle(device, gpu)
     try:
-        for what, error in product.errors(device):
-            if not error <= MAX_ERROR:
-                return f"wrong results: {what}, off by {error:.2g} times their size"
+        for what, off in product.errors(device):
+            if not off <= MAX_ERROR:
+                return f"wrong results: {what}, off by {off:.2g} times their size"
         _wait(device)
     except Exception as error:
         _require_usable(device, error)
@@ -116,7 +116,7 @@ def _require_usable(device: torch.device, error: Exception) -> None:
             where=str(device),
             got=_line(error),
             expected="a kernel that runs, or fails alone",
-            next_step=f"start again with {SWITCH}={Decoding.PERMUTES.value}, or ={Decoding.DEQUANTIZE.value} if that fails too",
+            next_step=f"start again with {SWITCH}={Decoding.PERMUTES.value}, or ={Decoding.DEQUANTIZE.value} if that fails",
         ) from error
 
 

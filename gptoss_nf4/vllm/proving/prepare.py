@@ -3,6 +3,8 @@
 import logging
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -13,6 +15,11 @@ from gptoss_nf4.vllm.proving.products import Product
 
 logger = logging.getLogger("vllm.gptoss_nf4")
 _working: dict[torch.device, dict[Product, bool]] = {}
+
+
+def all_work(products: Sequence[Product], device: torch.device) -> bool:
+    """Whether our kernels compute all of `products` on `device`."""
+    return all([works(product, device) for product in products])
 
 
 def works(product: Product, device: torch.device) -> bool:
@@ -39,9 +46,9 @@ def works(product: Product, device: torch.device) -> bool:
         settle(device, found)
     if told is not None:
         logger.warning("gptoss_nf4: %s", told)
-    logger.info(
-        "gptoss_nf4: kernels of %s compiled and tried in %.1f s", type(product).__name__, time.monotonic() - began
-    )
+    logger.info("gptoss_nf4: kernels of %s compiled and tried in %.1f s", type(product).__name__, time.monotonic() - began)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # vLLM counts what is left
     return known[product]
 
 
@@ -58,4 +65,4 @@ def asked_for(gpu: Gpu, switch: str | None) -> Gpu:
             expected=f"one of {', '.join(values)}",
             next_step="unset it, or set it to one of these",
         )
-    return Gpu(**(vars(gpu) | {"chosen": Decoding(switch)}))
+    return replace(gpu, chosen=Decoding(switch))

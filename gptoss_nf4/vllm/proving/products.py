@@ -8,6 +8,7 @@ codebook comes from `gptoss_nf4.format.codec`.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.nn.functional import linear, pad
@@ -42,7 +43,7 @@ class Product(ABC):
 
     @abstractmethod
     def errors(self, device: torch.device) -> Iterator[tuple[str, float]]:
-        """Run every kernel once: which one, and how far its worst result is off, in units of the results' root mean square."""
+        """Run every kernel once: which one, and how far its worst result is off, in units of the results' size."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +105,30 @@ class Draw:
         gate_and_up: bool = False,
     ) -> tuple[Packed, torch.Tensor, torch.Tensor]:
         """Packed, and what it means in float32: weight [experts, rows, inputs] and bias [experts, rows]."""
+        if self.device == META:
+            rows = 2 * tiles.padded_rows(rows // 2) if gate_and_up else rows
+            return _weight_without_memory(experts, rows, inputs, blocksize, quant_type, dtype)
         codes = self.below(256, experts, rows, inputs // 2, dtype=torch.uint8)
         absmax = (self.normal(experts, rows, inputs // blocksize).abs() + 0.5) / inputs**0.5
         bias = (self.normal(experts, rows) * 0.2).to(dtype)
         tiled = [tiles.gate_and_up_tiles(t, 1).contiguous() if gate_and_up else t for t in (codes, absmax, bias)]
         tiled[2] = pad(tiled[2], (0, tiles.padded_rows(tiled[2].shape[1]) - tiled[2].shape[1]))
         packed = Packed(*tiles.pack(tiled[0], tiled[1], blocksize), tiled[2], blocksize, quant_type)
-        if self.device == META:
-            return packed, absmax, bias
         book = torch.from_numpy(CODEBOOKS[quant_type]).to(self.device)
         dense = torch.stack([book[torch.stack((each >> 4, each & 15), -1).flatten(-2).int()] for each in codes])
         return packed, dense * absmax.repeat_interleave(blocksize, -1), bias.float()
+
+
+@cache
+def _weight_without_memory(
+    experts: int, rows: int, inputs: int, blocksize: int, quant_type: str, dtype: torch.dtype
+) -> tuple[Packed, torch.Tensor, torch.Tensor]:
+    """`Draw.weight` on meta, made once."""
+    row_tiles, tile = tiles.padded_rows(rows) // tiles.ROWS, tiles.tile_inputs(blocksize)
+    codes = torch.empty(experts, row_tiles, inputs // tile, tiles.LANES, tile // tiles.ROWS, dtype=torch.int32, device=META)
+    absmax = torch.empty(experts, row_tiles, inputs // blocksize, tiles.ROWS, dtype=torch.float16, device=META)
+    bias = torch.empty(experts, row_tiles * tiles.ROWS, dtype=dtype, device=META)
+    return Packed(codes, absmax, bias, blocksize, quant_type), absmax, bias
 
 
 @dataclass(frozen=True)
@@ -277,11 +291,11 @@ class Experts(Product):
             row = x[token].float()
             gate_up = linear(row, w13[1][expert], w13[2][expert])
             adapted = w13_factors is not None and int(w13_factors.adapters[token]) >= 0
-            if adapted and self.w13_adapters is not None:
+            if adapted and w13_factors is not None and self.w13_adapters is not None:
                 gate_up += self.w13_adapters.delta(w13_factors, row, expert)
             middle = clamped_swiglu(gate_up)
             down = linear(middle, w2[1][expert], w2[2][expert])
-            if adapted and self.w2_adapters is not None:
+            if adapted and w2_factors is not None and self.w2_adapters is not None:
                 down += self.w2_adapters.delta(w2_factors, middle, expert)
             expected[token] += down * weights[token, choice]
         return expected
