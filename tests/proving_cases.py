@@ -15,7 +15,7 @@ import torch
 
 from gptoss_nf4.vllm.kernels import codebook, sort
 from gptoss_nf4.vllm.kernels.plan import examined
-from gptoss_nf4.vllm.proving.ladder import MAX_ERROR, fault
+from gptoss_nf4.vllm.proving.ladder import fault
 from gptoss_nf4.vllm.proving.products import Adapters, DenseAdapters, Experts, Linear, Product
 
 CPU = torch.device("cpu")
@@ -23,13 +23,13 @@ SMALL = {"quant_type": "nf4", "dtype": torch.float16, "most_tokens": 40}
 
 
 def products() -> dict[str, Product]:
-    linear = {"rows": 72, "inputs": 192, "blocksize": 64, "bias": True, **SMALL}
+    linear = {"rows": 40, "inputs": 128, "blocksize": 64, "bias": True, **SMALL}
     experts = {"hidden": 64, "intermediate": 64, "w13_blocksize": 64, "w2_blocksize": 32, "experts": 4, "top_k": 2, **SMALL}
     adapters = Adapters(held=3, rank=8)
     return {
         "linear": Linear(**linear),
         "linear without bias": Linear(**linear | {"bias": False, "quant_type": "fp4"}),
-        "linear with adapters": Linear(**linear | {"rows": 96}, adapters=Adapters(2, 8, (64, 80, 96))),
+        "linear with adapters": Linear(**linear | {"rows": 64}, adapters=Adapters(2, 8, (32, 48, 64))),
         "experts": Experts(**experts, here=4),
         "experts of a rank": Experts(**experts, here=2),
         "experts with adapters": Experts(**experts, here=4, w13_adapters=adapters, w2_adapters=adapters),
@@ -40,8 +40,7 @@ def products() -> dict[str, Product]:
 def main() -> None:
     torch.set_default_dtype(torch.float16)  # as vLLM does while it makes layers
     for name, product in products().items():
-        errors = dict(product.errors(CPU))
-        print(json.dumps({"product": name, "errors": errors, "fault": fault(product, examined(CPU), CPU)}), flush=True)
+        print(json.dumps({"product": name, "errors": dict(product.errors(CPU))}), flush=True)
     # And when the machine computes wrong: a codebook with two values exchanged, ids of another order.
     right = codebook.codebook("nf4", torch.float16, CPU)
     right.table[:8] = right.table[[1, 0, 2, 3, 5, 4, 6, 7]]
@@ -50,7 +49,6 @@ def main() -> None:
     sort.local_experts = lambda ids, expert_map: 1 - ids.flatten()
     sys.modules["gptoss_nf4.vllm.kernels.launch"].local_experts = sort.local_experts
     print(json.dumps({"product": "wrong experts", "fault": fault(products()["experts"], examined(CPU), CPU)}), flush=True)
-    assert MAX_ERROR < 0.2
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ from typing import NamedTuple
 from triton.compiler import CompiledKernel
 
 WITHOUT_ASKING = 48 * 1024
-CUDAS_OWN_BYTES = (
-    1024  # CUDA keeps this much of a multiprocessor's for each program (CUDA C++ Programming Guide, 8.x and 9.0)
-)
+CUDAS_OWN_BYTES = 1024
+"""CUDA keeps so much of a multiprocessor's for each program (CUDA C++ Programming Guide, "Compute Capabilities")."""
 
 
 class SharedMemory(NamedTuple):
@@ -27,7 +26,9 @@ class SharedMemory(NamedTuple):
 
 
 def shared_memory(compiled: CompiledKernel) -> SharedMemory:
-    return SharedMemory(declared_bytes(compiled.asm["cubin"]), compiled.metadata.shared)
+    """Of a program, without CUDA's own: from Hopper on the machine code declares that too, but no limit counts it."""
+    own = CUDAS_OWN_BYTES if compiled.metadata.target.arch >= 90 else 0
+    return SharedMemory(max(0, declared_bytes(compiled.asm["cubin"]) - own), compiled.metadata.shared)
 
 
 def declared_bytes(cubin: bytes) -> int:

@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 import triton
 from triton.compiler import CompiledKernel
+from triton.runtime._async_compile import FutureKernel
 from triton.runtime.jit import JITFunction
 
 META = torch.device("meta")
@@ -31,7 +32,7 @@ class Launch:
     @property
     def kernel(self) -> str:
         """Module and name."""
-        return f"{self.function.__module__.rsplit('.', 1)[1]}.{self.function.__name__}"
+        return f"{self.function.__module__.rpartition('.')[2]}.{self.function.__name__}"
 
     @property
     def key(self) -> str:
@@ -113,8 +114,17 @@ def compiled(launches: list[Launch]) -> list[CompiledKernel]:
 
     Raises what Triton raises for the first that cannot be compiled.
     """
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        # Not to leave Triton's mode behind with an error in it, errors are looked for afterwards.
-        with triton.AsyncCompileMode(threads, ignore_errors=True):
-            kernels = [launch.function.warmup(**launch.arguments, grid=(1,)) for launch in launches]
-        return [kernel.result() if hasattr(type(kernel), "result") else kernel for kernel in kernels]
+    threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    # An error would leave Triton 3.7's mode behind: they are passed over, and looked for afterwards.
+    with threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+        kernels = [launch.function.warmup(**launch.arguments, grid=(1,)) for launch in launches]
+    return [_finished(launch, kernel) for launch, kernel in zip(launches, kernels, strict=True)]
+
+
+def _finished(launch: Launch, kernel: CompiledKernel | FutureKernel) -> CompiledKernel:
+    """What became of a launch's compilation. Raises its error; Triton 3.9 forgets it, and compiles once more for it."""
+    if not isinstance(kernel, FutureKernel):
+        return kernel
+    if kernel.kernel is None and kernel.future is None:
+        return launch.function.warmup(**launch.arguments, grid=(1,))
+    return kernel.result()
