@@ -151,7 +151,9 @@ def expert_times(copy: float, read: float) -> list[list]:
             dtype: torch.dtype = partial_dtype,
         ) -> torch.Tensor:
             batch = batches[i]
-            return launch.down_experts(middle[i], batch.topk_weights, batch.routing, w2[i % COPIES], D.hidden, plan, dtype)
+            return launch.down_experts(
+                middle[i], D.experts_per_token, batch.topk_weights, batch.routing, w2[i % COPIES], D.hidden, plan, dtype
+            )
 
         first = graph_us([lambda i=i: up(i) for i in range(count)])
         second = graph_us([lambda i=i: down(i) for i in range(count)])
@@ -233,7 +235,7 @@ def errors(experts: int = 4, top_k: int = 2) -> list[list]:
             middle = expected.to(dtype)
             expected = products(w2.dense, bias2, expert, middle) * batch.topk_weights.double().view(-1, 1)
             result = launch.down_experts(
-                order(middle), batch.topk_weights, batch.routing, packed2, D.hidden, plan, torch.float32
+                order(middle), top_k, batch.topk_weights, batch.routing, packed2, D.hidden, plan, torch.float32
             )
             second = relative(result, expected)
             rows.append([f"{dtype}, {tokens} tokens, {plan.rows} rows a program", f"w13 {first:.1e}, w2 {second:.1e}"])

@@ -27,16 +27,16 @@ from triton.runtime.jit import JITFunction
 from benchmarks.tables import markdown
 from benchmarks.weights import GPT_OSS_20B
 from gptoss_nf4.format.dimensions import Dimensions
-from gptoss_nf4.vllm.kernels import launch, sort, tiles
-from gptoss_nf4.vllm.kernels.arguments import Packed, Routing
+from gptoss_nf4.vllm.kernels import launch, tiles
+from gptoss_nf4.vllm.kernels.arguments import Packed
 from gptoss_nf4.vllm.kernels.lora import Factors, Lora
-from gptoss_nf4.vllm.kernels.plan import Gpu, plan_experts
+from gptoss_nf4.vllm.kernels.plan import Gpu
 
 # By compute capability: A100, RTX 3090, H100.
 GPUS = {
-    80: Gpu(wgmma=False, shared_bytes=164 * 1024, starts_early=False),
-    86: Gpu(wgmma=False, shared_bytes=100 * 1024, starts_early=False),
-    90: Gpu(wgmma=True, shared_bytes=228 * 1024, starts_early=True),
+    80: Gpu(wgmma=False, shared_bytes=164 * 1024, starts_early=False, multiprocessors=108),
+    86: Gpu(wgmma=False, shared_bytes=100 * 1024, starts_early=False, multiprocessors=82),
+    90: Gpu(wgmma=True, shared_bytes=228 * 1024, starts_early=True, multiprocessors=132),
 }
 TOKENS = (1, 8, 32, 64, 128, 256, 2048)
 LINEAR_ROWS = (1, 16, 64, 65)
@@ -124,6 +124,7 @@ def launches(
     w13 = _packed(d.experts, 2 * d.intermediate, d.hidden, dtype, blocksize)
     w2 = _packed(d.experts, d.hidden, d.intermediate, dtype, blocksize)
     qkv = _packed(1, d.q_rows + 2 * d.kv_rows, d.hidden, dtype, blocksize)
+    o = _packed(1, d.hidden, d.q_rows, dtype, blocksize)
     top_k, experts = d.experts_per_token, d.experts
     w13_factors = w2_factors = qkv_factors = router_factors = None
     if lora_rank:
@@ -133,20 +134,29 @@ def launches(
         qkv_factors = _factors(lora_rank, 1, [d.q_rows, d.kv_rows, d.kv_rows], d.hidden, dtype)
     with recorded(gpu) as found:
         for tokens in TOKENS:
-            plan = plan_experts(tokens, top_k, experts, gpu)
-            if tokens > 1 and sort.fits(tokens * top_k, experts):
-                sort.sort_slots(torch.empty(tokens, top_k, dtype=torch.int32, device=META), plan.rows, experts)
-            blocks = torch.empty(8, dtype=torch.int32, device=META)
-            routing = Routing(None, blocks, None) if tokens == 1 else Routing(blocks, blocks, blocks)
             x = torch.empty(tokens, d.hidden, dtype=dtype, device=META)
+            logits = torch.empty(tokens, experts, dtype=dtype, device=META)
+            if w13_factors is None:
+                launch.experts_of_logits(x, logits, top_k, None, None, w13, w2, _aligned)
+                continue
             topk_weights = torch.empty(tokens, top_k, device=META)
-            launch.experts(x, topk_weights, routing, w13, w2, plan, None, w13_factors, w2_factors)
+            topk_ids = torch.empty(tokens, top_k, dtype=torch.int32, device=META)
+            routed = x, topk_weights, topk_ids, None, experts
+            launch.routed_experts(*routed, w13, w2, _aligned, None, w13_factors, w2_factors)
         for rows in LINEAR_ROWS:
             x = torch.empty(rows, d.hidden, dtype=dtype, device=META)
+            launch.router(x, torch.empty(experts, d.hidden, dtype=dtype, device=META), bias=x.new_empty(experts))
             launch.linear(x, qkv, d.q_rows + 2 * d.kv_rows, factors=qkv_factors)
+            launch.linear(torch.empty(rows, d.q_rows, dtype=dtype, device=META), o, d.hidden)
             if router_factors is not None:
                 launch.add_adapters(torch.empty(rows, experts, dtype=dtype, device=META), x, router_factors)
     return list({each.label: each for each in found}.values())
+
+
+def _aligned(*_: object) -> tuple[torch.Tensor, ...]:
+    """Stands for vLLM's sorting of many slots: tensors of its dtypes."""
+    numbers = torch.empty(8, dtype=torch.int32, device=META)
+    return numbers, numbers, numbers
 
 
 def _packed(experts: int, rows: int, columns: int, dtype: torch.dtype, blocksize: int) -> Packed:

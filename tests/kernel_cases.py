@@ -28,6 +28,7 @@ from gptoss_nf4.vllm.kernels.plan import Large, Plan, Small, gpu_of, plan_expert
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 TOP_K = 2
+MARGIN = 512  # elements around a tensor, see `poison`
 
 
 @dataclass(frozen=True)
@@ -112,15 +113,21 @@ def misplaced_slots(tokens: int, top_k: int = 4, experts: int = 32) -> dict[str,
     local = torch.arange(experts, dtype=torch.int32, device=DEVICE).flip(0)
     spread = torch.topk(torch.randn(tokens, experts, device=DEVICE), top_k).indices
     together = torch.arange(top_k, device=DEVICE).repeat(tokens, 1)  # all tokens to the same few
+    padded = spread.masked_fill(torch.rand(tokens, 1, device=DEVICE) < 0.5, -1)  # tokens by which vLLM fills up a batch
+    one_choice = torch.where(torch.rand(spread.shape, device=DEVICE) < 0.5, -1, spread)
+    cases = {"spread": spread, "together": together, "padded": padded, "some choices": one_choice, "none": spread * 0 - 1}
     wrong = {}
-    for name, ids in {"spread": spread, "together": together}.items():
+    for name, ids in cases.items():
         slots, owners, padded_count = poison(lambda ids=ids: sort.sort_slots(ids, block, experts, local))
         used, flat = int(padded_count), ids.flatten()
         owner = owners[: used // block].repeat_interleave(block)
         real = slots[:used] < len(flat)
         placed = slots[:used][real].long()
-        once = torch.equal(placed.sort().values, torch.arange(len(flat), device=DEVICE))
+        once = torch.equal(placed.sort().values, (flat >= 0).nonzero().flatten())
         wrong[name] = used % block + (not once) + int((owner[real] != local[flat[placed]]).sum())
+        expected = torch.where(flat < 0, -1, local[flat])
+        found = poison(lambda ids=ids: sort.local_experts(ids, local))
+        wrong[f"{name}, local numbers"] = int((found != expected).sum())
     return wrong
 
 
@@ -153,7 +160,7 @@ def linear_error(case: Linear, dtype: torch.dtype) -> dict[str, float]:
 
 
 def experts_errors(case: Experts, dtype: torch.dtype) -> dict[str, float]:
-    """Of both products and of the sum, each on inputs that are exact for it."""
+    """Of both products and of the sum, each on inputs that are exact for it; of the whole where some slots are skipped."""
     plan = case.plan or plan_experts(case.tokens, TOP_K, case.experts, gpu_of(DEVICE))
     settings = case.blocksize, case.quant_type, dtype
     w13 = random_matrix(case.experts, 2 * case.intermediate, case.hidden, *settings, gate_and_up=True)
@@ -174,13 +181,30 @@ def experts_errors(case: Experts, dtype: torch.dtype) -> dict[str, float]:
     middle = middle.to(dtype)
     down = products(w2, expert, middle) * topk_weights.double().view(-1, 1) * here[:, None]
     result = poison(
-        lambda: launch.down_experts(order(middle), topk_weights, routing, w2.packed, case.hidden, plan, torch.float32)
+        lambda: launch.down_experts(
+            order(middle), TOP_K, topk_weights, routing, w2.packed, case.hidden, plan, torch.float32
+        )
     )
     errors["w2"] = relative(result, down)
 
     partial = result.view(case.tokens, TOP_K, case.hidden)
-    errors["sum"] = relative(poison(lambda: combine.sum_slots(partial, torch.float32)), partial.double().sum(1))
-    return errors
+    total = poison(lambda: combine.sum_slots(partial, ids.int(), torch.float32))
+    errors["sum"] = relative(total, partial.double().sum(1))
+
+    # Now some choices are no expert, as in tokens by which vLLM fills up a batch: the first of all, and half of the rest.
+    skipped = torch.rand(ids.shape, device=DEVICE) < 0.5
+    skipped[0, 0] = True
+    ids = torch.where(skipped, -1, ids.int())
+    routing = route(ids, plan, local)
+    result = poison(lambda: launch.experts(x, TOP_K, topk_weights, ids, routing, w13.packed, w2.packed, plan))
+    middle = clamped_swiglu(products(w13, expert, x.repeat_interleave(TOP_K, 0)))
+    down = products(w2, expert, middle) * topk_weights.double().view(-1, 1) * (here & ~skipped.flatten())[:, None]
+    expected = down.view(case.tokens, TOP_K, -1).sum(1)
+    errors["some skipped"] = relative(result, expected) if expected.any() else float(result.abs().max())
+    nothing = torch.full_like(ids, -1)
+    routing = route(nothing, plan, local)
+    result = poison(lambda: launch.experts(x, TOP_K, topk_weights, nothing, routing, w13.packed, w2.packed, plan))
+    return errors | {"all skipped, exact": float(result.abs().max())}
 
 
 def random_matrix(
@@ -208,14 +232,14 @@ def products(matrix: Matrix, expert: torch.Tensor, rows: torch.Tensor) -> torch.
 def route(ids: torch.Tensor, plan: Plan, local: torch.Tensor) -> Routing:
     """As the plugin does: one slot a block, its own sorting, or vLLM's."""
     if len(ids) == 1:
-        return Routing(None, local[ids.flatten()], None)
+        return Routing(None, sort.local_experts(ids, local), None)
     if isinstance(plan, Small):
         return Routing(*poison(lambda: sort.sort_slots(ids, plan.rows, len(local), local)))
     return align(ids, plan.rows, local.tolist())
 
 
 def align(ids: torch.Tensor, block: int, local: list[int]) -> Routing:
-    """What vLLM's `moe_align_block_size` returns, with a block too many, as in its upper bound."""
+    """What vLLM's `moe_align_block_size` returns, with a block too many, as in its upper bound. It leaves out -1 too."""
     flat, slots, blocks = ids.flatten().tolist(), [], []
     for expert in range(len(local)):
         mine = [slot for slot, chosen in enumerate(flat) if chosen == expert]
@@ -232,18 +256,28 @@ def align(ids: torch.Tensor, block: int, local: list[int]) -> Routing:
 
 
 def poison(call: Callable):
-    """Run `call` with every new tensor filled with NaN, or an absurd number, first: what no kernel writes shows."""
-    empty = torch.empty
+    """Run `call` with every new tensor filled with NaN, or an absurd number, first: what no kernel writes shows.
 
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 1 << 30)
+    And each lies within a larger one: what a kernel writes beside its tensor shows too.
+    """
+    empty, wholes = torch.empty, []
+
+    def poisoned(*size, **kwargs):
+        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        whole = empty(shape.numel() + 2 * MARGIN, **kwargs)
+        whole.fill_(float("nan") if whole.is_floating_point() else 1 << 30)
+        wholes.append((whole, whole[:MARGIN].clone()))
+        return whole[MARGIN:-MARGIN].view(shape)
 
     torch.empty = poisoned
     try:
-        return call()
+        result = call()
     finally:
         torch.empty = empty
+    for whole, margin in wholes:
+        for edge in (whole[:MARGIN], whole[-MARGIN:]):
+            assert torch.allclose(edge, margin, rtol=0, atol=0, equal_nan=True), "a kernel wrote beside its tensor"
+    return result
 
 
 def relative(result: torch.Tensor, reference: torch.Tensor) -> float:

@@ -137,7 +137,9 @@ def experts_errors(case: Experts, adapters: Adapters, dtype: torch.dtype) -> dic
     def down(factors: Factors | None) -> torch.Tensor:
         given = order(middle)
         return poison(
-            lambda: launch.down_experts(given, topk_weights, routing, w2.packed, case.hidden, plan, torch.float32, factors)
+            lambda: launch.down_experts(
+                given, TOP_K, topk_weights, routing, w2.packed, case.hidden, plan, torch.float32, factors
+            )
         )
 
     expected = products_with(w2, w2_factors, mapping, expert, middle) * topk_weights.double().view(-1, 1)
@@ -146,7 +148,9 @@ def experts_errors(case: Experts, adapters: Adapters, dtype: torch.dtype) -> dic
     errors |= {"w2": relative(result, expected), "w2 base": different(result, down(None), mapping)}
 
     whole = poison(
-        lambda: launch.experts(x, topk_weights, routing, w13.packed, w2.packed, plan, None, w13_factors, w2_factors)
+        lambda: launch.experts(
+            x, TOP_K, topk_weights, ids.int(), routing, w13.packed, w2.packed, plan, None, w13_factors, w2_factors
+        )
     )
     return errors | {"whole": relative(whole, expected.view(case.tokens, TOP_K, -1).sum(1))}
 

@@ -20,6 +20,7 @@ from gptoss_nf4.vllm.kernels.plan import Plan, plan_experts, plan_linear
 
 ROOT = Path(__file__).parent.parent
 LIMITS = {"torch.bfloat16": 4e-3, "torch.float16": 1e-3}
+BOTH_PRODUCTS = ("whole", "some skipped")  # one after the other: the first one's rounding is an input of the second
 KERNELS = {
     "small.linear",
     "small.swiglu_experts",
@@ -98,7 +99,9 @@ def test_every_plan_is_among_those_compiled(capability):
         return {plan_experts(each, d.experts_per_token, d.experts, gpu) for each in tokens}
 
     assert plans(range(1, 20000)) == plans(machine_code.TOKENS)
-    assert {plan_linear(rows) for rows in range(1, 200)} == {plan_linear(rows) for rows in machine_code.LINEAR_ROWS}
+    for row_tiles in ((d.q_rows + 2 * d.kv_rows) // ROWS, d.hidden // ROWS):
+        compiled = {plan_linear(rows, row_tiles, gpu) for rows in machine_code.LINEAR_ROWS}
+        assert {plan_linear(rows, row_tiles, gpu) for rows in range(1, 200)} == compiled
 
 
 @pytest.mark.parametrize(("script", "cases"), [("kernel_cases.py", 19), ("lora_kernel_cases.py", 14)])
@@ -111,8 +114,9 @@ def test_results(script, cases):
     assert len(results) >= cases
     for result in results:
         for kernel, error in result["errors"].items():
-            exact = result["dtype"] == "torch.int32" or kernel.endswith("base")
-            assert error <= (0 if exact else LIMITS[result["dtype"]]), (
+            exact = result["dtype"] == "torch.int32" or kernel.endswith(("base", "exact"))
+            limit = 0 if exact else LIMITS[result["dtype"]] * (2 if kernel in BOTH_PRODUCTS else 1)
+            assert error <= limit, (
                 seed,
                 result["case"],
                 result["dtype"],

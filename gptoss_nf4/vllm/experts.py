@@ -64,7 +64,7 @@ def run_used_experts(
 
     Args:
         x: [tokens, hidden].
-        topk_weights, topk_ids: [tokens, k], global expert numbers.
+        topk_weights, topk_ids: [tokens, k], global expert numbers; a choice of -1 adds exactly 0.
         expert_map: int [experts] from global to local number, -1 for another rank's; None where all are here.
         w13, w2: local expert number -> dense weight [2n, hidden], rows interleaved, and [hidden, n].
         w13_bias, w2_bias: [local experts, 2n] and [local experts, hidden].
@@ -73,7 +73,9 @@ def run_used_experts(
     Returns:
         [tokens, hidden] in x's dtype, summed in float32.
     """
-    local = topk_ids.long() if expert_map is None else expert_map[topk_ids.long()].long()
+    local = topk_ids.long()
+    if expert_map is not None:
+        local = torch.where(local < 0, local, expert_map[local].long())
     result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in local.unique().tolist():
         if expert < 0:

@@ -1,6 +1,9 @@
 """NF4 experts in vLLM, with expert bias and gpt-oss's clamped SwiGLU."""
 
 import torch
+from vllm import envs
+from vllm.config import get_current_vllm_config_or_none
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig, biased_moe_quant_config
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -10,7 +13,17 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.vllm import experts, ops  # noqa: F401  (register torch.ops.gptoss_nf4)
 from gptoss_nf4.vllm.dequantize import dequantize
 from gptoss_nf4.vllm.expert_weights import W2, W13, ExpertWeight, Part
-from gptoss_nf4.vllm.loading import Loader, register_parameter, require_filled, runs_on_kernels
+from gptoss_nf4.vllm.loading import (
+    Loader,
+    blocksize_of_shard,
+    current_device,
+    most_tokens,
+    register_parameter,
+    require_filled,
+    runs_on_kernels,
+)
+from gptoss_nf4.vllm.proving.prepare import all_work
+from gptoss_nf4.vllm.proving.products import Experts
 from gptoss_nf4.vllm.settings import Settings
 
 
@@ -29,6 +42,7 @@ class Nf4MoEMethod(FusedMoEMethodBase):
                 expected="gpt-oss's swigluoai with bias",
                 next_step="use a vLLM version that the plugin was tested with",
             )
+        self.chooses = False
 
     def create_weights(
         self,
@@ -41,9 +55,11 @@ class Nf4MoEMethod(FusedMoEMethodBase):
     ) -> None:
         """Register codes, absmax and bias of w13 and w2: see `expert_weights`."""
         parallel = self.moe.moe_parallel_config
-        packed = self.packs(params_dtype)
+        product = self._product(num_experts, hidden_size, intermediate_size_per_partition, params_dtype)
+        packed = self.packs(product)
         shared = {"settings": self.settings, "tp_rank": parallel.tp_rank, "packed": packed, "prefix": self.prefix}
-        layer.nf4_packed = packed
+        layer.nf4_packed, layer.nf4_products = packed, [product]
+        self.chooses = packed and product.of_logits
         layer.nf4_w13 = W13(2 * intermediate_size_per_partition, hidden_size, tp_size=parallel.tp_size, **shared)
         layer.nf4_w2 = W2(hidden_size, intermediate_size_per_partition, tp_size=parallel.tp_size, **shared)
         for weight in (layer.nf4_w13, layer.nf4_w2):
@@ -52,9 +68,33 @@ class Nf4MoEMethod(FusedMoEMethodBase):
                 load = self._loader(layer, part)
                 register_parameter(layer, self.prefix, part.name, kept.shape, kept.dtype, load)
 
-    def packs(self, params_dtype: torch.dtype) -> bool:
+    def packs(self, product: Experts) -> bool:
         """Whether the weights are kept in the kernels' order."""
-        return runs_on_kernels(params_dtype)
+        return runs_on_kernels(product.dtype) and all_work([product], current_device())
+
+    def _product(self, num_experts: int, hidden: int, intermediate: int, dtype: torch.dtype) -> Experts:
+        """What the kernels have to compute for a layer of these widths, of this rank."""
+        blocksize = self.settings.blocksize
+        return Experts(
+            hidden=hidden,
+            intermediate=intermediate,
+            w13_blocksize=blocksize_of_shard(blocksize, hidden, self.prefix),
+            w2_blocksize=blocksize_of_shard(blocksize, intermediate, self.prefix),
+            quant_type=self.settings.quant_type,
+            dtype=dtype,
+            experts=self.moe.num_experts,
+            here=num_experts,
+            top_k=self.moe.experts_per_token,
+            most_tokens=most_tokens(),
+            of_logits=self._may_choose(),
+        )
+
+    def _may_choose(self) -> bool:
+        """Whether nobody but the experts needs to know which ones a token went to."""
+        config = get_current_vllm_config_or_none()
+        told = config is not None and config.aux_output_config.enable_return_routed_experts
+        parallel = self.moe.moe_parallel_config
+        return not (told or self.moe.is_lora_enabled or parallel.enable_eplb or parallel.dp_size > 1)
 
     def _loader(self, layer: RoutedExperts, part: Part) -> Loader:
         """How the checkpoint's tensor, of all experts, becomes this rank's parameter."""
@@ -85,17 +125,24 @@ class Nf4MoEMethod(FusedMoEMethodBase):
         from gptoss_nf4.vllm.lora.experts import kernel_with_lora
 
         if layer.w13_codes.device.type != "cpu" and not layer.nf4_packed:
+            in_float32 = layer.w13_expert_bias.dtype == torch.float32
             raise UserError(
-                "adapters are not served in float32 on a GPU",
+                "adapters are served on a GPU by our kernels alone",
                 where=self.prefix,
-                got="--enable-lora --dtype float32",
-                expected="float16 or bfloat16, or the CPU",
-                next_step="serve without --dtype float32",
+                got="--enable-lora "
+                + ("--dtype float32" if in_float32 else "and kernels that are not used, see the warning"),
+                expected="kernels, in float16 or bfloat16, or the CPU",
+                next_step="serve without " + ("--dtype float32" if in_float32 else "--enable-lora, or mend that first"),
             )
         # For their device and number of experts; vLLM insists on three dimensions.
         layer.w13_weight, layer.w2_weight = layer.w13_codes.data.flatten(1, -2), layer.w2_codes.data.flatten(1, -2)
         quant_config, scale = self.get_fused_moe_quant_config(layer), self.settings.residual_scale
         self.moe_kernel = kernel_with_lora(self.moe, quant_config, self._weights(layer), scale, layer.nf4_packed)
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Whether vLLM leaves the choice of experts to `apply_monolithic`, which does it in the experts' own kernels."""
+        return self.chooses
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         return biased_moe_quant_config(layer.w13_expert_bias, layer.w2_expert_bias)
@@ -118,6 +165,20 @@ class Nf4MoEMethod(FusedMoEMethodBase):
         if x.device.type == "cpu":
             return torch.ops.gptoss_nf4.used_experts(x, topk_weights, topk_ids, layer.expert_map, **weights)
         return self._dequantize_all(layer, x, topk_weights, topk_ids)
+
+    def apply_monolithic(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        router_logits: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [tokens, hidden], router_logits [tokens, experts] -> [tokens, hidden]."""
+        tells = envs.VLLM_MOE_SKIP_PADDING and is_forward_context_available()
+        is_padding = get_forward_context().is_padding if tells else None
+        return torch.ops.gptoss_nf4.packed_experts_of_logits(
+            x, router_logits, self.moe.experts_per_token, is_padding, layer.expert_map, **self._weights(layer)
+        )
 
     def _weights(self, layer: RoutedExperts) -> dict:
         """The layer's weights as the operators name them."""

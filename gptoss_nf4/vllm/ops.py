@@ -11,11 +11,9 @@ import torch
 from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
 
 from gptoss_nf4.vllm.kernels import launch
-from gptoss_nf4.vllm.kernels.arguments import Packed, Routing
+from gptoss_nf4.vllm.kernels.arguments import Packed
 from gptoss_nf4.vllm.kernels.lora import Factors
-from gptoss_nf4.vllm.kernels.plan import gpu_of, plan_experts
-from gptoss_nf4.vllm.kernels.sort import fits as sorts
-from gptoss_nf4.vllm.kernels.sort import sort_slots
+from gptoss_nf4.vllm.kernels.sort import local_experts
 
 
 @torch.library.custom_op("gptoss_nf4::packed_linear", mutates_args=())
@@ -117,7 +115,7 @@ def packed_experts(
 
     Args:
         x: [tokens, hidden] float16 or bfloat16.
-        topk_weights, topk_ids: [tokens, k], global expert numbers.
+        topk_weights, topk_ids: [tokens, k], global expert numbers; a choice of -1 adds exactly 0.
         expert_map: int32 [experts] from global to local number, -1 for another rank's; None where all are here.
         experts: their global number.
         w13_*, w2_*: this rank's experts in the order of `kernels.tiles`.
@@ -135,6 +133,54 @@ def packed_experts(
 @packed_experts.register_fake
 def _(x: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("gptoss_nf4::packed_experts_of_logits", mutates_args=())
+def packed_experts_of_logits(
+    x: torch.Tensor,
+    router_logits: torch.Tensor,
+    top_k: int,
+    is_padding: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    w13_codes: torch.Tensor,
+    w13_absmax: torch.Tensor,
+    w13_bias: torch.Tensor,
+    w13_blocksize: int,
+    w2_codes: torch.Tensor,
+    w2_absmax: torch.Tensor,
+    w2_bias: torch.Tensor,
+    w2_blocksize: int,
+    quant_type: str,
+) -> torch.Tensor:
+    """`packed_experts` of the `top_k` experts with the largest logits, weighted by their softmax.
+
+    Args:
+        router_logits: [tokens, experts].
+        is_padding: bool, of each token whether it only fills up the batch; may be longer. None: all exist.
+        The others: as in `packed_experts`.
+    """
+    if len(x) == 0:
+        return torch.empty_like(x)
+    w13 = Packed(w13_codes, w13_absmax, w13_bias, w13_blocksize, quant_type)
+    w2 = Packed(w2_codes, w2_absmax, w2_bias, w2_blocksize, quant_type)
+    logits = router_logits.contiguous()
+    return launch.experts_of_logits(x, logits, top_k, is_padding, expert_map, w13, w2, moe_align_block_size)
+
+
+@packed_experts_of_logits.register_fake
+def _(x: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("gptoss_nf4::router", mutates_args=())
+def router(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x [rows, hidden] @ weight [experts, hidden] + bias [experts], all in one 16-bit dtype: [rows, experts]."""
+    return launch.router(x, weight, bias)
+
+
+@router.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("gptoss_nf4::packed_experts_with_adapters", mutates_args=("out",))
@@ -170,7 +216,7 @@ def packed_experts_with_adapters(
     w2 = Packed(w2_codes, w2_absmax, w2_bias, w2_blocksize, quant_type)
     w13_factors = w2_factors = None
     if needed(no_lora):
-        local = _local(topk_ids, expert_map)
+        local = local_experts(topk_ids.to(torch.int32), expert_map)
         w13_factors = Factors(w13_lora_a, w13_lora_b, adapters, local)
         w2_factors = Factors(w2_lora_a, w2_lora_b, adapters, local, scale=w2_lora_scale)
     _experts(out, x, topk_weights, topk_ids, expert_map, experts, w13, w2, w13_factors, w2_factors)
@@ -188,19 +234,17 @@ def _experts(
     w13_factors: Factors | None = None,
     w2_factors: Factors | None = None,
 ) -> None:
-    """Choose a plan, sort the slots by expert, and start the kernels."""
-    tokens, top_k = topk_ids.shape
-    if tokens == 0:
-        return
-    plan = plan_experts(tokens, top_k, experts, gpu_of(x.device))
-    if tokens == 1:  # each slot its own block: nothing to sort
-        routing = Routing(None, _local(topk_ids, expert_map), None)
-    else:
-        sort = sort_slots if sorts(tokens * top_k, experts) else moe_align_block_size
-        routing = Routing(*sort(topk_ids, plan.rows, experts, expert_map))
-    launch.experts(x, topk_weights, routing, w13, w2, plan, out, w13_factors, w2_factors)
-
-
-def _local(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
-    """The local expert of each slot, -1 for another rank's."""
-    return topk_ids.flatten() if expert_map is None else expert_map[topk_ids.flatten().long()]
+    if len(x):
+        launch.routed_experts(
+            x,
+            topk_weights,
+            topk_ids.to(torch.int32),  # as vLLM's routers have it: no copy. The kernels are compiled for this dtype.
+            expert_map,
+            experts,
+            w13,
+            w2,
+            moe_align_block_size,
+            out,
+            w13_factors,
+            w2_factors,
+        )

@@ -1,12 +1,13 @@
-"""Work that a kernel can do before its inputs are there: asking for its weights, and starting while another kernel ends.
+"""What a kernel can do before its inputs are there: ask for its weights, and start while another kernel ends.
 
-`prefetch` brings weights into the L2 cache. The loops of `small` have one tile in flight for each warp, as many as registers
-allow. That hides the latency of the L2 cache, but not that of memory. So a program first asks for all that it will read. This
-takes no registers. Only a GPU whose L2 holds what all programs ask for at once gains by it, see `plan.Gpu`.
+`prefetch` brings weights into the L2 cache before a load asks for them. The loop of `products` has one tile in flight
+for each warp. In a small kernel, such as an attention projection at one token, that is too little to keep the memory
+busy. The experts' kernels have enough warps, and lose by it (NOTES.md).
 
-`start_early`: on Hopper and newer a kernel may be started while the one in front of it runs ("programmatic dependent launch" in
-CUDA's words, `early` here). Each of its programs waits for that one's results in `start_early`, and then lets the next kernel
-start. A program that returned without waiting would let its successor write over what its predecessor still reads.
+`start_early`: on Hopper and newer a kernel may be started while the one in front of it runs ("programmatic dependent
+launch" in CUDA's words, `early` here). Each of its programs waits for that one's results in `start_early`, and then
+lets the next kernel start. A program that returned without waiting would let its successor write over what its
+predecessor still reads.
 """
 
 import triton

@@ -9,26 +9,51 @@ from gptoss_nf4.vllm.kernels.lora import early_launch
 
 
 @triton.jit
-def _sum_slots(partial, out, N, TOP_K: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """partial [tokens, TOP_K, N] -> out [tokens, N]. Grid: tokens, blocks of BLOCK columns."""
+def _sum_slots(partial, ids, out, N, TOP_K: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """partial [tokens, TOP_K, N] -> out [tokens, N]. Grid: tokens, blocks of BLOCK columns.
+
+    ids: the expert of each slot. Nothing was written for a slot of expert -1. It is read all the same: to wait for its id
+    first would take longer. None where all slots have experts.
+    EARLY: the kernel is started before the one in front of it has ended, see `ahead`.
+    """
     start_early(EARLY)
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for slot in tl.static_range(TOP_K):
-        total += tl.load(partial + (token * TOP_K + slot) * N + n, mask=n < N, other=0.0).to(tl.float32)
+        part = tl.load(partial + (token * TOP_K + slot) * N + n, mask=n < N, other=0.0).to(tl.float32)
+        if ids is not None:
+            part = tl.where(tl.load(ids + token * TOP_K + slot) >= 0, part, 0.0)
+        total += part
     tl.store(out + token * N + n, total.to(out.dtype.element_ty), mask=n < N)
 
 
 def sum_slots(
-    partial: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None, *, early: bool = False
+    partial: torch.Tensor,
+    ids: torch.Tensor | None,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+    *,
+    early: bool = False,
 ) -> torch.Tensor:
-    """[tokens, k, hidden] -> [tokens, hidden] in `dtype`, summed in float32; into `out` if it is given (contiguous)."""
+    """The sum of each token's slots, in float32.
+
+    Args:
+        partial: [tokens, k, hidden]. ids: integers [tokens, k]. Where one is -1, the slot adds exactly 0, whatever
+        `partial` has there. None: there is none. dtype: of the result. out: what to return, if it exists already;
+        contiguous. early: the kernel may start before the one in front of it has ended, see `ahead`.
+
+    Returns:
+        [tokens, hidden].
+    """
     tokens, top_k, hidden = partial.shape
     if out is None:
         out = torch.empty(tokens, hidden, dtype=dtype, device=partial.device)
     if tokens:
         block = 1024
         grid = (tokens, triton.cdiv(hidden, block))
-        _sum_slots[grid](partial, out, N=hidden, TOP_K=top_k, BLOCK=block, EARLY=early, num_warps=4, **early_launch(early))
+        ids = None if ids is None else ids.contiguous()
+        _sum_slots[grid](
+            partial, ids, out, N=hidden, TOP_K=top_k, BLOCK=block, EARLY=early, num_warps=4, **early_launch(early)
+        )
     return out

@@ -21,6 +21,7 @@ from gptoss_nf4.vllm.kernels.lora import add_delta
 from gptoss_nf4.vllm.kernels.swiglu import clamped_swiglu
 
 WARPS = 4  # of a program
+ROW_TILES = tl.constexpr(WARPS)  # whose sums a program holds, of gate and of up each
 # Row tiles of a program: gate and up, or neighbours.
 SWIGLU_TILES = 2 * WARPS
 DOWN_TILES = WARPS
@@ -33,7 +34,7 @@ class Tiles(NamedTuple):
     absmax: tl.tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def swiglu_experts(
     x,
     weight,
@@ -48,7 +49,6 @@ def swiglu_experts(
     STAGES: tl.constexpr,
     WGMMA: tl.constexpr,
     SHARED_TABLE: tl.constexpr,
-    ROW_TILES: tl.constexpr,
 ):
     """out[slot] = clamped SwiGLU of w[expert] @ x[slot // top_k] + bias[expert].
 
@@ -62,6 +62,7 @@ def swiglu_experts(
         count: the number of slots, tokens * top_k.
         STAGES: a program reads STAGES - 1 input tiles ahead.
         WGMMA: Triton compiles the products to wgmma, else to mma.sync.
+        SHARED_TABLE: decode by `lookup`, else by `decode`.
     """
     block = tl.program_id(1)
     if block * BM >= tl.load(routing.padded_count):
@@ -83,9 +84,13 @@ def swiglu_experts(
     up_nm = tl.zeros([ROW_TILES * 16, BM], tl.float32)
     for C in tl.range(0, weight.C, num_stages=STAGES):
         x_km = _activations(x, row_m, used_m, C, K, weight.S, WGMMA)
-        gate_nk = _weights(gate_tiles, 2 * pair_R, exists_R, C, weight, decoder, dtype, BM < 128 or SHARED_TABLE, WGMMA, SHARED_TABLE)
+        gate_nk = _weights(
+            gate_tiles, 2 * pair_R, exists_R, C, weight, decoder, dtype, BM < 128 or SHARED_TABLE, WGMMA, SHARED_TABLE
+        )
         gate_nm = tl.dot(gate_nk, x_km, gate_nm)
-        up_nk = _weights(up_tiles, 2 * pair_R, exists_R, C, weight, decoder, dtype, BM < 128 or SHARED_TABLE, WGMMA, SHARED_TABLE)
+        up_nk = _weights(
+            up_tiles, 2 * pair_R, exists_R, C, weight, decoder, dtype, BM < 128 or SHARED_TABLE, WGMMA, SHARED_TABLE
+        )
         up_nm = tl.dot(up_nk, x_km, up_nm)
     n = tl.program_id(0) * (ROW_TILES * 16) + tl.arange(0, ROW_TILES * 16)
     exists_n = n < pairs * 16
@@ -104,7 +109,7 @@ def swiglu_experts(
     tl.store(out_mn, tl.trans(value_nm), mask=used_m[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def down_experts(
     x,
     weight,
@@ -119,7 +124,6 @@ def down_experts(
     STAGES: tl.constexpr,
     WGMMA: tl.constexpr,
     SHARED_TABLE: tl.constexpr,
-    ROW_TILES: tl.constexpr,
 ):
     """out[slot] = (w[expert] @ x[slot] + bias[expert]) * slot_weights[slot].
 
@@ -130,7 +134,7 @@ def down_experts(
         weight: a `Weight`. lora: a `lora.Lora` or None. routing: a `Routing` for blocks of BM, with slots.
         slot_weights: float32 [count].
         count: the number of slots.
-        STAGES, WGMMA: as in `swiglu_experts`.
+        STAGES, WGMMA, SHARED_TABLE: as in `swiglu_experts`.
     """
     block = tl.program_id(1)
     n = tl.program_id(0) * (ROW_TILES * 16) + tl.arange(0, ROW_TILES * 16)
@@ -186,17 +190,17 @@ def _weights(
 ):
     """Operand A: row tiles `tile_R` of input tile C, times absmax and the codebook's factor, `dtype` [n, k].
 
+    decoder: what `fill_shared` (if SHARED_TABLE) or `load_table` gave.
     SCALE_IN_DECODING multiplies by absmax within the decoding (fewer instructions), else after it (fewer registers).
     """
     S: tl.constexpr = weight.S
-    ROW_TILES: tl.constexpr = tile_R.shape[0]
     tile_Rls = tile_R[:, None, None]
     exists_Rls = exists_R[:, None, None]
     place_Rls = (tile_Rls * weight.C + C) * (32 * S) + tl.arange(0, 32)[None, :, None] * S + tl.arange(0, S)[None, None, :]
     words_Rls = tl.load(tiles.codes + place_Rls, mask=exists_Rls, other=0)
     # Pairs of absmax: Triton copies no fewer than four bytes ahead of their use.
     pairs_R = tiles.absmax.to(tl.pointer_type(tl.int32)) + (tile_Rls * weight.B + C // weight.TILES_PER_BLOCK) * 8
-    if SCALE_IN_DECODING and COMPILED:  # noqa
+    if SCALE_IN_DECODING and COMPILED:
         pairs_Rl = pairs_R + (tl.arange(0, 32) // 4)[None, :, None]  # g of lane 4g + t
         absmax0_Rl, absmax1_Rl = halves(tl.load(pairs_Rl, mask=exists_Rls, other=0))
         if SHARED_TABLE:

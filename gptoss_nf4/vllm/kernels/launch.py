@@ -3,16 +3,22 @@
 No function here waits for the GPU or looks at a tensor's values, so all may be captured in a CUDA graph.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
+import triton.language as tl
 
 from gptoss_nf4.vllm.kernels import dense
 from gptoss_nf4.vllm.kernels.arguments import Packed, Routing, kernel_weight
 from gptoss_nf4.vllm.kernels.combine import sum_slots
 from gptoss_nf4.vllm.kernels.expand import expand
 from gptoss_nf4.vllm.kernels.lora import Factors, Lora, early_launch, launch_options
-from gptoss_nf4.vllm.kernels.plan import Gpu, Large, Plan, Small, gpu_of, plan_linear
+from gptoss_nf4.vllm.kernels.plan import Gpu, Large, Plan, Small, gpu_of, plan_experts, plan_linear
+from gptoss_nf4.vllm.kernels.router import MAX_ROUTER_ROWS, few_logits
+from gptoss_nf4.vllm.kernels.routing import choose, route, routes
 from gptoss_nf4.vllm.kernels.shrink import shrink
+from gptoss_nf4.vllm.kernels.sort import fits, local_experts, sort_slots
 from gptoss_nf4.vllm.kernels.tiles import ROWS, operand_order
 
 
@@ -36,7 +42,8 @@ def linear(
         [rows, out_features] in x's dtype.
     """
     rows, inputs = x.shape
-    plan = plan or plan_linear(rows)
+    gpu = gpu_of(x.device)
+    plan = plan or plan_linear(rows, weight.codes.shape[1], gpu)
     if plan is None:
         bias = None if weight.bias is None else weight.bias[0, :out_features]
         out = torch.nn.functional.linear(x, dequantize(weight, out_features, x.dtype), bias)
@@ -47,15 +54,22 @@ def linear(
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
-    argument, gpu = kernel_weight(weight, x.dtype), gpu_of(x.device)
+    argument = kernel_weight(weight, x.dtype)
     # With more rows the product takes the memory from `shrink`, and waits for it the longer (NOTES.md).
-    early = gpu.starts_early and plan.rows == 8
-    added = None if factors is None else shrink(x, factors, rows, 1, early=early)
-    options = plan.options(gpu) | _early(plan, gpu, added) | {"AHEAD": gpu.starts_early and rows <= plan.rows == 8}
+    few = gpu.starts_early and plan.rows == 8
+    added = None if factors is None else shrink(x, factors, rows, 1, early=few)
+    options = plan.options(gpu) | _early(plan, gpu, added) | {"AHEAD": few}
     plan.kernels.linear[argument.R, triton.cdiv(rows, plan.rows)](
         x, argument, added, out, count=rows, K=inputs, N=out_features, **options
     )
     return out
+
+
+def router(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The router's logits: x [rows, hidden] @ weight [experts, hidden] + bias [experts], in x's dtype."""
+    if len(x) > MAX_ROUTER_ROWS:
+        return torch.nn.functional.linear(x, weight, bias)
+    return few_logits(x, weight, bias, early=gpu_of(x.device).starts_early)
 
 
 def add_adapters(out: torch.Tensor, x: torch.Tensor, factors: Factors) -> None:
@@ -75,9 +89,82 @@ def dequantize(weight: Packed, out_features: int, dtype: torch.dtype) -> torch.T
     return out
 
 
-def experts(
+Align = Callable[
+    [torch.Tensor, int, int, torch.Tensor | None], tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]
+]
+"""Sorts more slots than `sort_slots` takes, with the same arguments and results."""
+
+
+def experts_of_logits(
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    top_k: int,
+    is_padding: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    w13: Packed,
+    w2: Packed,
+    align: Align,
+    plan: Plan | None = None,
+) -> torch.Tensor:
+    """From the router's logits to the experts' weighted sum: routing, and the kernels of `experts`.
+
+    Args:
+        logits: [tokens, num_experts], contiguous. A token goes to the `top_k` largest, weighted by their softmax.
+        is_padding: bool [tokens or more]: tokens that do not exist; their rows are 0. None: all exist.
+        expert_map: int32 [num_experts] from global to local number, -1 for another rank's; None where all are here.
+        plan: in place of what `plan_experts` chooses.
+        The others: as in `experts`.
+    """
+    tokens, num_experts = logits.shape
+    gpu = gpu_of(x.device)
+    plan, early = plan or plan_experts(tokens, top_k, num_experts, gpu), gpu.starts_early
+    if tokens == 1 and expert_map is None and isinstance(plan, Small):  # nothing to sort; computed whether it exists or not
+        routing = Routing(None, None, None, logits, tl.constexpr(num_experts))
+        return experts(x, top_k, None, None, routing, w13, w2, plan)
+    if routes(tokens, num_experts):
+        routed = route(logits, top_k, plan.rows, expert_map, is_padding, early=early)
+        return experts(x, top_k, *routed, w13, w2, plan)
+    weights, ids = choose(logits, top_k, is_padding, early=early)
+    return experts(x, top_k, weights, ids, Routing(*align(ids, plan.rows, num_experts, expert_map)), w13, w2, plan)
+
+
+def routed_experts(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    num_experts: int,
+    w13: Packed,
+    w2: Packed,
+    align: Align,
+    out: torch.Tensor | None = None,
+    w13_factors: Factors | None = None,
+    w2_factors: Factors | None = None,
+    plan: Plan | None = None,
+) -> torch.Tensor:
+    """The same where the experts have been chosen.
+
+    Args:
+        topk_weights: float32 [tokens, k].
+        topk_ids: int32 [tokens, k], global expert numbers; a choice of -1 adds exactly 0.
+        num_experts: their global number.
+        The others: as in `experts` and `experts_of_logits`.
+    """
+    tokens, top_k = topk_ids.shape
+    plan = plan or plan_experts(tokens, top_k, num_experts, gpu_of(x.device))
+    if tokens == 1 and isinstance(plan, Small):  # each slot its own block: nothing to sort
+        routing = Routing(None, local_experts(topk_ids, expert_map), None)
+    else:
+        sort = sort_slots if fits(topk_ids.numel(), num_experts) else align
+        routing = Routing(*sort(topk_ids, plan.rows, num_experts, expert_map))
+    return experts(x, top_k, topk_weights, topk_ids, routing, w13, w2, plan, out, w13_factors, w2_factors)
+
+
+def experts(
+    x: torch.Tensor,
+    top_k: int,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor | None,
     routing: Routing,
     w13: Packed,
     w2: Packed,
@@ -90,7 +177,8 @@ def experts(
 
     Args:
         x: [tokens, hidden] float16 or bfloat16.
-        topk_weights: float32 [tokens, k].
+        topk_weights: float32 [tokens, k]; None where `routing` has logits.
+        topk_ids: int32 [tokens, k], global expert numbers; a choice of -1 adds exactly 0. None: there is none.
         routing: of the slots, for blocks of `plan.rows`.
         w13: tiles of gate and of up rows in turn (`tiles.gate_and_up_tiles`), with bias.
         w2: rows of hidden, with bias.
@@ -102,16 +190,15 @@ def experts(
     """
     x = x.contiguous()
     tokens, hidden = x.shape
-    top_k = topk_weights.shape[1]
     intermediate = w2.codes.shape[2] * w2.codes.shape[4] * ROWS
     partial_dtype = torch.float32  # costs nothing with few slots
     if isinstance(plan, Large):
         partial_dtype = x.dtype  # half the bytes
         x = operand_order(x, w13.codes.shape[-1] * ROWS)
     middle = swiglu_experts(x, top_k, routing, w13, intermediate, plan, w13_factors)
-    partial = down_experts(middle, topk_weights, routing, w2, hidden, plan, partial_dtype, w2_factors)
+    partial = down_experts(middle, top_k, topk_weights, routing, w2, hidden, plan, partial_dtype, w2_factors)
     early = gpu_of(x.device).starts_early
-    return sum_slots(partial.view(tokens, top_k, hidden), x.dtype, out, early=early)
+    return sum_slots(partial.view(tokens, top_k, hidden), topk_ids, x.dtype, out, early=early)
 
 
 def swiglu_experts(
@@ -131,7 +218,8 @@ def swiglu_experts(
     out = torch.empty(slots, intermediate, dtype=x.dtype, device=x.device)
     gpu, weight = gpu_of(x.device), kernel_weight(w13, x.dtype)
     added = _shrink(x, factors, slots, top_k, routing, plan)
-    plan.kernels.swiglu_experts[triton.cdiv(weight.R, plan.kernels.SWIGLU_TILES), slots if routing.experts is None else len(routing.experts)](
+    blocks = slots if routing.experts is None else len(routing.experts)
+    plan.kernels.swiglu_experts[triton.cdiv(weight.R, plan.kernels.SWIGLU_TILES), blocks](
         x,
         weight,
         added,
@@ -148,7 +236,8 @@ def swiglu_experts(
 
 def down_experts(
     x: torch.Tensor,
-    topk_weights: torch.Tensor,
+    top_k: int,
+    topk_weights: torch.Tensor | None,
     routing: Routing,
     w2: Packed,
     hidden: int,
@@ -163,8 +252,9 @@ def down_experts(
     slots, intermediate = x.shape
     out = torch.empty(slots, hidden, dtype=dtype, device=x.device)
     gpu, weight = gpu_of(x.device), kernel_weight(w2, x.dtype)
-    added = _shrink(x, factors, slots, topk_weights.shape[1], routing, plan)
-    plan.kernels.down_experts[triton.cdiv(weight.R, plan.kernels.DOWN_TILES), len(routing.experts)](
+    added = _shrink(x, factors, slots, top_k, routing, plan)
+    blocks = slots if routing.experts is None else len(routing.experts)
+    plan.kernels.down_experts[triton.cdiv(weight.R, plan.kernels.DOWN_TILES), blocks](
         x,
         weight,
         added,
@@ -174,7 +264,7 @@ def down_experts(
         count=slots,
         K=intermediate,
         N=hidden,
-        **plan.options(gpu) | _early(plan, gpu, added),
+        **plan.options(gpu, down=True) | _early(plan, gpu, added),
     )
     return out
 

@@ -1,7 +1,7 @@
 """Which kernels run a product, and how: by its number of rows and by the GPU. Measured on an H100 (NOTES.md)."""
 
 from dataclasses import dataclass
-from functools import cache
+from enum import Enum
 from types import ModuleType
 from typing import ClassVar
 
@@ -11,28 +11,52 @@ import triton
 from gptoss_nf4.vllm.kernels import large, small
 from gptoss_nf4.vllm.kernels.decode import PAIRS_BYTES
 
-MIN_L2_BYTES = 40 << 20
 MAX_LINEAR_ROWS = 64  # beyond, a dense copy of the weight and cuBLAS are faster
+
+
+class Decoding(Enum):
+    """How codes become weights, from the fastest on."""
+
+    SHARED_TABLE = "shared-table"
+    """By `decode.lookup`, where there is room for its table, else by `decode.decode`."""
+    PERMUTES = "permutes"
+    """By `decode.decode` everywhere."""
+    DEQUANTIZE = "dequantize"
+    """Not in our kernels: dense weights in every step."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What of a GPU the choice depends on."""
+    """What of a GPU the choice depends on, and what was found to work on it (`proving`)."""
 
     wgmma: bool
     """Hopper's matrix instructions; Triton compiles the same products to mma.sync elsewhere."""
     shared_bytes: int
     """Shared memory of a multiprocessor."""
     starts_early: bool
-    """A kernel can be started before the one in front of it has ended, see `lora`."""
+    """A kernel can be started before the one in front of it has ended, see `ahead`."""
+    chosen: Decoding | None = None
+    """In place of the decoding that the shared memory suggests."""
 
-    prefetches: bool = False
-    """Its L2 cache holds what all programs of a kernel ask for at once, see `ahead`."""
+    @property
+    def decoding(self) -> Decoding:
+        if self.chosen is not None:
+            return self.chosen
+        # Whether the table leaves room for six programs of four warps, as registers do.
+        roomy = self.shared_bytes >= 6 * (PAIRS_BYTES + 2048)
+        return Decoding.SHARED_TABLE if roomy else Decoding.PERMUTES
+
+    multiprocessors: int = 0
 
     @property
     def holds_tables(self) -> bool:
-        """Whether the table of `decode.lookup` leaves room for six programs of four warps, as registers do."""
-        return self.shared_bytes >= 6 * (PAIRS_BYTES + 2048)
+        """Whether the kernels of `small` decode by the table of `decode.lookup`."""
+        return self.decoding is Decoding.SHARED_TABLE
+
+    @property
+    def holds_large_tables(self) -> bool:
+        """Whether those of `large` do: they need room for what they read ahead too, and were measured on Hopper only."""
+        return self.holds_tables and self.wgmma
 
 
 @dataclass(frozen=True)
@@ -43,12 +67,15 @@ class Small:
     """Of activations, of a program: 8, 16 or 32."""
     warps: int
     """Of a program; they share its inputs."""
+    down_warps: int = 4
+    """The same for `down_experts`."""
 
     kernels: ClassVar[ModuleType] = small
 
-    def options(self, gpu: Gpu) -> dict:
-        """The kernels' constants and Triton's launch options."""
-        options = {"BM": self.rows, "WARPS": self.warps, "SHARED_TABLE": gpu.holds_tables, "num_warps": self.warps}
+    def options(self, gpu: Gpu, down: bool = False) -> dict:
+        """The constants and Triton's launch options of a kernel, of `down_experts` if `down`."""
+        warps = self.down_warps if down else self.warps
+        options = {"BM": self.rows, "WARPS": warps, "SHARED_TABLE": gpu.holds_tables, "num_warps": warps}
         # Six programs of four warps want 80 registers a thread; Triton's interpreter does not know the option.
         return options | {"maxnreg": 80} if gpu.holds_tables and self.rows == 8 else options
 
@@ -61,29 +88,40 @@ class Large:
     """Of activations, of a program: 16 to 128."""
     stages: int = 3
     """A program reads stages - 1 input tiles ahead."""
-    shared_table: bool = False
-    warps: int = 4
 
     kernels: ClassVar[ModuleType] = large
 
-    def options(self, gpu: Gpu) -> dict:
-        """The kernels' constants and Triton's launch options."""
+    def options(self, gpu: Gpu, down: bool = False) -> dict:
+        """As those of `Small`; the same for both products."""
         return {
             "BM": self.rows,
             "STAGES": self.stages,
             "WGMMA": gpu.wgmma,
-            "SHARED_TABLE": self.shared_table,
-            "ROW_TILES": self.warps,
-            "num_warps": self.warps,
+            "SHARED_TABLE": gpu.holds_large_tables,
+            "num_warps": large.WARPS,
         }
 
 
 Plan = Small | Large
 
 
-@cache
+_GPUS: dict[torch.device, Gpu] = {}
+
+
 def gpu_of(device: torch.device) -> Gpu:
-    """Of a CUDA device; without one, and in Triton's interpreter, a GPU that can do none of it."""
+    """The GPU on which kernels run, as `settle` was told, else as `examined`."""
+    if device not in _GPUS:
+        _GPUS[device] = examined(device)
+    return _GPUS[device]
+
+
+def settle(device: torch.device, gpu: Gpu) -> None:
+    """Let kernels on `device` be chosen for `gpu` from now on. `device` may be `meta`, where launches are only recorded."""
+    _GPUS[device] = gpu
+
+
+def examined(device: torch.device) -> Gpu:
+    """A CUDA device as it presents itself; without one, and in Triton's interpreter, a GPU that can do none of it."""
     if device.type != "cuda" or triton.knobs.runtime.interpret:
         return Gpu(wgmma=False, shared_bytes=0, starts_early=False)
     properties = torch.cuda.get_device_properties(device)
@@ -91,14 +129,16 @@ def gpu_of(device: torch.device) -> Gpu:
         wgmma=properties.major == 9,
         shared_bytes=properties.shared_memory_per_multiprocessor,
         starts_early=properties.major >= 9,
-        prefetches=properties.L2_cache_size >= MIN_L2_BYTES,
+        multiprocessors=properties.multi_processor_count,
     )
 
 
-def plan_linear(rows: int) -> Small | None:
-    """For a linear layer on `rows` rows of activations; None: a dense copy of the weight, and cuBLAS."""
+def plan_linear(rows: int, row_tiles: int, gpu: Gpu) -> Small | None:
+    """For a linear layer of `row_tiles` on `rows` rows of activations; None: a dense copy of the weight, and cuBLAS."""
     if rows <= 8:
-        return Small(rows=8, warps=8)
+        # Many programs that start early crowd each other out, unless they are small.
+        crowded = gpu.starts_early and row_tiles >= 2 * gpu.multiprocessors
+        return Small(rows=8, warps=4 if crowded else 8)
     if rows <= 32:
         return Small(rows=16, warps=4)
     if rows <= MAX_LINEAR_ROWS:
@@ -110,11 +150,12 @@ def plan_experts(tokens: int, top_k: int, experts: int, gpu: Gpu) -> Plan:
     """For both products of the experts, by the mean number of rows that an expert gets."""
     mean = tokens * top_k / experts
     if mean <= 4:
-        return Small(rows=8, warps=4)
+        # The programs of one token's w2 all fit beside those of w13 that still run. Large ones spread more evenly.
+        return Small(rows=8, warps=4, down_warps=8 if tokens == 1 and gpu.starts_early else 4)
     if mean <= 8:
         return Small(rows=16, warps=4)
     if mean <= 24:
         return Large(rows=32)
     if mean <= 128 or not gpu.wgmma:  # with mma.sync 128 rows take more registers than there are
         return Large(rows=64)
-    return Large(rows=128, stages=4)
+    return Large(rows=128, stages=3 if gpu.holds_large_tables else 4)  # two programs share a multiprocessor's memory

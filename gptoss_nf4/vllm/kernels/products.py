@@ -1,10 +1,11 @@
 """The loop of the decoding kernels: row tiles of a packed weight times a few rows of activations.
 
-A program multiplies one or two tiles of 16 output rows. Its warps share the inputs: warp w takes the input tiles w, w + WARPS,
-and so on. It multiplies them on tensor cores with the weight as operand A, so that the instruction's 16 rows are weights, and
-only its 8 columns need padding. Both operands go from memory straight to the registers of the lane that holds them, one tile
-ahead of their use. The loop has no barrier, and touches shared memory for the codebook's table at most. The 16 x 8 sums of a tile
-are multiplied by absmax in float32, once per 64 inputs. At the end the warps' sums are added up in shared memory.
+A program multiplies one or two tiles of 16 output rows. Its warps share the inputs: warp w takes the input tiles w, w +
+WARPS, and so on. It multiplies them on tensor cores with the weight as operand A, so that the instruction's 16 rows are
+weights, and only its 8 columns need padding. Both operands go from memory straight to the registers of the lane that
+holds them, one tile ahead of their use. The loop has no barrier, and touches shared memory for the codebook's table at
+most. The 16 x 8 sums of a tile are multiplied by absmax in float32, once per 64 inputs. At the end the warps' sums are
+added up in shared memory.
 
 Names end in the letters of their axes, see `tiles`.
 """

@@ -1,4 +1,5 @@
-"""The router's product for few rows: a dense matrix of so few rows that cuBLAS splits its inputs and adds them up afterwards."""
+"""The router's product for few rows: a dense matrix of so few rows that cuBLAS splits its inputs and adds them up
+afterwards."""
 
 import torch
 import triton
@@ -7,7 +8,7 @@ import triton.language as tl
 from gptoss_nf4.vllm.kernels.ahead import start_early
 from gptoss_nf4.vllm.kernels.lora import early_launch
 
-MAX_ROWS = 64  # of activations; beyond, cuBLAS
+MAX_ROUTER_ROWS = 64  # of activations; beyond, cuBLAS
 
 
 @triton.jit
@@ -23,8 +24,8 @@ def _router(x, weight, bias, out, K, E, BLOCK: tl.constexpr, EARLY: tl.constexpr
     tl.store(out + row * E + expert, logit.to(out.dtype.element_ty))
 
 
-def router(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, early: bool = False) -> torch.Tensor:
-    """The router's logits.
+def few_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, early: bool = False) -> torch.Tensor:
+    """The router's logits, of few rows.
 
     Args:
         x: [rows, hidden]. weight: [experts, hidden], contiguous. bias: [experts]. All in one 16-bit dtype.

@@ -2,7 +2,8 @@
 
 vLLM does this in three kernels. Here the router's product leaves its logits, and
 
-- of one token, every program of the experts' kernels finds its expert by itself (`choice_of_token`), which takes less time than
+- of one token, every program of the experts' kernels finds its expert by itself (`choice_of_token`), which takes less
+time than
   a launch;
 - of a batch, one program does it all (`route`);
 - of many tokens, `choose` finds the experts, and vLLM's `moe_align_block_size` sorts.
@@ -79,19 +80,36 @@ def _logits_of(logits, tokens, first, E, TOKENS: tl.constexpr, EXPERTS: tl.const
 
 
 @triton.jit
-def _choose(logits, is_padding, topk_weights, topk_ids, tokens, E, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, EARLY: tl.constexpr):
-    """Grid: tokens / TOKENS."""
+def _store_choices(topk_weights, topk_ids, is_padding, rank_te, weight_te, token, tokens, TOP_K: tl.constexpr):
+    """Store what `_top` gave, expert -1 for padding. Gives each choice's slot, and whether it is one to compute, [t, e]."""
+    expert_te = tl.arange(0, rank_te.shape[1])[None, :] + tl.zeros_like(rank_te)
+    slot_te = token * TOP_K + rank_te
+    chosen_te = (rank_te < TOP_K) & (token < tokens)
+    if is_padding is not None:
+        exists_t = tl.load(is_padding + token, mask=token < tokens, other=1) == 0
+        expert_te = tl.where(exists_t, expert_te, -1)
+    tl.store(topk_weights + slot_te, weight_te, mask=chosen_te)
+    tl.store(topk_ids + slot_te, expert_te, mask=chosen_te)
+    return slot_te, chosen_te & (expert_te >= 0)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _choose(
+    logits,
+    is_padding,
+    topk_weights,
+    topk_ids,
+    tokens,
+    E,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """The tensors of `choose`. Grid: tokens / TOKENS."""
     start_early(EARLY)
     token, logit_te = _logits_of(logits, tokens, tl.program_id(0) * TOKENS, E, TOKENS, EXPERTS)
     rank_te, weight_te = _top(logit_te, TOP_K)
-    expert_te = tl.arange(0, EXPERTS)[None, :] + tl.zeros_like(rank_te)
-    if is_padding is not None:
-        padding_t = tl.load(is_padding + token, mask=token < tokens, other=0)
-        expert_te = tl.where(padding_t != 0, -1, expert_te)
-    slot_te = token * TOP_K + rank_te
-    chosen_te = (rank_te < TOP_K) & (token < tokens)
-    tl.store(topk_weights + slot_te, weight_te, mask=chosen_te)
-    tl.store(topk_ids + slot_te, expert_te, mask=chosen_te)
+    _store_choices(topk_weights, topk_ids, is_padding, rank_te, weight_te, token, tokens, TOP_K)
 
 
 def choose(
@@ -127,12 +145,13 @@ def choose(
     return weights, ids
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _route(
     logits,
     is_padding,
     expert_map,
-    slot_weights,
+    topk_weights,
+    topk_ids,
     slots,
     experts,
     padded_count,
@@ -150,15 +169,7 @@ def _route(
     start_early(EARLY)
     token, logit_te = _logits_of(logits, tokens, 0, E, TOKENS, EXPERTS)
     rank_te, weight_te = _top(logit_te, TOP_K)
-    chosen_te = (rank_te < TOP_K) & (token < tokens)
-    slot_te = token * TOP_K + rank_te
-    if is_padding is not None:
-        padding_t = tl.load(is_padding + token, mask=token < tokens, other=0)
-        weight_te = tl.where(padding_t != 0, 0.0, weight_te)
-        tl.store(slot_weights + slot_te, weight_te, mask=chosen_te)
-        chosen_te &= padding_t == 0
-    else:
-        tl.store(slot_weights + slot_te, weight_te, mask=chosen_te)
+    slot_te, chosen_te = _store_choices(topk_weights, topk_ids, is_padding, rank_te, weight_te, token, tokens, TOP_K)
     one_te = chosen_te.to(tl.int32)
     padded_e = (tl.sum(one_te, axis=0) + BLOCK - 1) // BLOCK * BLOCK
     end_e = tl.cumsum(padded_e, axis=0)
@@ -191,19 +202,20 @@ def route(
     is_padding: torch.Tensor | None = None,
     *,
     early: bool = False,
-) -> tuple[torch.Tensor, Routing]:
+) -> tuple[torch.Tensor, torch.Tensor, Routing]:
     """`choose`, and the slots sorted by expert in whole blocks of `block`.
 
     Args:
         expert_map: int32 [experts] from global to local number, -1 for another rank's; None where all are here.
 
     Returns:
-        float32 [tokens, k], 0 for tokens that do not exist; and the routing. What lies behind padded_count is not set.
+        topk_weights and topk_ids as `choose`, and the routing. What lies behind its padded_count is not set.
     """
     tokens, experts = logits.shape
     count = tokens * top_k
     blocks = min(count, experts + count // block)  # each expert leaves at most one block unfilled
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
     slots = torch.empty(blocks * block, dtype=torch.int32, device=logits.device)
     owners = torch.empty(blocks, dtype=torch.int32, device=logits.device)
     padded_count = torch.empty(1, dtype=torch.int32, device=logits.device)
@@ -212,6 +224,7 @@ def route(
         is_padding,
         expert_map,
         weights,
+        ids,
         slots,
         owners,
         padded_count,
@@ -227,4 +240,4 @@ def route(
         num_warps=8,
         **early_launch(early),
     )
-    return weights, Routing(slots, owners, padded_count)
+    return weights, ids, Routing(slots, owners, padded_count)

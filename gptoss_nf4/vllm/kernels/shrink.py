@@ -42,7 +42,7 @@ def shrink_slots(
     tl.store(t + slot * T + j, sum_j, mask=j < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def shrink_blocks(
     x,
     a,
@@ -153,7 +153,8 @@ def shrink(
             **shared,
         )
     else:
-        blocks = triton.cdiv(slots, block) if routing is None else routing.experts.shape[0]
+        experts = None if routing is None else routing.experts
+        blocks = triton.cdiv(slots, block) if experts is None else len(experts)
         at_once = min(64, _padded(ranks))
         shrink_blocks[blocks, triton.cdiv(ranks, at_once)](
             x,

@@ -1,8 +1,8 @@
 """Products with few rows of activations: decoding of a batch, one token and up.
 
-The kernels are `linear`, `swiglu_experts` and `down_experts`. A program computes one or two tiles of 16 output rows, for up to
-`BM` rows of activations. They share the loop, `products.products`, and differ before and after it. What adapters add is computed
-there, see `lora`.
+The kernels are `linear`, `swiglu_experts` and `down_experts`. A program computes one or two tiles of 16 output rows, for
+up to `BM` rows of activations. They share the loop, `products.products`, and differ before and after it. What adapters
+add is computed there, see `lora`.
 
 Names end in the letters of their axes, see `tiles`.
 """
@@ -22,7 +22,7 @@ SWIGLU_TILES = 2
 DOWN_TILES = 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def linear(
     x,
     weight,
@@ -56,7 +56,7 @@ def linear(
     _store(out, sum_nm, row_m, tile, N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def swiglu_experts(
     x,
     weight,
@@ -94,13 +94,11 @@ def swiglu_experts(
         return
     slot_m = _slots(routing, block, count, BM)
     rows = Rows(x, slot_m, top_k, K)
-    gate_nm, up_nm = products(
-        rows, weight, lora, expert, 2 * pair, decoder, WARPS, SHARED_TABLE, True, True, False, False
-    )
+    gate_nm, up_nm = products(rows, weight, lora, expert, 2 * pair, decoder, WARPS, SHARED_TABLE, True, True, False, False)
     _store(out, clamped_swiglu(gate_nm, up_nm), slot_m, pair, N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def down_experts(
     x,
     weight,

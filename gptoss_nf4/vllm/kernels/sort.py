@@ -2,6 +2,9 @@
 
 vLLM's `moe_align_block_size` does the same for any size; at a batch of 32 it takes 6 us a layer, as long as a
 fifth of a layer's w2. One program with all slots in registers is enough there.
+
+An expert of -1 is no expert: vLLM gives it to the tokens by which it fills up a batch (VLLM_MOE_SKIP_PADDING). Such slots
+are in no block. No kernel computes them, and `combine.sum_slots` leaves them out.
 """
 
 import torch
@@ -11,7 +14,7 @@ import triton.language as tl
 MAX_COMPARISONS = 1 << 13  # slots x experts: 256 x 32 take a third of the shared memory that a program may have
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _sort_slots(
     ids,
     expert_map,
@@ -39,13 +42,34 @@ def _sort_slots(
     free = tl.arange(0, PADDED)
     tl.store(slots + free, tl.zeros_like(free) + count, mask=free < total)
     tl.debug_barrier()
-    tl.store(slots + place, slot, mask=slot < count)
+    tl.store(slots + place, slot, mask=chosen >= 0)  # other=-1 above: beyond count too
     block = tl.arange(0, BLOCKS)
     used = block * BLOCK < total
     owner = tl.sum((end[None, :] <= block[:, None] * BLOCK).to(tl.int32), axis=1)
     if expert_map is not None:
         owner = tl.load(expert_map + owner, mask=used, other=-1)
     tl.store(experts + block, owner, mask=used)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _local_experts(ids, expert_map, out, count, BLOCK: tl.constexpr):
+    """out[slot] = expert_map[ids[slot]], and -1 for -1. Grid: blocks of BLOCK slots."""
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    chosen = tl.load(ids + slot, mask=slot < count, other=-1)
+    local = tl.load(expert_map + chosen, mask=chosen >= 0, other=-1)
+    tl.store(out + slot, local, mask=slot < count)
+
+
+def local_experts(ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """The local expert of each slot, int32 [slots]; -1 for another rank's, and for none. Arguments as in `sort_slots`."""
+    if expert_map is None:
+        return ids.flatten()
+    out = torch.empty(ids.numel(), dtype=torch.int32, device=ids.device)
+    block = 256
+    _local_experts[(triton.cdiv(ids.numel(), block),)](
+        ids.contiguous(), expert_map, out, ids.numel(), BLOCK=block, num_warps=4
+    )
+    return out
 
 
 def fits(slots: int, experts: int) -> bool:
@@ -59,7 +83,7 @@ def sort_slots(
     """Slots sorted by expert, in whole blocks: the fields of `arguments.Routing`.
 
     Args:
-        ids: integers [tokens, k], global expert numbers.
+        ids: integers [tokens, k], global expert numbers, -1 for none.
         block: slots in a block.
         experts: their global number.
         expert_map: int32 [experts] from global to local number, -1 for another rank's; None where all are here.
@@ -73,7 +97,7 @@ def sort_slots(
     owners = torch.empty(blocks, dtype=torch.int32, device=ids.device)
     padded_count = torch.empty(1, dtype=torch.int32, device=ids.device)
     _sort_slots[(1,)](
-        ids,
+        ids.contiguous(),
         expert_map,
         slots,
         owners,
