@@ -99,7 +99,7 @@ def test_every_plan_is_among_those_compiled(capability):
         return {plan_experts(each, d.experts_per_token, d.experts, gpu) for each in tokens}
 
     assert plans(range(1, 20000)) == plans(machine_code.TOKENS)
-    for row_tiles in ((d.q_rows + 2 * d.kv_rows) // ROWS, d.hidden // ROWS):
+    for row_tiles in ((d.q_rows + 2 * d.kv_rows) // tiles.ROWS, d.hidden // tiles.ROWS):
         compiled = {plan_linear(rows, row_tiles, gpu) for rows in machine_code.LINEAR_ROWS}
         assert {plan_linear(rows, row_tiles, gpu) for rows in range(1, 200)} == compiled
 

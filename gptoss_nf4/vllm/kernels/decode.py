@@ -121,8 +121,8 @@ STORE_FOUR_TIMES = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b3
 def _lookups(scale_type: str | None = None) -> str:
     """PTX that decodes one word.
 
-    Outputs: $0 .. $3 the pairs of weights. Inputs: $4 the word, $5 the lane's column. If `scale_type`, also $6 and $7: as $15
-    and $16 of `_permutes`.
+    Outputs: $0 .. $3 the pairs of weights. Inputs: $4 the word, $5 the lane's column. If `scale_type`, also $6 and $7,
+    which are $15 and $16 of `_permutes`.
     """
     lines = ["{ .reg .b32 a, zero;"]
     for byte in range(4):

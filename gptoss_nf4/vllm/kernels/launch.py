@@ -17,9 +17,12 @@ from gptoss_nf4.vllm.kernels.lora import Factors, Lora, early_launch, launch_opt
 from gptoss_nf4.vllm.kernels.plan import Gpu, Large, Plan, Small, gpu_of, plan_experts, plan_linear
 from gptoss_nf4.vllm.kernels.router import MAX_ROUTER_ROWS, few_logits
 from gptoss_nf4.vllm.kernels.routing import choose, route, routes
+from gptoss_nf4.vllm.kernels.shared_memory import ask_when_loaded
 from gptoss_nf4.vllm.kernels.shrink import shrink
 from gptoss_nf4.vllm.kernels.sort import fits, local_experts, sort_slots
 from gptoss_nf4.vllm.kernels.tiles import ROWS, operand_order
+
+ask_when_loaded()
 
 
 def linear(

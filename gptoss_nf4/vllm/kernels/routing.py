@@ -55,7 +55,7 @@ def choice_of_token(logits, slot, top_k, E: tl.constexpr):
 
 @triton.jit
 def _top(logit_te, TOP_K: tl.constexpr):
-    """Rank of each of the first TOP_K experts of a token, TOP_K for others, int32 [t, e]; softmax weights over them [t, e]."""
+    """Rank of each of a token's first TOP_K experts, TOP_K for others, int32 [t, e]; softmax weights over them [t, e]."""
     EXPERTS: tl.constexpr = logit_te.shape[1]
     expert = tl.arange(0, EXPERTS)[None, :]
     rank_te = tl.full(logit_te.shape, TOP_K, tl.int32)

@@ -3,15 +3,18 @@
 Triton knows what it allocates itself (`metadata.shared`, CUDA's dynamic shared memory). It does not know what a kernel's
 inline assembly declares (static), as `decode.fill_shared` does. CUDA gives a program 48 KiB of both together, unless the
 kernel asks for more. Triton asks only where its own part passes 48 KiB (loadBinary in triton/backends/nvidia/driver.c).
-So a launch that takes 32 KiB of one and 24 KiB of the other fails, with "invalid argument".
+So a launch that takes 32 KiB of one and 24 KiB of the other would fail, with "invalid argument". `ask_when_loaded` lets
+Triton ask for such kernels too.
 """
 
+import ctypes
 import struct
+from functools import cache
 from typing import NamedTuple
 
+import triton
 from triton.compiler import CompiledKernel
 
-WITHOUT_ASKING = 48 * 1024
 CUDAS_OWN_BYTES = 1024
 """CUDA keeps so much of a multiprocessor's for each program (CUDA C++ Programming Guide, "Compute Capabilities")."""
 
@@ -55,6 +58,31 @@ def declared_bytes(cubin: bytes) -> int:
     return total
 
 
-def limit(takes: SharedMemory, of_multiprocessor: int) -> int:
-    """How many bytes a program that `takes` so much may have in all. of_multiprocessor: bytes that a multiprocessor has."""
-    return WITHOUT_ASKING if takes.dynamic <= WITHOUT_ASKING else of_multiprocessor - CUDAS_OWN_BYTES
+def limit(of_multiprocessor: int) -> int:
+    """How many bytes a program may have in all. of_multiprocessor: bytes that a multiprocessor has."""
+    return of_multiprocessor - CUDAS_OWN_BYTES
+
+
+# Numbers of CUDA's driver API (cuda.h).
+STATIC_BYTES = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+MAX_DYNAMIC_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+MAX_BYTES_OF_A_PROGRAM = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+
+
+@cache
+def ask_when_loaded() -> None:
+    """From now on, a kernel that declares shared memory of its own may have all that a program can, see above."""
+    triton.knobs.runtime.kernel_load_end_hook.add(_ask)
+
+
+def _ask(module: object, function: int, name: str, metadata_group: dict, hash: str) -> None:
+    """Triton's hook for a kernel that was loaded. `function`: CUDA's handle of it."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    handle, static, most, device = ctypes.c_void_p(function), ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    failed = driver.cuFuncGetAttribute(ctypes.byref(static), STATIC_BYTES, handle)
+    if failed or static.value <= CUDAS_OWN_BYTES:
+        return
+    failed = driver.cuCtxGetDevice(ctypes.byref(device))
+    failed = failed or driver.cuDeviceGetAttribute(ctypes.byref(most), MAX_BYTES_OF_A_PROGRAM, device)
+    if not failed:  # and if it does: the launch says what is wrong
+        driver.cuFuncSetAttribute(handle, MAX_DYNAMIC_BYTES, most.value - static.value)

@@ -50,7 +50,7 @@ def fault(product: Product, gpu: Gpu, device: torch.device) -> str | None:
             return f"a kernel does not compile ({_line(error)})"
         for launch, kernel in zip(found, kernels, strict=True):
             takes = shared_memory(kernel)
-            if (allowed := limit(takes, gpu.shared_bytes)) < sum(takes):
+            if (allowed := limit(gpu.shared_bytes)) < sum(takes):
                 return (
                     f"{launch.kernel} takes {takes.static} bytes of shared memory and Triton's {takes.dynamic}, "
                     f"of {allowed} that CUDA gives"
