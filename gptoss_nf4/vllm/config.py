@@ -12,6 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from gptoss_nf4.format.result import QUANT_METHOD
 from gptoss_nf4.vllm.settings import Settings
+from gptoss_nf4.vllm.transfer import Transfer
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -30,11 +31,15 @@ PARAMETER_NAMES = {
 
 
 class GptOssNf4Config(QuantizationConfig):
-    """The `quantization_config` of a converted checkpoint, in the form that vLLM asks for."""
+    """The `quantization_config` of a converted checkpoint, in the form that vLLM asks for.
+
+    `transfer` brings the weights to the GPU: the model opens it, and the layers' loaders use it.
+    """
 
     def __init__(self, settings: Settings):
         super().__init__()
         self.settings = settings
+        self.transfer = Transfer()
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -83,7 +88,7 @@ class GptOssNf4Config(QuantizationConfig):
         from gptoss_nf4.vllm.moe import Nf4MoEMethod
 
         if isinstance(layer, RoutedExperts):
-            return Nf4MoEMethod(self.settings, layer.moe_config, prefix)
+            return Nf4MoEMethod(self.settings, layer.moe_config, prefix, self.transfer)
         if isinstance(layer, LinearBase):
             name = prefix.replace(".attn.", ".self_attn.")
             if name in self.settings.dense_modules or not name.endswith((".qkv_proj", ".o_proj")):
