@@ -166,6 +166,7 @@ class _Workers:
         self._jobs = 0
         self._waiting_bytes = 0
         self._failure: BaseException | None = None
+        self.follow_caller()  # the parameters' memory may still be in use by what was there before
 
     def submit(self, nbytes: int, job: Callable[[_Lane], None]) -> None:
         """Let a thread run `job`, which reads `nbytes` of host memory. Waits while too many bytes wait."""
