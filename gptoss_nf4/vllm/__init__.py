@@ -8,7 +8,8 @@ The life of a weight:
 3. The method registers empty parameters for this rank's part of the weight: codes, absmax, bias.
 4. vLLM reads the checkpoint and hands each tensor to its parameter's loader (`loading.py`). The loader takes this rank's
    rows or columns and, on a GPU, brings them into the order that the kernels read (`kernels/tiles.py`). `model.py` has
-   multiplied what writes to the residual stream by `residual_scale` before.
+   multiplied what writes to the residual stream by `residual_scale` before. On a GPU, threads do what is large while vLLM
+   reads on (`transfer.py`).
 5. After loading, a parameter that no tensor has filled is an error.
 6. In each step the method's `apply` calls one operator. On a GPU in 16 bit it is one of `ops.py`, which choose a kernel
    by the number of tokens. On the CPU the experts in use are dequantized (`experts.py`).

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from gptoss_nf4.errors import UserError, first_line
 from gptoss_nf4.format.result import QUANT_METHOD
 from gptoss_nf4.vllm.settings import Settings
+from gptoss_nf4.vllm.transfer import Transfer
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -30,11 +32,15 @@ PARAMETER_NAMES = {
 
 
 class GptOssNf4Config(QuantizationConfig):
-    """The `quantization_config` of a converted checkpoint, in the form that vLLM asks for."""
+    """The `quantization_config` of a converted checkpoint, in the form that vLLM asks for.
+
+    `transfer` brings the weights to the GPU: the model opens it, and the layers' loaders use it.
+    """
 
     def __init__(self, settings: Settings):
         super().__init__()
         self.settings = settings
+        self.transfer = Transfer()
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -76,17 +82,38 @@ class GptOssNf4Config(QuantizationConfig):
         return WeightsMapper(orig_to_new_regex=PARAMETER_NAMES)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        """The method of `layer`. UserError where an untested vLLM lacks something that the methods are made of."""
+        import vllm
 
-        from gptoss_nf4.vllm.linear import Nf4LinearMethod
-        from gptoss_nf4.vllm.moe import Nf4MoEMethod
+        from gptoss_nf4.vllm.versions import TESTED_VERSIONS, is_tested
 
-        if isinstance(layer, RoutedExperts):
-            return Nf4MoEMethod(self.settings, layer.moe_config, prefix)
-        if isinstance(layer, LinearBase):
-            name = prefix.replace(".attn.", ".self_attn.")
-            if name in self.settings.dense_modules or not name.endswith((".qkv_proj", ".o_proj")):
-                return UnquantizedLinearMethod()  # the router is a LinearBase too
-            return Nf4LinearMethod(self.settings, prefix)
-        return None
+        try:
+            return _quant_method(self, layer, prefix)
+        except (ImportError, AttributeError, TypeError) as error:  # a name, or an abstract method, that is new or gone
+            if is_tested(vllm.__version__):
+                raise
+            raise UserError(
+                "no place for the plugin",
+                where=f"vLLM {vllm.__version__}",
+                got=f"{type(error).__name__}: {first_line(error)}",
+                expected=f"a version that the plugin was tested with: {', '.join(TESTED_VERSIONS)}",
+                next_step="install one of them, or a newer gptoss-nf4",
+            ) from error
+
+
+def _quant_method(config: GptOssNf4Config, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    from gptoss_nf4.vllm.linear import Nf4LinearMethod
+    from gptoss_nf4.vllm.moe import Nf4MoEMethod
+
+    settings = config.settings
+    if isinstance(layer, RoutedExperts):
+        return Nf4MoEMethod(settings, layer.moe_config, prefix, config.transfer)
+    if isinstance(layer, LinearBase):
+        name = prefix.replace(".attn.", ".self_attn.")
+        if name in settings.dense_modules or not name.endswith((".qkv_proj", ".o_proj")):
+            return UnquantizedLinearMethod()  # the router is a LinearBase too
+        return Nf4LinearMethod(settings, prefix)
+    return None

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import pad
 
 from gptoss_nf4.format.rows import INTERLEAVED, interleaved_rows
-from gptoss_nf4.vllm.kernels.tiles import gate_and_up_tiles, pack_absmax, pack_codes, padded_rows, tile_inputs
+from gptoss_nf4.vllm.kernels.tiles import gate_and_up_tiles, pack_absmax, pack_codes, pad_rows, tile_inputs
 from gptoss_nf4.vllm.loading import blocksize_of_shard, repeat_absmax, require_packable
 from gptoss_nf4.vllm.settings import Settings
 
@@ -20,10 +19,11 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter of a weight, and the two steps from the checkpoint's tensor to it.
+    """One parameter of a weight, and the steps from the checkpoint's tensor to it. They are given some experts at a time.
 
-    `of_rank` takes this rank's part of the tensor of the local experts. `shape` and `dtype` are those of that part, whose
-    rows are still in order. `kept` then brings it into the form that stays in memory; shape and dtype may change.
+    `of_rank` takes this rank's part of the tensor of the local experts, as a view where it can be one. `shape` and `dtype`
+    are those of that part, whose rows are still in order. `check` raises UserError for values that cannot be kept. `kept`
+    brings the part into the form that stays in memory; shape and dtype may change.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Part:
     dtype: torch.dtype
     of_rank: Change
     kept: Change
+    check: Callable[[torch.Tensor], None] = lambda rows: None
 
 
 class ExpertWeight(ABC):
@@ -70,9 +71,11 @@ class ExpertWeight(ABC):
         absmax = (num_experts, self.rows, self.columns // self.blocksize)
 
         def absmax_of_rank(tensor: torch.Tensor) -> torch.Tensor:
-            if self.packed:
-                require_packable(tensor, f"{self.prefix}.{self.name}_absmax")
             return self.shard(repeat_absmax(tensor, self.settings.blocksize, self.blocksize), absmax)
+
+        def check_absmax(rows: torch.Tensor) -> None:
+            if self.packed:
+                require_packable(rows, f"{self.prefix}.{self.name}_absmax")
 
         def in_memory(pack: Change) -> Change:
             return (lambda rows: pack(self.tiled(rows))) if self.packed else (lambda rows: rows)
@@ -85,13 +88,13 @@ class ExpertWeight(ABC):
                 lambda tensor: self.shard(tensor, codes),
                 in_memory(lambda rows: pack_codes(rows, tile_inputs(self.blocksize))),
             ),
-            Part(f"{self.name}_absmax", absmax, torch.float32, absmax_of_rank, in_memory(pack_absmax)),
+            Part(f"{self.name}_absmax", absmax, torch.float32, absmax_of_rank, in_memory(pack_absmax), check_absmax),
             Part(
                 f"{self.name}_expert_bias",
                 (num_experts, self.rows),
                 bias_dtype,
                 self.shard_bias,
-                in_memory(lambda rows: pad(rows, (0, padded_rows(rows.shape[1]) - rows.shape[1]))),
+                in_memory(lambda rows: pad_rows(rows, -1)),
             ),
         ]
 

@@ -1,13 +1,13 @@
 """NF4 attention projections (qkv_proj, o_proj) in vLLM."""
 
 import torch
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from gptoss_nf4.vllm import ops  # noqa: F401  (registers torch.ops.gptoss_nf4)
 from gptoss_nf4.vllm.dequantize import dequantize
-from gptoss_nf4.vllm.kernels.tiles import pack, padded_rows
+from gptoss_nf4.vllm.kernels.tiles import pack, pad_rows
 from gptoss_nf4.vllm.loading import (
     Loader,
     blocksize_of_shard,
@@ -84,7 +84,7 @@ class Nf4LinearMethod(LinearMethodBase):
             weight = dequantize(layer.weight, layer.absmax, layer.nf4_blocksize, self.settings.quant_type, x.dtype)
             return linear(x, weight, bias)
         if bias is not None:
-            bias = pad(bias, (0, padded_rows(layer.nf4_rows) - layer.nf4_rows))[None]
+            bias = pad_rows(bias, -1)[None]
         operators = torch.ops.gptoss_nf4
         out = (operators.packed_linear_with_adapters if adapters else operators.packed_linear)(
             x.reshape(-1, x.shape[-1]),

@@ -1,6 +1,6 @@
 """vLLM's gpt-oss, with the residual stream of converted checkpoints scaled. Any other gpt-oss stays as it is."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +12,14 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.residual import writes_to_stream
 from gptoss_nf4.vllm.config import GptOssNf4Config
 from gptoss_nf4.vllm.router import use_kernel
+from gptoss_nf4.vllm.transfer import GROUP_BYTES, Transfer
 
 if TYPE_CHECKING:
     from vllm.lora.model_manager import LoRAModelManager
+
+EXPERTS = ".mlp.experts."
+# Formats whose tensors keep their values after the next one was asked for: views of mapped files, or memory of their own.
+STABLE_FORMATS = ("auto", "hf", "safetensors")
 
 
 def refuse_unscaled_access(vllm_config: VllmConfig) -> None:
@@ -68,9 +73,25 @@ class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # vLLM looks things up by t
             attach(manager, self.vllm_config, self.residual_scale)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return super().load_weights((name, self._scaled(name, tensor)) for name, tensor in weights)
+        config = self.vllm_config.quant_config
+        if not isinstance(config, GptOssNf4Config):
+            return super().load_weights(weights)
+        gpus = (parameter.device for parameter in self.parameters() if parameter.device.type != "cpu")
+        with config.transfer.opened(next(gpus, torch.device("cpu"))):
+            return super().load_weights(self._arriving(weights, config.transfer))
 
-    def _scaled(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if self.residual_scale == 1 or not writes_to_stream(name, tensor.is_floating_point()):
-            return tensor
-        return tensor * self.residual_scale
+    def _arriving(
+        self, weights: Iterable[tuple[str, torch.Tensor]], transfer: Transfer
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """`weights`, scaled. Large ones are on the GPU already; the experts' loaders take a part only, and bring it."""
+        may_change = self.vllm_config.load_config.load_format not in STABLE_FORMATS
+        for name, tensor in weights:
+            brought = tensor
+            if tensor.nbytes >= GROUP_BYTES and EXPERTS not in name:
+                brought = transfer.on_device(tensor)
+            if self.residual_scale != 1 and writes_to_stream(name, tensor.is_floating_point()):
+                # In place, if the copy is ours: an embedding is large.
+                brought = torch.mul(brought, self.residual_scale, out=None if brought is tensor else brought)
+            yield name, brought
+            if may_change:
+                transfer.settle()

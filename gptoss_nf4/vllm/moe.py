@@ -1,5 +1,7 @@
 """NF4 experts in vLLM, with expert bias and gpt-oss's clamped SwiGLU."""
 
+from itertools import pairwise
+
 import torch
 from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
@@ -25,15 +27,17 @@ from gptoss_nf4.vllm.loading import (
 from gptoss_nf4.vllm.proving.prepare import all_work
 from gptoss_nf4.vllm.proving.products import Experts
 from gptoss_nf4.vllm.settings import Settings
+from gptoss_nf4.vllm.transfer import Transfer
 
 
 class Nf4MoEMethod(FusedMoEMethodBase):
     """w13 and w2 as codes and absmax of this rank's experts; gate and up rows interleaved in memory."""
 
-    def __init__(self, settings: Settings, moe: FusedMoEConfig, prefix: str):
+    def __init__(self, settings: Settings, moe: FusedMoEConfig, prefix: str, transfer: Transfer):
         super().__init__(moe)
         self.settings = settings
         self.prefix = prefix
+        self.transfer = transfer
         if moe.activation != MoEActivation.SWIGLUOAI or not moe.has_bias:
             raise UserError(
                 "unsupported experts",
@@ -97,21 +101,26 @@ class Nf4MoEMethod(FusedMoEMethodBase):
         return not (told or self.moe.is_lora_enabled or parallel.enable_eplb or parallel.dp_size > 1)
 
     def _loader(self, layer: RoutedExperts, part: Part) -> Loader:
-        """How the checkpoint's tensor, of all experts, becomes this rank's parameter."""
+        """How the checkpoint's tensor, of all experts, becomes this rank's parameter: see `Transfer`."""
 
         def load(parameter: torch.nn.Parameter, tensor: torch.Tensor) -> None:
-            rows = part.of_rank(_local_experts(layer, tensor))
-            if rows.shape != part.shape:
+            local = _local_experts(layer, tensor)
+            found = part.of_rank(torch.empty_like(local, device="meta")).shape
+            if found != part.shape:
                 raise UserError(
                     "wrong shape",
                     where=f"{self.prefix}.{part.name}",
-                    got=list(rows.shape),
+                    got=list(found),
                     expected=list(part.shape),
                     next_step="convert the checkpoint again",
                 )
-            for expert in range(len(rows)):  # one at a time: packing takes some copies, on the device
-                one = rows[expert : expert + 1].to(parameter.device)
-                parameter.data[expert].copy_(part.kept(one)[0])
+
+            def keep(first: int, rows: torch.Tensor) -> None:
+                part.check(rows)
+                kept = part.kept(rows.to(parameter.device))
+                parameter.data[first : first + len(kept)].copy_(kept)
+
+            self.transfer.each(local, part.of_rank, keep)
 
         return load
 
@@ -225,4 +234,8 @@ def _local_experts(layer: RoutedExperts, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     expert_map = layer.expert_map.cpu()
     here = (expert_map >= 0).nonzero().flatten()
-    return tensor[here[expert_map[here].argsort()]]
+    numbers = here[expert_map[here].argsort()].tolist()
+    steps = {after - before for before, after in pairwise(numbers)} or {1}
+    if numbers and len(steps) == 1 and (step := steps.pop()) > 0:
+        return tensor[numbers[0] : numbers[-1] + 1 : step]  # a view: nothing of other ranks is read
+    return tensor[numbers]

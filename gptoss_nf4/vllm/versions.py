@@ -9,10 +9,15 @@ TESTED_VERSIONS = ("0.32.0",)
 logger = logging.getLogger("vllm.gptoss_nf4")
 
 
+def is_tested(version: str) -> bool:
+    """Whether `version`, of any build, is one of TESTED_VERSIONS."""
+    return Version(version).base_version in TESTED_VERSIONS
+
+
 @cache
 def warn_if_untested(version: str) -> bool:
     """Log a warning, once a process, where `version` is not a tested one. Returns whether it is untested."""
-    if Version(version).base_version in TESTED_VERSIONS:
+    if is_tested(version):
         return False
     logger.warning(
         "gptoss_nf4: vLLM %s is untested with this plugin (tested: %s); compare its output with `dvc repro smoke`",

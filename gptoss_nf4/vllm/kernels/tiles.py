@@ -91,13 +91,22 @@ def pack_codes(codes: torch.Tensor, inputs: int) -> torch.Tensor:
     """
     *batch, rows, half = codes.shape
     row_tiles, input_tiles = padded_rows(rows) // ROWS, 2 * half // inputs
-    codes = torch.nn.functional.pad(codes, (0, 0, 0, padded_rows(rows) - rows))
-    nibbles = torch.stack((codes >> 4, codes & 15), dim=-1)
-    nibbles_RrgCqtehp = nibbles.view(-1, row_tiles, 2, 8, input_tiles, inputs // 32, 4, 2, 2, 2)
-    nibbles_RCgtqehrp = nibbles_RrgCqtehp.permute(0, 1, 4, 3, 6, 5, 7, 8, 2, 9).contiguous()
-    pairs = nibbles_RCgtqehrp.view(-1, 2)
-    words = (pairs[:, 0] | (pairs[:, 1] << 4)).view(torch.int32)
-    return words.view(*batch, row_tiles, input_tiles, LANES, inputs // 16)
+    bytes_RrgCqteh = pad_rows(codes, -2).view(-1, row_tiles, 2, 8, input_tiles, inputs // 32, 4, 2, 2)
+    bytes_RCgtqehr = bytes_RrgCqteh.permute(0, 1, 4, 3, 6, 5, 7, 8, 2).contiguous()
+    words = bytes_RCgtqehr.view(-1).view(torch.int32)
+    return swap_nibbles(words).view(*batch, row_tiles, input_tiles, LANES, inputs // 16)
+
+
+def swap_nibbles(words: torch.Tensor) -> torch.Tensor:
+    """`words` int32, with the two nibbles of each byte exchanged: a checkpoint's first input is high, a tile's is low."""
+    low = 0x0F0F0F0F
+    return ((words >> 4) & low) | ((words & low) << 4)
+
+
+def pad_rows(rows: torch.Tensor, dim: int) -> torch.Tensor:
+    """`rows` with zeros behind those along `dim`, a negative number, up to whole tiles. No copy where there are."""
+    missing = padded_rows(rows.shape[dim]) - rows.shape[dim]
+    return torch.nn.functional.pad(rows, (0, 0) * (-dim - 1) + (0, missing)) if missing else rows
 
 
 def unpack_codes(packed: torch.Tensor, rows: int) -> torch.Tensor:
@@ -124,7 +133,7 @@ def pack_absmax(absmax: torch.Tensor) -> torch.Tensor:
     """
     *batch, rows, blocks = absmax.shape
     row_tiles = padded_rows(rows) // ROWS
-    absmax = torch.nn.functional.pad(absmax * ABSMAX_FACTOR, (0, 0, 0, padded_rows(rows) - rows)).to(torch.float16)
+    absmax = pad_rows((absmax * ABSMAX_FACTOR).to(torch.float16), -2)
     absmax_RrgB = absmax.view(*batch, row_tiles, 2, 8, blocks)
     absmax_RBgr = absmax_RrgB.movedim(-1, -3).transpose(-1, -2)
     return absmax_RBgr.reshape(*batch, row_tiles, blocks, ROWS)
@@ -139,10 +148,10 @@ def gate_and_up_tiles(rows: torch.Tensor, dim: int) -> torch.Tensor:
     """Rows of w13, gate and up interleaved along `dim`, as 16 gate rows, 16 up rows, and so on; padded with zeros."""
     rows = rows.movedim(dim, 0)
     half = rows.shape[0] // 2
-    padded = rows.new_zeros(2 * padded_rows(half), *rows.shape[1:])
-    padded[: 2 * half] = rows
-    tiles = padded.view(-1, ROWS, 2, *rows.shape[1:]).transpose(1, 2)
-    return tiles.reshape(padded.shape).movedim(0, dim)
+    if half % ROWS:
+        rows = torch.cat((rows, rows.new_zeros(2 * (padded_rows(half) - half), *rows.shape[1:])))
+    tiles = rows.unflatten(0, (-1, ROWS, 2)).transpose(1, 2)
+    return tiles.flatten(0, 2).movedim(0, dim)
 
 
 def operand_order(x: torch.Tensor, inputs: int) -> torch.Tensor:
