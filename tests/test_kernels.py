@@ -29,9 +29,10 @@ KERNELS = {
     "large.down_experts",
     "dense.dequantize",
     "combine._sum_slots",
-    "sort._sort_slots",
+    "router._router",
 }
-LORA_KERNELS = {"shrink.shrink_slots", "shrink.shrink_blocks", "expand.expand_rows", "expand.add_to_row"}
+ROUTING_KERNELS = {"routing._route", "routing._choose"}
+LORA_KERNELS = {"sort._sort_slots", "shrink.shrink_slots", "shrink.shrink_blocks", "expand.expand_rows", "expand.add_to_row"}
 # Shared memory of a program, on sm_86; and where its machine code declares some itself, behind Triton's back.
 MAX_SHARED_BYTES = 99 * 1024
 MAX_STATIC_BYTES = 48 * 1024
@@ -104,7 +105,7 @@ def test_every_plan_is_among_those_compiled(capability):
         assert {plan_linear(rows, row_tiles, gpu) for rows in range(1, 200)} == compiled
 
 
-@pytest.mark.parametrize(("script", "cases"), [("kernel_cases.py", 19), ("lora_kernel_cases.py", 14)])
+@pytest.mark.parametrize(("script", "cases"), [("kernel_cases.py", 19), ("lora_kernel_cases.py", 14), ("routing_kernel_cases.py", 8)])
 def test_results(script, cases):
     """On a GPU the kernels themselves; elsewhere their logic, in float16, through Triton's interpreter."""
     seed = random.randrange(1 << 30)
@@ -139,7 +140,7 @@ def test_results(script, cases):
 def test_every_launch_fits_the_gpu(capability, dtype, blocksize, lora_rank):
     """For an RTX 3090 and others, with no GPU here: all that gpt-oss-20b launches, at all batch sizes."""
     found = machine_code.launches(GPT_OSS_20B, dtype, machine_code.GPUS[capability], blocksize, lora_rank)
-    assert {each.kernel for each in found} == KERNELS | (LORA_KERNELS if lora_rank else set())
+    assert {each.kernel for each in found} == KERNELS | (LORA_KERNELS if lora_rank else ROUTING_KERNELS)
     for each in found:
         takes = machine_code.resources(each, each.compiled(capability))
         assert takes.spilled_bytes <= (TWO_REGISTERS if lora_rank else 0), takes

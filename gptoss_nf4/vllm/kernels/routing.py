@@ -19,7 +19,7 @@ from gptoss_nf4.vllm.kernels.ahead import start_early
 from gptoss_nf4.vllm.kernels.arguments import Routing
 from gptoss_nf4.vllm.kernels.lora import early_launch
 
-LOWEST = tl.constexpr(-3e38)  # above what stands for experts that have been taken, and those that do not exist
+LARGEST = tl.constexpr(3e38)  # -3e38 is above what stands for experts that have been taken, and those that do not exist
 NONE = tl.constexpr(float("-inf"))
 MAX_CHOICES = 1 << 12  # tokens x experts of `route`, rounded up to powers of two: 128 x 32
 TOKENS = tl.constexpr(8)  # of a program of `choose`
@@ -27,9 +27,9 @@ TOKENS = tl.constexpr(8)  # of a program of `choose`
 
 @triton.jit
 def _ordered(logit):
-    """float32, with NaN and -infinity as the lowest number, so that every expert that exists has a place in the order."""
+    """Finite float32, so that every expert has a place in the order; NaN is the lowest."""
     logit = logit.to(tl.float32)
-    return tl.where(logit > LOWEST, logit, LOWEST)
+    return tl.minimum(tl.where(logit > -LARGEST, logit, -LARGEST), LARGEST)
 
 
 @triton.jit
