@@ -7,7 +7,8 @@ Execution ISA", chapter "Instruction Set"; the functions below name its sections
 from release to release. What the document leaves undefined, and what this file does not know, is a `PtxError`:
 
 - an unknown instruction, modifier or directive; a wrong number or kind of operands; a register of another width
-- a register or byte of shared memory that is read before it is written; an output that is never written
+- a register or byte of shared memory that is read before it is written, also by an instruction with a guard that leaves some
+  lanes as they were; an output that is never written
 - an input that is written; an input read after an output without `&`, for which the compiler may take the same register
 - an address that is not aligned or lies outside of what was declared; lanes that store different bytes to one place
 
@@ -130,6 +131,7 @@ _REGISTERS = re.compile(r"\.reg\s+\.(?:([bu])(16|32|64)|(pred))\s+(.*)", re.DOTA
 _SHARED = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.b8\s+(\w+)\[(\d+)\]")
 _INSTRUCTION = re.compile(r"(?:@(!?)(\w+)\s+)?([a-z][\w.]*)\s+(.*)", re.DOTALL)
 _MEMORY = re.compile(r"(ld|st)\.shared(?:\.v([24]))?\.[bus](8|16|32|64)")
+_PREFETCH = re.compile(r"prefetch\.global\.L[12]")
 _MOVE = re.compile(r"mov\.[bu](16|32|64)")
 _ADDRESS = re.compile(r"\[\s*(\S+?)\s*(?:\+\s*(\w+)\s*)?\]")
 _NUMBER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|\d+)[uU]?")
@@ -213,6 +215,11 @@ class _Machine:
     def _instruction(self, opcode: str, operands: list[str], guard: np.ndarray | None) -> None:
         if match := _MEMORY.fullmatch(opcode):
             self._memory(match[1], int(match[2] or 1), int(match[3]), operands, guard)
+        elif _PREFETCH.fullmatch(opcode):  # changes nothing that can be seen
+            address = _ADDRESS.fullmatch(operands[0])
+            if address is None or len(operands) != 1:
+                raise PtxError("expected an address")
+            self._source(address[1], 64)
         elif match := _MOVE.fullmatch(opcode):
             self._move(int(match[1]), operands, guard)
         elif opcode in OPERATIONS:
@@ -500,6 +507,8 @@ for _bits_of in (16, 32, 64):
             f"mul.lo.{_sign}{_bits_of}": Operation(_bits_of, _two, operator.mul),
             f"mad.lo.{_sign}{_bits_of}": Operation(_bits_of, (*_two, _bits_of), multiply_add),
         }
+for _name in ("eq", "ne"):
+    OPERATIONS[f"setp.{_name}.b32"] = Operation(PREDICATE, (32, 32), compare(RELATIONS[_name], signed=False))
 for _name, _relation in RELATIONS.items():
     OPERATIONS[f"setp.{_name}.u32"] = Operation(PREDICATE, (32, 32), compare(_relation, signed=False))
     OPERATIONS[f"setp.{_name}.s32"] = Operation(PREDICATE, (32, 32), compare(_relation, signed=True))

@@ -8,17 +8,15 @@ before the kernels are imported, hence a script.
 
 import json
 import os
-from dataclasses import dataclass
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
-import ptx
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from emulated_assembly import emulate
 
 from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.vllm.kernels import decode
@@ -27,36 +25,6 @@ from gptoss_nf4.vllm.kernels.codebook import best_factor, codebook
 WARPS, LANES, WORDS = 2, 32, 4
 FUNCTIONS = ("decode", "lookup", "decode_scaled")
 BITS = {torch.bfloat16: 8, torch.float16: 11}
-
-
-@dataclass
-class Emulated:
-    """In place of `InterpreterBuilder.create_inline_asm`; counts how often it ran."""
-
-    ran: int = 0
-    shared: ptx.Shared | None = None
-
-    def create(
-        self, text: str, constraints: str, values: list[TensorHandle], types: list[tl.dtype], is_pure: bool, pack: int
-    ) -> "Results":
-        if text.startswith(".shared"):  # a program declares its memory once, in front of all uses
-            self.shared = ptx.Shared()
-        outputs = ptx.run(text, constraints, [value.data for value in values], self.shared)
-        shape = np.broadcast_shapes(*(value.data.shape for value in values)) if values else (1,)
-        self.ran += 1
-        handles = []
-        for output, kind in zip(outputs, types, strict=True):
-            bits = np.broadcast_to(output, shape).copy()
-            handles.append(TensorHandle(bits.view(np.int32 if kind.scalar.is_int_signed() else np.uint32), kind.scalar))
-        return Results(handles)
-
-
-@dataclass
-class Results:
-    handles: list[TensorHandle]
-
-    def get_result(self, place: int) -> TensorHandle:
-        return self.handles[place]
 
 
 @triton.jit
@@ -96,8 +64,7 @@ def main() -> None:
     for how in FUNCTIONS:
         for dtype in BITS:
             for quant_type in CODEBOOKS:
-                emulated = Emulated()
-                InterpreterBuilder.create_inline_asm = lambda _, *arguments, run=emulated: run.create(*arguments)
+                assembly = emulate()
                 out = torch.zeros(WARPS, LANES, WORDS, 2, 2, 2, dtype=torch.uint16)
                 table = codebook(quant_type, dtype, torch.device("cpu")).table
                 kind = tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
@@ -105,7 +72,7 @@ def main() -> None:
                 right = expected(words, absmax if how == "decode_scaled" else None, quant_type, dtype)
                 wrong = int((out.view(torch.int16) != right.contiguous().view(torch.int16)).sum())
                 case = {"function": how, "dtype": str(dtype), "quant_type": quant_type}
-                print(json.dumps(case | {"wrong": wrong, "ran": emulated.ran}), flush=True)
+                print(json.dumps(case | {"wrong": wrong, "ran": assembly.ran}), flush=True)
 
 
 if __name__ == "__main__":

@@ -423,6 +423,8 @@ def test_fma_is_the_exact_result_rounded_once(kind):
         ("{ .reg .b16 l, h; mov.b32 {l, h}, $1; mov.b32 $0, {h, l}; }", 0x12345678, 0x56781234),
         ("{ .reg .pred p; setp.lt.s32 p, $1, 0; selp.b32 $0, 7, 9, p; }", 0x80000000, 7),
         ("{ .reg .pred p; mov.b32 $0, 3; setp.lt.u32 p, $1, 1; @p mov.b32 $0, 4; }", 0x80000000, 3),
+        ("{ .reg .pred p; setp.ne.b32 p, $1, 0; mov.b32 $0, 4; @p mov.b32 $0, 3; @!p mov.b32 $0, 2; }", 5, 3),
+        ("{ .reg .b64 a; mov.b64 a, 0; prefetch.global.L2 [a]; mov.b32 $0, $1; }", 5, 5),
         ("cvt.rn.f16x2.f32 $0, 0x3f800000, $1;", 0x40000000, 0x3C004000),
         ("cvt.rn.bf16x2.f32 $0, 0x3f808000, $1;", 0x40008001, 0x3F804001),
     ],
