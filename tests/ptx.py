@@ -7,8 +7,8 @@ Execution ISA", chapter "Instruction Set"; the functions below name its sections
 from release to release. What the document leaves undefined, and what this file does not know, is a `PtxError`:
 
 - an unknown instruction, modifier or directive; a wrong number or kind of operands; a register of another width
-- a register or byte of shared memory that is read before it is written, also by an instruction with a guard that leaves some
-  lanes as they were; an output that is never written
+- a register or byte of shared memory that is read before it is written, or that a guard leaves as it was before; an output
+  that is never written
 - an input that is written; an input read after an output without `&`, for which the compiler may take the same register
 - an address that is not aligned or lies outside of what was declared; lanes that store different bytes to one place
 
