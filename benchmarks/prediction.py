@@ -1,8 +1,4 @@
-"""How long the kernels of a decode step take on a GPU that need not be here, reckoned from their machine code.
-
-    python -m benchmarks.prediction
-
-For an RTX 3090, and beside it for an H100, where the same arithmetic can be compared with what was measured (NOTES.md).
+"""How long our kernels of a decode step take on a GPU that need not be here, reckoned from their machine code.
 
 The programs of a kernel run in waves, as many at once as fit on the multiprocessors. A wave takes as long as the slowest of
 
@@ -26,14 +22,12 @@ from math import ceil, comb, floor, prod
 import torch
 
 from benchmarks import cards
-from benchmarks.cards import H100, RTX_3090, SCHEDULERS, Card
+from benchmarks.cards import SCHEDULERS, Card
 from benchmarks.machine_code import GPUS, Launch, disassembled, instructions, launches_of, main_loop, resources
-from benchmarks.tables import markdown
 from benchmarks.weights import GPT_OSS_20B
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.vllm.kernels import tiles
 
-BATCHES = (1, 8, 32)
 LAUNCH_US = 1.3  # between two kernels of a CUDA graph on an H100 (Hazy Research, "Look Ma, No Bubbles!", 2025)
 ROUND_TRIPS = 3  # of a kernel: what its first loads depend on, the first tiles, and what its last lines load
 MIDDLE = 8  # rows of activations of a program whose kernel has no constant BM
@@ -224,144 +218,3 @@ NAMES = {
     "sort._sort_slots": "sorting",
     "combine._sum_slots": "sum of slots",
 }
-
-
-# ---- the whole step ----
-
-
-@dataclass(frozen=True)
-class Others:
-    """Microseconds of a step on an H100 in kernels that are not ours (NOTES.md, "Where a decode step goes")."""
-
-    router: float
-    top_k: float
-    attention: float
-    rest: float
-    """Norms, rotary embedding, writing of keys and values, sampling."""
-
-
-OTHERS = {1: Others(125, 45, 160, 190), 32: Others(166, 42, 307, 237)}
-CONTEXT = 256  # tokens, in the middle of the measured run
-
-
-def others(tokens: int) -> Others:
-    """Between the two measured batches in proportion."""
-    share = (tokens - 1) / 31
-    one, many = OTHERS[1], OTHERS[32]
-    return Others(*(a + share * (b - a) for a, b in zip(vars(one).values(), vars(many).values(), strict=True)))
-
-
-def cache_bytes(tokens: int, d: Dimensions, context: int = CONTEXT, window: int = 128) -> float:
-    """Keys and values that a step reads, 16 bits each: half of the layers see `window` tokens only."""
-    return tokens * d.layers / 2 * 2 * d.kv_rows * 2 * (context + min(context, window))
-
-
-def head_bytes(d: Dimensions, bits: int) -> float:
-    return d.vocabulary * d.hidden * bits / 8
-
-
-@dataclass(frozen=True)
-class Step:
-    """Microseconds of a decode step."""
-
-    ours: float
-    head: float
-    others: float
-
-    @property
-    def us(self) -> float:
-        return self.ours + self.head + self.others
-
-
-def step(tokens: int, card: Card, head_bits: int = 16, off: dict[str, float] | None = None) -> Step:
-    """Kernels that are not ours are as long as on an H100, by the clock, but for the bytes of the cache.
-
-    off: factors for single predictions, as `off_by` gives them.
-    """
-    d, off = GPT_OSS_20B, off or {}
-    ours = sum(each.us * off.get(name, 1.0) for name, each in predictions(tokens, card).items()) * d.layers
-    head = LAUNCH_US + head_bytes(d, head_bits) / card.read_gb_s / 1e3
-    known, slower = others(tokens), H100.clock_ghz / card.clock_ghz
-    cached = cache_bytes(tokens, d) / 1e3
-    attention = max(known.attention - cached / H100.read_gb_s, 0) * slower + cached / card.read_gb_s
-    return Step(ours, head * off.get("head", 1.0), attention + (known.router + known.top_k + known.rest) * slower)
-
-
-# ---- against what was measured ----
-
-# An H100 by `benchmarks.kernels` and `benchmarks.serving` (NOTES.md): w13 and w2 together; us.
-MEASURED = {
-    1: {"experts": 31.0, "sum of slots": 2.0, "q/k/v": 7.7, "o": 7.5, "head": 406},
-    8: {"experts": 123, "sorting": 2.2, "q/k/v": 8.2, "o": 7.6},
-    32: {"experts": 182, "sorting": 3.3, "q/k/v": 14.8, "o": 11.6, "head": 419},
-}
-
-
-def compared(tokens: int) -> dict[str, tuple[float, float]]:
-    """Predicted and measured on an H100."""
-    found = predictions(tokens, H100)
-    predicted = {name: each.us for name, each in found.items()} | {"experts": found["w13"].us + found["w2"].us}
-    predicted["head"] = LAUNCH_US + head_bytes(GPT_OSS_20B, 16) / H100.read_gb_s / 1e3
-    return {name: (predicted[name], measured) for name, measured in MEASURED[tokens].items()}
-
-
-def off_by(tokens: int) -> dict[str, float]:
-    """Measured / predicted on an H100, by the names of `predictions`."""
-    factors = {name: measured / predicted for name, (predicted, measured) in compared(tokens).items()}
-    return factors | {"w13": factors["experts"], "w2": factors["experts"]}
-
-
-# ---- tables ----
-
-
-def kernel_rows(card: Card) -> list[list]:
-    rows = []
-    for tokens in BATCHES:
-        for name, each in predictions(tokens, card).items():
-            pipes = [f"{each.parts.get(part, 0):.1f}" for part in ("memory", "latency", "issue", *PIPE_COLUMNS)]
-            held = f"{each.held.warps} ({each.held.limit})"
-            flight = f"{each.in_flight / 1024:.0f} / {each.needed / 1024:.0f}"
-            resources_of = [each.registers, f"{each.shared_bytes / 1024:.0f}", held, flight]
-            rows.append([tokens, name, f"{each.mb:.1f}", *resources_of, *pipes, f"{each.us:.1f}", each.limit])
-    return rows
-
-
-PIPE_COLUMNS = ("integer", "product", "tensor", "caches")
-KERNEL_COLUMNS = ["batch", "kernel", "MB", "registers", "KiB", "warps", "KiB in flight / needed", "memory us", "latency"]
-KERNEL_COLUMNS += ["issue", *PIPE_COLUMNS, "us", "limit"]
-
-
-def step_rows(card: Card) -> list[list]:
-    rows = []
-    for tokens in BATCHES:
-        for bits in (16, 12):
-            plain, careful = step(tokens, card, bits), step(tokens, card, bits, off_by(tokens))
-            parts = [f"{each / 1e3:.2f}" for each in (plain.ours, plain.head, plain.others, plain.us, careful.us)]
-            rows.append([tokens, bits, *parts, f"{tokens / plain.us * 1e6:.0f}", f"{tokens / careful.us * 1e6:.0f}"])
-    return rows
-
-
-def main() -> None:
-    print(f"{RTX_3090.name}, kernels of a layer\n\n" + markdown(KERNEL_COLUMNS, kernel_rows(RTX_3090)))
-    print(f"{H100.name}, the same\n\n" + markdown(KERNEL_COLUMNS, kernel_rows(H100)))
-    rows = []
-    for tokens in BATCHES:
-        for name, (predicted, measured) in compared(tokens).items():
-            rows.append([tokens, name, f"{predicted:.1f}", f"{measured:.1f}", f"{measured / predicted:.2f}"])
-    print(markdown(["batch", f"{H100.name}", "predicted us", "measured us", "measured / predicted"], rows))
-    columns = [
-        "batch",
-        "head bits",
-        "our kernels ms",
-        "head",
-        "others",
-        "step",
-        "step, off as on the H100",
-        "tokens/s",
-        "then",
-    ]
-    print(f"{RTX_3090.name}, a step\n\n" + markdown(columns, step_rows(RTX_3090)))
-
-
-if __name__ == "__main__":
-    main()

@@ -18,7 +18,8 @@ import torch
 from benchmarks import kernels
 from benchmarks.bandwidth import copy_bandwidth, read_bandwidth
 from benchmarks.cards import CARDS, H100, Card
-from benchmarks.prediction import BATCHES, head_bytes, off_by, predictions, step
+from benchmarks.prediction import predictions
+from benchmarks.rtx3090 import BATCHES, OFF, comparable, head_bytes, off_by, step
 from benchmarks.tables import markdown
 from benchmarks.values import LEGEND
 from benchmarks.weights import GPT_OSS_20B, ROOT
@@ -150,7 +151,8 @@ def asked_under_load() -> dict[str, str]:
 
 def gpu_id() -> str:
     """Of the GPU in use, as nvidia-smi takes it: CUDA may show only some of them."""
-    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)  # torch 2.5 and newer
+    return "0" if uuid is None else f"GPU-{uuid}"
 
 
 def parsed(said: str) -> dict[str, str]:
@@ -210,15 +212,13 @@ def steps(card: Card | None) -> list[str]:
     """Predicted tokens/s of a whole step: as reckoned, and if all kernels are as far off as they are on an H100."""
     if card is None:
         return []
-    columns = ["batch", "head bits", "predicted step ms", "tokens/s", "ms, if as far off as on an H100", "tokens/s"]
+    columns = ["batch", "head bits", "predicted step ms", "tokens/s", f"{OFF}, ms", "tokens/s"]
     rows = []
     for tokens in BATCHES:
-        factors = off_by(tokens) if card.capability != H100.capability else None
+        factors = off_by(tokens) if comparable() and card.capability != H100.capability else None
         for bits in (16, 12):
-            row: list = [tokens, bits]
-            for found in [step(tokens, card, bits), *([step(tokens, card, bits, factors)] if factors else [])]:
-                row += [f"{found.us / 1e3:.2f}", f"{tokens / found.us * 1e6:.0f}"]
-            rows.append(row)
+            found = [step(tokens, card, bits), *([step(tokens, card, bits, factors)] if factors else [])]
+            rows.append([tokens, bits, *(cell for each in found for cell in each.cells(tokens))])
     return table(columns, rows)
 
 
