@@ -2,20 +2,23 @@
 
     python -m benchmarks.kernels
 
-Weights are random codes, three copies in turn, together larger than any GPU's L2 cache. Times are medians of replays of
-a CUDA graph of several launches; bytes are those of the packed weights that the batch's experts have. The bandwidth is
-measured in the same run: a device-to-device copy (bytes read and written) and a sum (bytes read).
+Weights are random codes, three copies in turn, together larger than any GPU's L2 cache. Times are of replays of CUDA graphs
+of several launches. What stands in one row is replayed in turn (A B A B ...). Each time has median, smallest and largest
+value. Bytes are those of the packed weights that the batch's experts have. The bandwidth is measured in the same run: a
+device-to-device copy (bytes read and written) and a sum (bytes read).
 """
 
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.bandwidth import copy_bandwidth, read_bandwidth
 from benchmarks.tables import markdown
+from benchmarks.values import LEGEND, Values
 from benchmarks.weights import BLOCKSIZE, GPT_OSS_20B
 from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.vllm.activation import clamped_swiglu
@@ -33,22 +36,39 @@ LINEAR_ROWS = (1, 8, 32, 64, 256, 2048)
 ERROR_TOKENS = (1, 4, 8, 16, 64, 256)
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda")
+ERROR_COLUMNS = ["kernel", "relative error against float64"]
+EXPERT_COLUMNS = ["tokens", "distinct experts", "w13 us", "w2 us", "TB/s", "of copy", "of read", "TFLOP/s"]
+LINEAR_COLUMNS = ["rows", "product", "plugin us", "dense bf16 us", "bitsandbytes us", "plugin MB", "dense MB"]
 
 
 def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("error: benchmarks.kernels: no NVIDIA GPU: got none, expected Ampere or newer; run it on such a machine")
-    copy, read = bandwidths()
-    print(f"{torch.cuda.get_device_name()}: copy {copy:.2f} TB/s, read {read:.2f} TB/s\n")
-    print(markdown(["kernel", "relative error against float64"], errors()))
-    columns = ["tokens", "distinct experts", "w13 us", "w2 us", "TB/s", "of copy", "of read", "TFLOP/s"]
-    print(markdown(columns, expert_times(copy, read)))
-    columns = ["rows", "product", "plugin us", "dense bf16 us", "bitsandbytes us", "plugin MB", "dense MB"]
-    print(markdown(columns, linear_times()))
+    copy, read = copy_bandwidth(), read_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: copy {copy:.2f} TB/s, read {read:.2f} TB/s")
+    print(f"Each time: {LEGEND}. Rates are of the medians.\n")
+    print(markdown(ERROR_COLUMNS, errors()))
+    print(markdown(EXPERT_COLUMNS, expert_times(copy, read)))
+    print(markdown(LINEAR_COLUMNS, linear_times()))
 
 
-def graph_us(calls: list[Callable], replays: int = 20) -> float:
-    """Median microseconds of one of `calls`, captured together."""
+def graph_us(variants: list[list[Callable]], replays: int = 20) -> list[Values]:
+    """Microseconds of a call of each variant: calls that are captured in one graph. The graphs are replayed in turn."""
+    graphs = [captured(calls) for calls in variants]
+    times: list[list[float]] = [[] for _ in variants]
+    for replay in range(replays + 1):
+        for graph, calls, found in zip(graphs, variants, times, strict=True):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            if replay:  # the first is not counted
+                found.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return [Values(tuple(found)) for found in times]
+
+
+def captured(calls: list[Callable]) -> torch.cuda.CUDAGraph:
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -56,24 +76,7 @@ def graph_us(calls: list[Callable], replays: int = 20) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
-    for _ in range(replays + 1):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times[1:])
-
-
-def bandwidths() -> tuple[float, float]:
-    """TB/s of copying (read and written) and of reading."""
-    source = torch.randint(0, 256, (1 << 30,), dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    values = source.view(torch.float16)[: 1 << 28].nan_to_num(0)
-    copy = 2 * source.nbytes / graph_us([lambda: target.copy_(source)] * 2) / 1e6
-    return copy, values.nbytes / graph_us([lambda: values.sum()] * 2) / 1e6
+    return graph
 
 
 @dataclass(frozen=True)
@@ -124,21 +127,21 @@ def bytes_of(weight: Packed) -> int:
     return weight.codes.nbytes + weight.absmax.nbytes
 
 
-def expert_times(copy: float, read: float) -> list[list]:
-    """The rows of the experts' table; `copy` and `read` as from `bandwidths`."""
+def expert_times(copy: float, read: float, batches: Sequence[int] = TOKENS) -> list[list]:
+    """The rows of the experts' table; `copy` and `read` in TB/s."""
     w13 = [random_packed(D.experts, 2 * D.intermediate, D.hidden, gate_and_up=True) for _ in range(COPIES)]
     w2 = [random_packed(D.experts, D.hidden, D.intermediate) for _ in range(COPIES)]
     expert_bytes = (bytes_of(w13[0]) + bytes_of(w2[0])) / D.experts
     rows = []
-    for tokens in TOKENS:
+    for tokens in batches:
         plan = plan_experts(tokens, D.experts_per_token, D.experts, gpu_of(DEVICE))
         count = 2 * COPIES if tokens <= 64 else 2
-        batches = [random_batch(tokens, DTYPE, plan, D.experts, D.experts_per_token) for _ in range(count)]
-        distinct = statistics.mean(len(batch.ids.unique()) for batch in batches)
+        drawn = [random_batch(tokens, DTYPE, plan, D.experts, D.experts_per_token) for _ in range(count)]
+        distinct = statistics.mean(len(batch.ids.unique()) for batch in drawn)
         partial_dtype = DTYPE if isinstance(plan, Large) else torch.float32
 
-        def up(i: int, plan: Plan = plan, batches: list[Batch] = batches) -> torch.Tensor:
-            batch = batches[i]
+        def up(i: int, plan: Plan = plan, drawn: list[Batch] = drawn) -> torch.Tensor:
+            batch = drawn[i]
             return launch.swiglu_experts(batch.x, D.experts_per_token, batch.routing, w13[i % COPIES], D.intermediate, plan)
 
         middle = [up(i) for i in range(count)]
@@ -146,25 +149,25 @@ def expert_times(copy: float, read: float) -> list[list]:
         def down(
             i: int,
             plan: Plan = plan,
-            batches: list[Batch] = batches,
+            drawn: list[Batch] = drawn,
             middle: list[torch.Tensor] = middle,
             dtype: torch.dtype = partial_dtype,
         ) -> torch.Tensor:
-            batch = batches[i]
+            batch = drawn[i]
             return launch.down_experts(
                 middle[i], D.experts_per_token, batch.topk_weights, batch.routing, w2[i % COPIES], D.hidden, plan, dtype
             )
 
-        first = graph_us([lambda i=i: up(i) for i in range(count)])
-        second = graph_us([lambda i=i: down(i) for i in range(count)])
-        rate = expert_bytes * distinct / (first + second) / 1e6
-        flops = 2 * tokens * D.experts_per_token * 3 * D.hidden * D.intermediate / (first + second) / 1e6
-        times = [f"{distinct:.1f}", f"{first:.1f}", f"{second:.1f}"]
+        first, second = graph_us([[lambda i=i: up(i) for i in range(count)], [lambda i=i: down(i) for i in range(count)]])
+        both = first.median + second.median
+        rate = expert_bytes * distinct / both / 1e6
+        flops = 2 * tokens * D.experts_per_token * 3 * D.hidden * D.intermediate / both / 1e6
+        times = [f"{distinct:.1f}", first.text(1), second.text(1)]
         rows.append([tokens, *times, f"{rate:.2f}", f"{rate / copy:.0%}", f"{rate / read:.0%}", f"{flops:.0f}"])
     return rows
 
 
-def linear_times() -> list[list]:
+def linear_times(batches: Sequence[int] = LINEAR_ROWS) -> list[list]:
     """The rows of the linear layers' table."""
     import bitsandbytes.functional as bnb
 
@@ -174,12 +177,16 @@ def linear_times() -> list[list]:
         dense = [torch.randn(outputs, inputs, device=DEVICE, dtype=DTYPE) for _ in range(COPIES)]
         quantized = [bnb.quantize_4bit(weight, quant_type="nf4") for weight in dense]
         sizes = [f"{bytes_of(weights[0]) / 1e6:.1f}", f"{dense[0].nbytes / 1e6:.1f}"]
-        for count in LINEAR_ROWS:
+        for count in batches:
             x = torch.randn(count, inputs, device=DEVICE, dtype=DTYPE)
-            ours = graph_us([lambda w=w, x=x, n=outputs: launch.linear(x, w, n) for w in weights])
-            cublas = graph_us([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense])
-            theirs = graph_us([lambda w=w, s=s, x=x: bitsandbytes_linear(x, w, s) for w, s in quantized])
-            rows.append([count, name, f"{ours:.1f}", f"{cublas:.1f}", f"{theirs:.1f}", *sizes])
+            times = graph_us(
+                [
+                    [lambda w=w, x=x, n=outputs: launch.linear(x, w, n) for w in weights],
+                    [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense],
+                    [lambda w=w, s=s, x=x: bitsandbytes_linear(x, w, s) for w, s in quantized],
+                ]
+            )
+            rows.append([count, name, *(each.text(1) for each in times), *sizes])
     return rows
 
 
@@ -210,7 +217,7 @@ def random_stored(experts: int, rows: int, columns: int) -> Stored:
     return Stored(codes, absmax, values * absmax.double().repeat_interleave(BLOCKSIZE, -1))
 
 
-def errors(experts: int = 4, top_k: int = 2) -> list[list]:
+def errors(experts: int = 4, top_k: int = 2, batches: Sequence[int] = ERROR_TOKENS) -> list[list]:
     """The rows of the errors' table: both products of every plan, on fresh inputs that are exact for them."""
     rows = []
     w13, w2 = random_stored(experts, 2 * D.intermediate, D.hidden), random_stored(experts, D.hidden, D.intermediate)
@@ -220,7 +227,7 @@ def errors(experts: int = 4, top_k: int = 2) -> list[list]:
         tiled_bias = tiles.gate_and_up_tiles(bias13, 1).contiguous()
         packed13 = Packed(*tiles.pack(codes, absmax, BLOCKSIZE), tiled_bias, BLOCKSIZE, "nf4")
         packed2 = Packed(*tiles.pack(w2.codes, w2.absmax, BLOCKSIZE), bias2, BLOCKSIZE, "nf4")
-        for tokens in ERROR_TOKENS:
+        for tokens in batches:
             plan = plan_experts(tokens, top_k, experts, gpu_of(DEVICE))
             batch = random_batch(tokens, dtype, plan, experts, top_k)
             expert = batch.ids.flatten()

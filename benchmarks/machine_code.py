@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -59,6 +59,7 @@ class Launch:
 
     function: JITFunction
     arguments: dict
+    grid: tuple[int, ...]
 
     @property
     def kernel(self) -> str:
@@ -111,7 +112,7 @@ def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def record(function: JITFunction, *arguments: object, grid: tuple, warmup: bool, **named: object) -> None:
-        launches.append(Launch(function, dict(zip(function.arg_names, arguments, strict=False)) | named))
+        launches.append(Launch(function, dict(zip(function.arg_names, arguments, strict=False)) | named, grid))
 
     with mock.patch.object(JITFunction, "run", record), mock.patch.object(launch, "gpu_of", return_value=gpu):
         yield launches
@@ -121,6 +122,20 @@ def launches(
     d: Dimensions, dtype: torch.dtype, gpu: Gpu, blocksize: int = 64, lora_rank: int | None = None
 ) -> list[Launch]:
     """Every launch of a model that differs from the others by its kernel or settings. lora_rank: with adapters."""
+    found = launches_of(d, dtype, gpu, TOKENS, LINEAR_ROWS, blocksize, lora_rank)
+    return list({each.label: each for each in found}.values())
+
+
+def launches_of(
+    d: Dimensions,
+    dtype: torch.dtype,
+    gpu: Gpu,
+    batches: Sequence[int],
+    linear_rows: Sequence[int],
+    blocksize: int = 64,
+    lora_rank: int | None = None,
+) -> list[Launch]:
+    """The launches of a layer in their order: of the experts for each of `batches`, of q/k/v and o for `linear_rows`."""
     w13 = _packed(d.experts, 2 * d.intermediate, d.hidden, dtype, blocksize)
     w2 = _packed(d.experts, d.hidden, d.intermediate, dtype, blocksize)
     qkv = _packed(1, d.q_rows + 2 * d.kv_rows, d.hidden, dtype, blocksize)
@@ -133,7 +148,7 @@ def launches(
         router_factors = _factors(lora_rank, 1, [experts], d.hidden, dtype)
         qkv_factors = _factors(lora_rank, 1, [d.q_rows, d.kv_rows, d.kv_rows], d.hidden, dtype)
     with recorded(gpu) as found:
-        for tokens in TOKENS:
+        for tokens in batches:
             x = torch.empty(tokens, d.hidden, dtype=dtype, device=META)
             logits = torch.empty(tokens, experts, dtype=dtype, device=META)
             if w13_factors is None:
@@ -143,20 +158,20 @@ def launches(
             topk_ids = torch.empty(tokens, top_k, dtype=torch.int32, device=META)
             routed = x, topk_weights, topk_ids, None, experts
             launch.routed_experts(*routed, w13, w2, _aligned, None, w13_factors, w2_factors)
-        for rows in LINEAR_ROWS:
+        for rows in linear_rows:
             x = torch.empty(rows, d.hidden, dtype=dtype, device=META)
             launch.router(x, torch.empty(experts, d.hidden, dtype=dtype, device=META), bias=x.new_empty(experts))
             launch.linear(x, qkv, d.q_rows + 2 * d.kv_rows, factors=qkv_factors)
             launch.linear(torch.empty(rows, d.q_rows, dtype=dtype, device=META), o, d.hidden)
             if router_factors is not None:
                 launch.add_adapters(torch.empty(rows, experts, dtype=dtype, device=META), x, router_factors)
-    return list({each.label: each for each in found}.values())
+    return found
 
 
-def _aligned(*_: object) -> tuple[torch.Tensor, ...]:
-    """Stands for vLLM's sorting of many slots: tensors of its dtypes."""
-    numbers = torch.empty(8, dtype=torch.int32, device=META)
-    return numbers, numbers, numbers
+def _aligned(ids: torch.Tensor, block: int, experts: int, expert_map: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Stands for vLLM's sorting of many slots: tensors of its dtypes, and as many blocks."""
+    numbers = torch.empty(experts + ids.numel() // block, dtype=torch.int32, device=META)
+    return numbers, numbers, numbers[:1]
 
 
 def _packed(experts: int, rows: int, columns: int, dtype: torch.dtype, blocksize: int) -> Packed:
@@ -206,15 +221,28 @@ def disassembled(compiled: CompiledKernel, what: str) -> str:
         return subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def loop_length(sass: str) -> int | None:
-    """Instructions of the longest innermost loop: from the target of a backward branch to the branch."""
-    places = [int(m[1], 16) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+\S", sass)]
+def instructions(sass: str) -> list[tuple[int, str, str]]:
+    """Of a kernel's machine code: address, opcode with modifiers, and operands."""
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass, re.MULTILINE)
+    return [(int(address, 16), opcode, operands.strip()) for address, opcode, operands in lines]
+
+
+def main_loop(code: list[tuple[int, str, str]]) -> tuple[int, int] | None:
+    """First and last address of the longest innermost loop: from the target of a backward branch to the branch."""
     loops = []
-    for match in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+[^;]*\bBRA\b[^;]*?(0x[0-9a-f]+)", sass):
-        end, start = int(match[1], 16), int(match[2], 16)
-        if start < end:
-            loops.append(sum(start <= place <= end for place in places))
-    return max(loops, default=None)
+    for end, opcode, operands in code:
+        target = re.search(r"(0x[0-9a-f]+)$", operands)
+        if opcode.startswith("BRA") and target and int(target[1], 16) < end:
+            loops.append((int(target[1], 16), end))
+    inner = [one for one in loops if not any(one != other and one[0] <= other[0] and other[1] <= one[1] for other in loops)]
+    return max(inner, key=lambda loop: loop[1] - loop[0], default=None)
+
+
+def loop_length(sass: str) -> int | None:
+    """Instructions of the main loop."""
+    code = instructions(sass)
+    loop = main_loop(code)
+    return loop and sum(loop[0] <= address <= loop[1] for address, _, _ in code)
 
 
 def main() -> None:

@@ -76,7 +76,9 @@ def errors(case: Case, dtype: torch.dtype) -> dict[str, float]:
             got = poison(lambda given=given: routing.route(given, case.top_k, 8, expert_map, is_padding))
             found[f"{name} routed ids, exact"] = float((got[1] != ids).sum())
             found[f"{name} routed weights"] = relative(got[0], weights)
-            found[f"{name} blocks, exact"] = float(slots_by_expert(got[2], ids) != slots_by_expert(aligned(ids, local), ids))
+            found[f"{name} blocks, exact"] = float(
+                slots_by_expert(got[2], ids) != slots_by_expert(aligned(ids, local), ids)
+            )
     if case.tokens > 70 and not ON_GPU:
         return found  # the interpreter would take a minute
     return found | products_of_logits(case, dtype, finite, expert_map, local, is_padding)
@@ -84,7 +86,9 @@ def errors(case: Case, dtype: torch.dtype) -> dict[str, float]:
 
 def slots_by_expert(routed: Routing, ids: torch.Tensor, block: int = 8) -> list[tuple[int, int]]:
     """(slot, local expert), sorted; blocks must be filled up with numbers that are no slots."""
-    assert routed.slots is not None and routed.padded_count is not None and routed.experts is not None
+    assert routed.slots is not None
+    assert routed.padded_count is not None
+    assert routed.experts is not None
     used = int(routed.padded_count)
     slots, owners = routed.slots[:used].tolist(), routed.experts[: used // block].tolist()
     return sorted((slot, owners[place // block]) for place, slot in enumerate(slots) if slot < ids.numel())
@@ -112,9 +116,7 @@ def products_of_logits(
         return align(ids, block, local.tolist())[:3]
 
     result = poison(
-        lambda: launch.experts_of_logits(
-            x, logits, case.top_k, is_padding, expert_map, w13.packed, w2.packed, align_many
-        )
+        lambda: launch.experts_of_logits(x, logits, case.top_k, is_padding, expert_map, w13.packed, w2.packed, align_many)
     )
     weights, ids = choices(logits, case.top_k, is_padding if case.tokens > 1 else None)
     expert = ids.flatten().long()

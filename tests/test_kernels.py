@@ -32,7 +32,13 @@ KERNELS = {
     "router._router",
 }
 ROUTING_KERNELS = {"routing._route", "routing._choose"}
-LORA_KERNELS = {"sort._sort_slots", "shrink.shrink_slots", "shrink.shrink_blocks", "expand.expand_rows", "expand.add_to_row"}
+LORA_KERNELS = {
+    "sort._sort_slots",
+    "shrink.shrink_slots",
+    "shrink.shrink_blocks",
+    "expand.expand_rows",
+    "expand.add_to_row",
+}
 # Shared memory of a program, on sm_86; and where its machine code declares some itself, behind Triton's back.
 MAX_SHARED_BYTES = 99 * 1024
 MAX_STATIC_BYTES = 48 * 1024
@@ -105,7 +111,9 @@ def test_every_plan_is_among_those_compiled(capability):
         assert {plan_linear(rows, row_tiles, gpu) for rows in range(1, 200)} == compiled
 
 
-@pytest.mark.parametrize(("script", "cases"), [("kernel_cases.py", 19), ("lora_kernel_cases.py", 14), ("routing_kernel_cases.py", 8)])
+@pytest.mark.parametrize(
+    ("script", "cases"), [("kernel_cases.py", 19), ("lora_kernel_cases.py", 14), ("routing_kernel_cases.py", 8)]
+)
 def test_results(script, cases):
     """On a GPU the kernels themselves; elsewhere their logic, in float16, through Triton's interpreter."""
     seed = random.randrange(1 << 30)

@@ -43,8 +43,7 @@ def choice_of_token(logits, slot, top_k, E: tl.constexpr):
     """The expert of a slot of the only token, int32, and its softmax weight among the top_k, float32."""
     EXPERTS: tl.constexpr = triton.next_power_of_2(E)
     expert = tl.arange(0, EXPERTS)
-    logit = tl.where(expert < E, _ordered(tl.load(logits + expert, mask=expert < E, other=0.0)), NONE)
-    other = tl.where(expert < E, _ordered(tl.load(logits + expert, mask=expert < E, other=0.0)), NONE)
+    logit, other = _load_logits(logits, E, EXPERTS), _load_logits(logits, E, EXPERTS)
     before = (other[None, :] > logit[:, None]) | ((other[None, :] == logit[:, None]) & (expert[None, :] < expert[:, None]))
     rank = tl.sum(before.to(tl.int32), axis=1)
     share = tl.where(rank < top_k, tl.exp(logit - tl.max(logit, axis=0)), 0.0)

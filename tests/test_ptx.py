@@ -1,0 +1,462 @@
+"""The inline assembly of `kernels.decode`, run by an emulator: every word's half, and every single change of the text.
+
+The expected weights come from the codec in float64, rounded by torch, and not from the table that the strings read. That a
+change of the text fails is tried on all of them: those that survive are listed below, each with the reason why it is no
+change at all.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import ptx
+import pytest
+import torch
+
+from gptoss_nf4.format.codec import CODEBOOKS
+from gptoss_nf4.vllm.kernels import decode
+from gptoss_nf4.vllm.kernels.codebook import best_factor, codebook
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+BITS = {torch.bfloat16: 8, torch.float16: 11}
+TABLES = [(quant_type, dtype) for dtype in BITS for quant_type in CODEBOOKS]
+SCALED = {torch.bfloat16: decode.SCALED_PERMUTES_BF16.value, torch.float16: decode.SCALED_PERMUTES_FP16.value}
+# absmax in units of 1 / 256 as the kernels have them: usual ones, a zero block, and the ends of what is packed.
+SCALES = (0.0, 2.0**-14, 0.0271, 0.5, 1.0, 3.3, 100.7, 65280.0)
+
+
+def all_halves() -> np.ndarray:
+    """uint32 [65536]: each pattern of 16 bits once in the lower half and once in the upper one."""
+    half = np.arange(1 << 16, dtype=np.uint32)
+    other = np.random.default_rng(0).permutation(1 << 16).astype(np.uint32)
+    return half | other << np.uint32(16)
+
+
+def some_words(count: int = 384) -> np.ndarray:
+    """uint32 [count]: enough for a mutant, whose fault shows in one code of sixteen."""
+    return np.random.default_rng(1).integers(0, 1 << 32, count, dtype=np.uint32)
+
+
+def expected_pairs(
+    words: np.ndarray, quant_type: str, dtype: torch.dtype, scales: tuple = (None, None)
+) -> list[np.ndarray]:
+    """The bits of the four pairs of weights (h, r), from the codec; `scales`: absmax of r = 0 and 1, in `dtype`."""
+    values = torch.from_numpy(CODEBOOKS[quant_type].astype(np.float64) * best_factor(quant_type, BITS[dtype])).to(dtype)
+    pairs = []
+    for pair in range(4):
+        halves = []
+        for p in range(2):
+            codes = torch.from_numpy(((words >> np.uint32(4 * (2 * pair + p))) & np.uint32(15)).astype(np.int64))
+            weight, scale = values[codes], scales[pair % 2]
+            if scale is not None:  # exact in float64, then rounded once
+                weight = (weight.double() * scale.double()).to(dtype)
+            halves.append(weight.view(torch.int16).numpy().view(np.uint16).astype(np.uint32))
+        pairs.append(halves[0] | halves[1] << np.uint32(16))
+    return pairs
+
+
+def table_rows(quant_type: str, dtype: torch.dtype) -> list[np.ndarray]:
+    """Rows 0 to 9 of the table as `load_table` gives them to a lane."""
+    return list(codebook(quant_type, dtype, CPU).table[:10, 0].numpy())
+
+
+# ---- what the strings do ----
+
+
+def permuted(text: str, words: np.ndarray, quant_type: str, dtype: torch.dtype) -> list[np.ndarray]:
+    return ptx.run(text, decode.PERMUTES_CONSTRAINTS.value, [words, *table_rows(quant_type, dtype)])
+
+
+def scaled(text: str, words: np.ndarray, quant_type: str, dtype: torch.dtype, scales: tuple) -> list[np.ndarray]:
+    """`decode_scaled`: absmax stands twice in a register."""
+    pairs = [np.uint32(int(scale.view(torch.int16)) & 0xFFFF) * np.uint32(0x10001) for scale in scales]
+    inputs = [words, *table_rows(quant_type, dtype), *pairs]
+    return ptx.run(text, decode.SCALED_PERMUTES_CONSTRAINTS.value, inputs)
+
+
+@cache
+def filled(declare: str, store: str, quant_type: str, dtype: torch.dtype) -> tuple[ptx.Shared, int]:
+    """A table of pairs in shared memory, filled as `fill_shared` does, and its address."""
+    shared = ptx.Shared()
+    shared.declare("something_in_front", 4, 4)  # so that an alignment has to be asked for
+    (base,) = ptx.run(declare, "=r", [], shared)
+    bits = codebook(quant_type, dtype, CPU).table[10, :16].numpy().astype(np.uint32)
+    high, low, four = np.meshgrid(np.arange(16), np.arange(16), np.arange(8), indexing="ij")
+    places = (base + (high * 16 + low) * 128 + four * 16).astype(np.int32)
+    ptx.run(store, "=r,r,r", [places, bits[low] | bits[high] << np.uint32(16)], shared)
+    return shared, int(base)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """The strings of `fill_shared` and `lookup`."""
+
+    declare: str = decode.DECLARE_PAIRS.value
+    store: str = decode.STORE_FOUR_TIMES.value
+    look: str = decode.LOOKUPS.value
+
+    def __call__(self, words: np.ndarray, quant_type: str, dtype: torch.dtype) -> list[np.ndarray]:
+        """Word i is looked up by lane i % 32."""
+        shared, base = filled(self.declare, self.store, quant_type, dtype)
+        column = (base + np.arange(len(words)) % 32 * 4).astype(np.int32)
+        return ptx.run(self.look, decode.LOOKUPS_CONSTRAINTS.value, [words, column], shared)
+
+
+def equal(found: list[np.ndarray], expected: list[np.ndarray]) -> bool:
+    return all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("quant_type", "dtype"), TABLES)
+def test_permutes_decode_every_half_of_a_word(quant_type, dtype):
+    words = all_halves()
+    assert equal(permuted(decode.PERMUTES.value, words, quant_type, dtype), expected_pairs(words, quant_type, dtype))
+
+
+@pytest.mark.parametrize(("quant_type", "dtype"), TABLES)
+def test_lookups_decode_every_half_of_a_word(quant_type, dtype):
+    words = all_halves()
+    assert equal(Lookup()(words, quant_type, dtype), expected_pairs(words, quant_type, dtype))
+
+
+@pytest.mark.parametrize(("quant_type", "dtype"), TABLES)
+def test_scaled_permutes_round_the_product_once(quant_type, dtype):
+    words = all_halves()
+    for scales in zip(SCALES[::2], SCALES[1::2], strict=True):
+        rounded = tuple(torch.tensor(scale, dtype=dtype) for scale in scales)
+        found = scaled(SCALED[dtype], words, quant_type, dtype, rounded)
+        assert equal(found, expected_pairs(words, quant_type, dtype, rounded)), scales
+
+
+def test_nibbles_and_halves_by_hand():
+    """One word written out: nibble 2 (h, r) + p of the word is weight p of pair (h, r), and weight 0 the lower half."""
+    codes = [15, 0, 7, 3, 8, 12, 1, 14]  # of nibbles 0 to 7
+    word = np.array([sum(code << 4 * nibble for nibble, code in enumerate(codes))], np.uint32)
+    factor = best_factor("nf4", 11)
+    values = [np.float16(float(CODEBOOKS["nf4"][code]) * factor) for code in codes]
+    for text_of in (permuted, lambda _, *rest: Lookup()(*rest)):
+        pairs = text_of(decode.PERMUTES.value, word, "nf4", torch.float16)
+        assert [list(pair.view(np.float16)) for pair in pairs] == [values[2 * pair : 2 * pair + 2] for pair in range(4)]
+
+
+def test_the_kernels_decode_through_their_assembly():
+    """The functions around the strings too: Triton's interpreter runs the kernels, and the emulator their assembly."""
+    done = subprocess.run([sys.executable, ROOT / "tests" / "ptx_cases.py"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == 12
+    for result in results:
+        assert result["wrong"] == 0, result
+        assert result["ran"] > 0, result
+
+
+# ---- mutants: each single change of a text ----
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A text with one change; what it was, so that an equivalent one can be recognised."""
+
+    text: str
+    statement: str
+    operand: int  # -1: the instruction itself
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.statement} [{self.operand}] {self.old} -> {self.new}"
+
+
+def mutants(text: str) -> Iterator[Mutant]:
+    """Every statement left out, every instruction replaced by those of its kind, every operand by those of its kind."""
+    local = re.findall(r"\.reg\s+\.b32\s+([^;]*);", text)
+    names = [name.strip() for name in ",".join(local).split(",") if name.strip()]
+    places = sorted(set(re.findall(r"\$\d+", text)), key=lambda name: int(name[1:]))
+    for match in re.finditer(r"[a-z.][^;{}]*(?:\{[^}]*\}[^;]*)*;", text):
+        statement = match[0]
+        if statement.startswith(".reg"):
+            continue
+        opcode, _, rest = statement.partition(" ")
+
+        def changed(place: int, old: str, new: str, operand: int, match: re.Match = match) -> Mutant:
+            start = match.start() + place
+            return Mutant(text[:start] + new + text[start + len(old) :], match[0], operand, old, new)
+
+        yield changed(0, statement, "", -1)
+        if opcode in ptx.OPERATIONS:
+            kind = ptx.OPERATIONS[opcode]
+            for other, operation in ptx.OPERATIONS.items():
+                if other != opcode and (operation.result, operation.sources) == (kind.result, kind.sources):
+                    yield changed(0, opcode, other, -1)
+        for operand, token in enumerate(re.finditer(r"0x[0-9a-f]+|\$\d+|(?<![\w.])[a-z]\w*|(?<![\w.])\d+", rest)):
+            old, place = token[0], len(opcode) + 1 + token.start()
+            for new in _other_operands(opcode, operand, old, names, places):
+                yield changed(place, old, new, operand)
+
+
+def _other_operands(opcode: str, operand: int, old: str, names: list[str], places: list[str]) -> Iterator[str]:
+    if old[0].isdigit():
+        number = int(old, 0)
+        if opcode == "prmt.b32" and operand == 3:  # four selectors
+            yield from (
+                hex(number & ~(15 << 4 * nibble) | value << 4 * nibble)
+                for nibble in range(4)
+                for value in range(16)
+                if number >> 4 * nibble & 15 != value
+            )
+            return
+        yield from (hex(number ^ (1 << bit)) if old.startswith("0x") else str(number ^ (1 << bit)) for bit in range(32))
+    elif old in places:
+        yield from (each for each in places if each != old)
+    elif operand > 0 and old in names:  # a target that nothing reads would be as good as another
+        yield from (each for each in names if each != old)
+
+
+@dataclass(frozen=True)
+class Equivalent:
+    """A kind of mutant that decodes the same, and why."""
+
+    why: str
+    statement: str
+    covers: Callable[[Mutant], bool]
+
+
+def _bit(mutant: Mutant) -> int:
+    return int(mutant.old, 0) ^ int(mutant.new, 0)
+
+
+def _zero_byte(mutant: Mutant) -> bool:
+    """Whether only selectors of bytes 4 to 7, or of their signs, differ."""
+    old, new = int(mutant.old, 16), int(mutant.new, 16)
+    changed = [(old >> place & 15, new >> place & 15) for place in range(0, 16, 4) if (old ^ new) >> place & 15]
+    return all(one & 4 and other & 4 for one, other in changed)
+
+
+OF_PERMUTES = [
+    Equivalent(
+        "where 0x32103210 has a 1, `or` gives 1 whatever the mask lets through",
+        "lop3.b32",
+        lambda m: m.old == "0x44444444" and _bit(m) & 0x32103210 != 0,
+    ),
+    Equivalent(
+        "no bit is set in both constants, so rows 3 and 7 of the truth table are never asked",
+        "lop3.b32",
+        lambda m: m.old == "0xea" and _bit(m) in (1 << 3, 1 << 7),
+    ),
+    Equivalent(
+        "word >> 1 has no bit 31",
+        "lop3.b32",
+        lambda m: m.old == "0x44444444" and _bit(m) == 1 << 31,
+    ),
+]
+OF_LOOKUPS = [
+    Equivalent(
+        "the second register is 0: each of its bytes, and the sign of each, is 0",
+        "prmt.b32",
+        lambda m: m.old.startswith("0x444") and _zero_byte(m),
+    ),
+    Equivalent("of the constant 0 only the lowest byte is selected", "prmt.b32", lambda m: m.old == "0" and _bit(m) > 255),
+    Equivalent("the low 32 bits of a product are the same for both signs", "mad.lo.u32", lambda m: m.new == "mad.lo.s32"),
+]
+OF_STORING = [Equivalent("nobody reads the output of the store", "mov.b32 $0, 0", lambda m: m.old == "0")]
+OF_DECLARING = [
+    Equivalent(
+        "a table larger than needed, up to what a program may have",
+        ".shared",
+        lambda m: m.old == str(decode.PAIRS_BYTES) and decode.PAIRS_BYTES < int(m.new) <= ptx.MAX_STATIC_BYTES - 16,
+    ),
+]
+
+
+def lives(mutant: Mutant, decodes: Callable[[str], bool]) -> bool:
+    try:
+        return decodes(mutant.text)
+    except ptx.PtxError:
+        return False
+
+
+def assert_only_equivalents_live(
+    every: list[Mutant], decodes: Callable[[str], bool], equivalents: list[Equivalent]
+) -> None:
+    """Those that decode as the text does are those said to be equivalent: no more, and no fewer."""
+    alive = {mutant for mutant in every if lives(mutant, decodes)}
+    for mutant in every:
+        claimed = any(mutant.statement.startswith(each.statement) and each.covers(mutant) for each in equivalents)
+        assert (mutant in alive) <= claimed, f"decodes the same: {mutant}"
+        assert (mutant in alive) >= claimed, f"said to be equivalent, and is not: {mutant}"
+    for each in equivalents:
+        covered = [mutant for mutant in every if mutant.statement.startswith(each.statement) and each.covers(mutant)]
+        assert covered, f"no mutant is equivalent because {each.why}"
+
+
+def test_every_change_of_the_permutes_fails():
+    words, text = some_words(), decode.PERMUTES.value
+    expected = {each: expected_pairs(words, *each) for each in TABLES}
+
+    def decodes(changed: str) -> bool:
+        return all(equal(permuted(changed, words, *each), expected[each]) for each in TABLES)
+
+    every = list(mutants(text))
+    assert decodes(text)
+    assert len(every) > 900
+    assert_only_equivalents_live(every, decodes, OF_PERMUTES)
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_every_change_of_the_scaling_fails(dtype):
+    """Of what the text has in addition to the permutes."""
+    words, text, permutes = some_words(), SCALED[dtype], decode.PERMUTES.value
+    scales = [tuple(torch.tensor(each, dtype=dtype) for each in pair) for pair in ((0.0271, 3.3), (0.0, 1.7), (2.9, 0.0))]
+    cases = [(quant_type, pair) for quant_type in CODEBOOKS for pair in scales]
+    expected = [expected_pairs(words, quant_type, dtype, pair) for quant_type, pair in cases]
+
+    def decodes(changed: str) -> bool:
+        return all(
+            equal(scaled(changed, words, quant_type, dtype, pair), pairs)
+            for (quant_type, pair), pairs in zip(cases, expected, strict=True)
+        )
+
+    every = [mutant for mutant in mutants(text) if mutant.statement not in permutes]
+    assert decodes(text)
+    assert len(every) > 200
+    assert_only_equivalents_live(every, decodes, [])
+
+
+@pytest.mark.parametrize(
+    ("part", "least", "equivalents"), [("declare", 30, OF_DECLARING), ("store", 30, OF_STORING), ("look", 200, OF_LOOKUPS)]
+)
+def test_every_change_of_the_lookups_fails(part, least, equivalents):
+    words, text = some_words(), getattr(Lookup(), part)
+    expected = {each: expected_pairs(words, *each) for each in TABLES}
+
+    def decodes(changed: str) -> bool:
+        return all(equal(Lookup(**{part: changed})(words, *each), expected[each]) for each in TABLES)
+
+    every = list(mutants(text))
+    assert decodes(text)
+    assert len(every) > least
+    assert_only_equivalents_live(every, decodes, equivalents)
+
+
+def test_every_exchange_of_two_rows_of_the_table_fails():
+    """For NF4, whose values have no equal bytes in common; FP4 has each value with both signs."""
+    words = some_words()
+    for dtype in BITS:
+        rows, expected = table_rows("nf4", dtype), expected_pairs(words, "nf4", dtype)
+        for one in range(10):
+            for other in range(one):
+                changed = list(rows)
+                changed[one], changed[other] = rows[other], rows[one]
+                found = ptx.run(decode.PERMUTES.value, decode.PERMUTES_CONSTRAINTS.value, [words, *changed])
+                assert not equal(found, expected), (dtype, one, other)
+
+
+# ---- the emulator itself ----
+
+
+def test_prmt_by_the_definition():
+    random = np.random.default_rng(2)
+    a, b, selectors = random.integers(0, 1 << 32, (3, 4096), dtype=np.uint32)
+    (found,) = ptx.run("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selectors])
+    for one, other, selector, result in zip(a.tolist(), b.tolist(), selectors.tolist(), found.tolist(), strict=True):
+        bytes_of = one.to_bytes(4, "little") + other.to_bytes(4, "little")
+        picked = []
+        for place in range(4):
+            nibble = selector >> 4 * place & 15
+            byte = bytes_of[nibble & 7]
+            picked.append((0xFF if byte & 0x80 else 0) if nibble & 8 else byte)
+        assert result == int.from_bytes(bytes(picked), "little")
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_fma_is_the_exact_result_rounded_once(kind):
+    """Against fractions, and the nearest of all numbers of the format; half of the cases lie near a tie."""
+    random = np.random.default_rng(3)
+    patterns = np.arange(1 << 15, dtype=np.uint32)
+    with np.errstate(invalid="ignore"):  # NaN
+        positive = ptx.halves_to_float64(patterns, kind)[:, 0]
+    finite = [Fraction(each) for each in positive[np.isfinite(positive)].tolist()]
+    a, b, c = random.integers(0, 1 << 16, (3, 3000), dtype=np.uint32)
+    b[::2] = b[::2] & 0x8F00 | 0x3800  # products of few bits: ties, and small c beside them
+    c[::4] &= 0x800F
+    (found,) = ptx.run(f"fma.rn.{kind}x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c])
+    with np.errstate(invalid="ignore"):
+        values = [ptx.halves_to_float64(each, kind)[:, 0] for each in (a, b, c)]
+    checked = 0
+    for x, y, z, result in zip(*values, (found & 0xFFFF).tolist(), strict=True):
+        if not np.isfinite([x, y, z]).all():
+            continue
+        exact = Fraction(x) * Fraction(y) + Fraction(z)
+        if exact == 0 or abs(exact) >= finite[-1]:
+            continue
+        place = bisect_left(finite, abs(exact))
+        below, above = finite[max(place - 1, 0)], finite[place]
+        nearer = place if abs(exact) - below > above - abs(exact) or (exact and below == above) else place - 1
+        if abs(exact) - below == above - abs(exact):
+            nearer = place if place % 2 == 0 else place - 1
+        assert result == nearer | (0x8000 if exact < 0 else 0), (x, y, z)
+        checked += 1
+    assert checked > 1500
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "expected"),
+    [
+        ("lop3.b32 $0, $1, 0x0f0f0f0f, 0x00ff00ff, 0x96;", 0x12345678, 0x12345678 ^ 0x0F0F0F0F ^ 0x00FF00FF),
+        ("shf.l.wrap.b32 $0, $1, 0xabcdef01, 36;", 0x12345678, 0xBCDEF011),
+        ("shf.r.clamp.b32 $0, $1, 0xabcdef01, 40;", 0x12345678, 0xABCDEF01),
+        ("shr.s32 $0, $1, 99;", 0x80000000, 0xFFFFFFFF),
+        ("shl.b32 $0, $1, 32;", 0x80000001, 0),
+        ("bfe.u32 $0, $1, 4, 8;", 0x12345678, 0x67),
+        ("mul.hi.u32 $0, $1, 0x10000;", 0x12345678, 0x1234),
+        ("sub.u32 $0, $1, 1;", 0, 0xFFFFFFFF),
+        ("add.s32 $0, $1, -1;", 5, 4),
+        ("{ .reg .b64 w; mul.wide.u32 w, $1, 0x10000; .reg .b32 l; mov.b64 {l, $0}, w; }", 0x12345678, 0x1234),
+        ("{ .reg .b16 l, h; mov.b32 {l, h}, $1; mov.b32 $0, {h, l}; }", 0x12345678, 0x56781234),
+        ("{ .reg .pred p; setp.lt.s32 p, $1, 0; selp.b32 $0, 7, 9, p; }", 0x80000000, 7),
+        ("{ .reg .pred p; mov.b32 $0, 3; setp.lt.u32 p, $1, 1; @p mov.b32 $0, 4; }", 0x80000000, 3),
+        ("{ .reg .pred p; setp.ne.b32 p, $1, 0; mov.b32 $0, 4; @p mov.b32 $0, 3; @!p mov.b32 $0, 2; }", 5, 3),
+        ("{ .reg .b64 a; mov.b64 a, 0; prefetch.global.L2 [a]; mov.b32 $0, $1; }", 5, 5),
+        ("cvt.rn.f16x2.f32 $0, 0x3f800000, $1;", 0x40000000, 0x3C004000),
+        ("cvt.rn.bf16x2.f32 $0, 0x3f808000, $1;", 0x40008001, 0x3F804001),
+    ],
+)
+def test_instructions_by_hand(text, value, expected):
+    (found,) = ptx.run(text, "=&r,r", [np.array([value], np.uint32)])
+    assert hex(found.item()) == hex(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "constraints", "message"),
+    [
+        ("vote.b32 $0, $1;", "=r,r", "unknown instruction"),
+        ("prmt.b32.f4e $0, $1, $1, 0;", "=r,r", "unknown instruction"),
+        ("and.b32 $0, $1;", "=r,r", "2 operands|1 operands"),
+        ("and.b32 $0, $1, other;", "=r,r", "no register other"),
+        ("{ .reg .b32 a; and.b32 $0, $1, a; }", "=r,r", "a is not set"),
+        ("{ .reg .b64 a; and.b32 a, $1, 1; }", "=r,r", "64 bits, expected 32"),
+        ("and.b32 $0, $1, 0x100000000;", "=r,r", "has no 32 bits"),
+        ("and.b32 $1, $1, 1;", "=r,r", "is an input"),
+        ("mov.b32 $0, 1; and.b32 $0, $1, 1;", "=r,r", "has no &"),
+        ("and.b32 $0, $1, 1", "=r,r", "no semicolon"),
+        ("{ mov.b32 $0, $1;", "=r,r", "without }"),
+        ("", "=r,r", "is not set"),
+        (".global .b32 x; mov.b32 $0, $1;", "=r,r", "not understood"),
+        (".shared .align 16 .b8 t[65536]; mov.b32 $0, t;", "=r,r", "at most"),
+        (".shared .align 16 .b8 t[64]; { .reg .b32 a; mov.b32 a, t; ld.shared.b32 $0, [a]; }", "=r,r", "not stored"),
+        (".shared .align 4 .b8 t[8]; { .reg .b32 a; mov.b32 a, t; st.shared.b32 [a+8], $1; }", "=r,r", "outside"),
+        (".shared .align 4 .b8 t[8]; { .reg .b32 a; mov.b32 a, t; st.shared.b32 [a+2], $1; }", "=r,r", "multiple of 4"),
+        (".shared .align 4 .b8 t[8]; { .reg .b32 a; mov.b32 a, t; st.shared.b32 [a], $1; }", "=r,r", "different bytes"),
+    ],
+)
+def test_what_is_undefined_is_an_error(text, constraints, message):
+    with pytest.raises(ptx.PtxError, match=message):
+        ptx.run(text, constraints, [np.arange(2, dtype=np.uint32)], ptx.Shared())
