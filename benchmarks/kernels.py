@@ -2,9 +2,10 @@
 
     python -m benchmarks.kernels
 
-Weights are random codes, three copies in turn, together larger than any GPU's L2 cache. Times are medians of replays of
-a CUDA graph of several launches; bytes are those of the packed weights that the batch's experts have. The bandwidth is
-measured in the same run: a device-to-device copy (bytes read and written) and a sum (bytes read).
+Weights are random codes, three copies in turn, together larger than any GPU's L2 cache. Times are of replays of CUDA graphs
+of several launches. What stands in one row is replayed in turn (A B A B ...). Each time has median, smallest and largest
+value. Bytes are those of the packed weights that the batch's experts have. The bandwidth is measured in the same run: a
+device-to-device copy (bytes read and written) and a sum (bytes read).
 """
 
 import statistics
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.bandwidth import copy_bandwidth, read_bandwidth
 from benchmarks.tables import markdown
+from benchmarks.values import LEGEND, Values
 from benchmarks.weights import BLOCKSIZE, GPT_OSS_20B
 from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.vllm.activation import clamped_swiglu
@@ -38,8 +41,9 @@ DEVICE = torch.device("cuda")
 def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("error: benchmarks.kernels: no NVIDIA GPU: got none, expected Ampere or newer; run it on such a machine")
-    copy, read = bandwidths()
-    print(f"{torch.cuda.get_device_name()}: copy {copy:.2f} TB/s, read {read:.2f} TB/s\n")
+    copy, read = copy_bandwidth(), read_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: copy {copy:.2f} TB/s, read {read:.2f} TB/s")
+    print(f"Each time: {LEGEND}. Rates are of the medians.\n")
     print(markdown(["kernel", "relative error against float64"], errors()))
     columns = ["tokens", "distinct experts", "w13 us", "w2 us", "TB/s", "of copy", "of read", "TFLOP/s"]
     print(markdown(columns, expert_times(copy, read)))
@@ -47,8 +51,23 @@ def main() -> None:
     print(markdown(columns, linear_times()))
 
 
-def graph_us(calls: list[Callable], replays: int = 20) -> float:
-    """Median microseconds of one of `calls`, captured together."""
+def graph_us(variants: list[list[Callable]], replays: int = 20) -> list[Values]:
+    """Microseconds of a call of each variant: calls that are captured in one graph. The graphs are replayed in turn."""
+    graphs = [captured(calls) for calls in variants]
+    times: list[list[float]] = [[] for _ in variants]
+    for replay in range(replays + 1):
+        for graph, calls, found in zip(graphs, variants, times, strict=True):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            if replay:  # the first is not counted
+                found.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return [Values(tuple(found)) for found in times]
+
+
+def captured(calls: list[Callable]) -> torch.cuda.CUDAGraph:
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -56,24 +75,7 @@ def graph_us(calls: list[Callable], replays: int = 20) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
-    for _ in range(replays + 1):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times[1:])
-
-
-def bandwidths() -> tuple[float, float]:
-    """TB/s of copying (read and written) and of reading."""
-    source = torch.randint(0, 256, (1 << 30,), dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    values = source.view(torch.float16)[: 1 << 28].nan_to_num(0)
-    copy = 2 * source.nbytes / graph_us([lambda: target.copy_(source)] * 2) / 1e6
-    return copy, values.nbytes / graph_us([lambda: values.sum()] * 2) / 1e6
+    return graph
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def bytes_of(weight: Packed) -> int:
 
 
 def expert_times(copy: float, read: float) -> list[list]:
-    """The rows of the experts' table; `copy` and `read` as from `bandwidths`."""
+    """The rows of the experts' table; `copy` and `read` in TB/s."""
     w13 = [random_packed(D.experts, 2 * D.intermediate, D.hidden, gate_and_up=True) for _ in range(COPIES)]
     w2 = [random_packed(D.experts, D.hidden, D.intermediate) for _ in range(COPIES)]
     expert_bytes = (bytes_of(w13[0]) + bytes_of(w2[0])) / D.experts
@@ -153,11 +155,11 @@ def expert_times(copy: float, read: float) -> list[list]:
             batch = batches[i]
             return launch.down_experts(middle[i], batch.topk_weights, batch.routing, w2[i % COPIES], D.hidden, plan, dtype)
 
-        first = graph_us([lambda i=i: up(i) for i in range(count)])
-        second = graph_us([lambda i=i: down(i) for i in range(count)])
-        rate = expert_bytes * distinct / (first + second) / 1e6
-        flops = 2 * tokens * D.experts_per_token * 3 * D.hidden * D.intermediate / (first + second) / 1e6
-        times = [f"{distinct:.1f}", f"{first:.1f}", f"{second:.1f}"]
+        first, second = graph_us([[lambda i=i: up(i) for i in range(count)], [lambda i=i: down(i) for i in range(count)]])
+        both = first.median + second.median
+        rate = expert_bytes * distinct / both / 1e6
+        flops = 2 * tokens * D.experts_per_token * 3 * D.hidden * D.intermediate / both / 1e6
+        times = [f"{distinct:.1f}", first.text(1), second.text(1)]
         rows.append([tokens, *times, f"{rate:.2f}", f"{rate / copy:.0%}", f"{rate / read:.0%}", f"{flops:.0f}"])
     return rows
 
@@ -174,10 +176,14 @@ def linear_times() -> list[list]:
         sizes = [f"{bytes_of(weights[0]) / 1e6:.1f}", f"{dense[0].nbytes / 1e6:.1f}"]
         for count in LINEAR_ROWS:
             x = torch.randn(count, inputs, device=DEVICE, dtype=DTYPE)
-            ours = graph_us([lambda w=w, x=x, n=outputs: launch.linear(x, w, n) for w in weights])
-            cublas = graph_us([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense])
-            theirs = graph_us([lambda w=w, s=s, x=x: bitsandbytes_linear(x, w, s) for w, s in quantized])
-            rows.append([count, name, f"{ours:.1f}", f"{cublas:.1f}", f"{theirs:.1f}", *sizes])
+            times = graph_us(
+                [
+                    [lambda w=w, x=x, n=outputs: launch.linear(x, w, n) for w in weights],
+                    [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense],
+                    [lambda w=w, s=s, x=x: bitsandbytes_linear(x, w, s) for w, s in quantized],
+                ]
+            )
+            rows.append([count, name, *(each.text(1) for each in times), *sizes])
     return rows
 
 

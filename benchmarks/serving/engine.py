@@ -17,7 +17,7 @@ from benchmarks.serving.cells import Cell
 from benchmarks.serving.jobs import Job
 
 CONTENDER = [sys.executable, "-m", "benchmarks.serving.contender"]
-ANSWER_SECONDS = 300.0  # after which an engine that has been asked counts as hung
+ANSWER_SECONDS = 120.0  # after which an engine that has been asked counts as hung
 END_SECONDS = 30.0  # for ending by itself
 REASON_LENGTH = 200
 ERROR = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit): .+)")
@@ -51,7 +51,7 @@ class Engine:
 
     def wait_until_ready(self, deadline: float) -> None:
         """Until it is ready or has failed, or `time.monotonic` is at `deadline`: then it has failed too."""
-        facts = self._wait_for("READY ", max(0.0, deadline - time.monotonic()), "was not ready in time")
+        facts = self._wait_for("READY ", max(0.0, deadline - time.monotonic()), "was not ready in time (--start-minutes)")
         self.facts = facts or {}
 
     def wall_ms(self, cell: Cell, steps: int) -> float | None:
@@ -73,7 +73,7 @@ class Engine:
         with suppress(BrokenPipeError):  # it has ended since it last said something: so will its output
             self._to.write(json.dumps(question) + "\n")
             self._to.flush()
-        return self._wait_for("RESULT ", ANSWER_SECONDS, f"gave no answer to {question['do']}")
+        return self._wait_for("RESULT ", ANSWER_SECONDS, f"did not answer for {ANSWER_SECONDS:.0f} s")
 
     def end(self) -> None:
         """It ends when nothing more can come from here. One that does not is killed."""
@@ -97,7 +97,7 @@ class Engine:
             try:
                 line = self._lines.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
-                self.failure = f"{otherwise}: {seconds:.0f} s"
+                self.failure = otherwise
                 self._process.kill()
                 return None
             if line is None:

@@ -102,8 +102,9 @@ def _measure(
                 ms = by_name[name].wall_ms(cell, plan.steps_of(by_name[name].job))
                 if ms is not None:
                     results[name]["cells"].setdefault(cell.name, {"ms": []})["ms"].append(ms)
-        longest = max(longest, clock() - begun)
-        print(f"round {number} of {plan.rounds}: {clock() - begun:.0f} s", flush=True)
+        took = clock() - begun
+        longest = max(longest, took)
+        print(f"round {number} of {plan.rounds}: {took:.0f} s", flush=True)
         note_failures_and_save()
     # After all values by the wall: a profiler slows down the process that it has been in.
     for cell, names in turns:
