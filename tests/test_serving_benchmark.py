@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -164,6 +165,23 @@ def test_a_killed_process_is_named_by_its_signal(stand_in):
     assert contender.failure == "ended with SIGKILL: nothing in its log"
     assert contender.device(ONE) is None
     contender.end()
+
+
+def test_what_a_failed_contender_started_ends_with_it(tmp_path, monkeypatch):
+    """A compiler that goes on would slow down those that measure."""
+    script = tmp_path / "contender.py"
+    child = "[sys.executable, '-c', 'import time; time.sleep(600)']"
+    script.write_text(f"import subprocess, sys\nprint(subprocess.Popen({child}).pid, file=sys.stderr)\nsys.exit(3)")
+    monkeypatch.setattr(engine, "CONTENDER", [sys.executable, str(script)])
+    contender = engine.Engine(job("plugin", tmp_path))
+    contender.wait_until_ready(time.monotonic() + 60)  # the child holds the pipe open
+    pid = int(contender.job.log.read_text())
+    assert contender.failure == f"ended with status 3: {pid}"
+    contender.end()
+    until = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

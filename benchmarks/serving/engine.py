@@ -18,6 +18,7 @@ from benchmarks.serving.jobs import Job
 
 CONTENDER = [sys.executable, "-m", "benchmarks.serving.contender"]
 ANSWER_SECONDS = 120.0  # after which an engine that has been asked counts as hung
+LOOK_SECONDS = 0.5  # between looks at whether it still runs
 END_SECONDS = 30.0  # for ending by itself
 REASON_LENGTH = 200
 ERROR = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit): .+)")
@@ -42,6 +43,7 @@ class Engine:
                 stderr=log,
                 text=True,
                 env=environment,
+                start_new_session=True,  # a group of its own, with the compilers that it starts
             )
         assert self._process.stdin is not None  # pipes, as asked for
         assert self._process.stdout is not None
@@ -79,11 +81,16 @@ class Engine:
         """It ends when nothing more can come from here. One that does not is killed."""
         with suppress(BrokenPipeError):  # a question that it did not read is still to be written
             self._to.close()
-        try:
-            self._process.wait(END_SECONDS if self.failure is None else 0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        if self.failure is None:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_SECONDS)
+        self._kill()
+
+    def _kill(self) -> None:
+        """It, and what it started: compilers would slow the others down."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _read(self, output: IO[str]) -> None:
         for line in output:
@@ -95,13 +102,20 @@ class Engine:
         until = time.monotonic() + seconds
         while True:
             try:
-                line = self._lines.get(timeout=max(0.0, until - time.monotonic()))
+                line = self._lines.get(timeout=max(0.0, min(LOOK_SECONDS, until - time.monotonic())))
             except queue.Empty:
-                self.failure = otherwise
-                self._process.kill()
-                return None
+                if self._process.poll() is not None:
+                    line = None  # what it started may hold its output open
+                elif time.monotonic() < until:
+                    continue
+                else:
+                    self.failure = otherwise
+                    self._kill()
+                    return None
             if line is None:
-                self.failure = reason(self._process.wait(), self.job.log.read_text(errors="replace"))
+                status = self._process.wait()
+                self.failure = reason(status, self.job.log.read_text(errors="replace"))
+                self._kill()
                 return None
             if line.startswith(start):
                 return json.loads(line.removeprefix(start))

@@ -14,7 +14,7 @@ def chosen_experts(llm: "LLM") -> "list[torch.Tensor]":
 
     None at all where the backend routes within its own kernel. It sees the same router and the same kind of tokens.
     """
-    from gptoss_nf4.engine.measure import generate_seconds, random_prompts
+    from gptoss_nf4.engine.measure import generate, random_prompts
 
     chosen: list[torch.Tensor] = []
 
@@ -29,7 +29,7 @@ def chosen_experts(llm: "LLM") -> "list[torch.Tensor]":
 
     if not all(llm.apply_model(watch)):
         return []
-    generate_seconds(llm, random_prompts(1, ROUTED_TOKENS, llm.model_config.get_vocab_size()), 1)
+    generate(llm, random_prompts(1, ROUTED_TOKENS, llm.model_config.get_vocab_size()), 1)
     return [ids for ids in chosen if len(ids) >= ROUTED_TOKENS]  # the others are warming up
 
 
