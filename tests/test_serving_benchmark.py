@@ -327,6 +327,24 @@ def test_what_cannot_be_measured_is_refused(words, message):
         command_line.plan_of(command_line.parser().parse_args(words))
 
 
+def test_a_run_ends_in_tables_and_a_file(stand_in, monkeypatch, capsys):
+    facts = {"gpu": "a GPU", "versions": {"vllm": "0.32.0"}, "read_tb_per_second": 3.0}
+    facts["files_gb_per_second"] = dict.fromkeys(weights.KINDS, 5.0)
+    monkeypatch.setattr(command_line, "prepare", lambda jobs: facts)
+    words = "serving --contenders plugin mxfp4-marlin dequantize-all --together 3 --rounds 2 --minutes 5 --kernels plugin"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--directory", str(stand_in)])
+    monkeypatch.chdir(stand_in)
+    command_line.main()
+    results = json.loads((stand_in / "metrics" / "serving.json").read_text())
+    assert results["contenders"]["plugin"]["cells"]["decode 1x8192"]["ms"] == [1, 2]
+    assert "failed" in results["contenders"]["mxfp4-marlin"]
+    said = capsys.readouterr().out
+    assert "| decode 32x128 " in said
+    assert "plugin: decode 64x128 is left out: it needs 17280 tokens of KV cache, there are 10000" in said
+    assert f"{SHARED_KV_GIB} GiB of KV cache each, max_model_len 131072" in said
+    assert "plugin, decode 1x128: device time of a step" in said
+
+
 def test_graphs_are_captured_for_every_batch():
     assert graph_sizes(128) == [1, 2, 4, 8, 16, 32, 64, 128]
     assert graph_sizes(100) == [1, 2, 4, 8, 16, 32, 64, 100]

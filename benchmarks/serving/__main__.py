@@ -11,6 +11,7 @@ from benchmarks.serving.jobs import CONTENDERS, DEFAULT_GIB, Job, grouped
 from benchmarks.serving.prepare import prepare
 from benchmarks.serving.rounds import Plan, Results, measure_all
 from benchmarks.serving.tables import kernels, report
+from gptoss_nf4.storage.writing import write_json
 
 OUT = Path("metrics/serving.json")
 
@@ -66,10 +67,13 @@ def jobs_of(args: argparse.Namespace, max_num_seqs: int) -> list[Job]:
     ]
 
 
-def settings_of(args: argparse.Namespace) -> str:
+def settings_of(args: argparse.Namespace, groups: list[list[Job]]) -> str:
     """How it was measured, in one line."""
-    memory = f"{args.kv_gib} GiB of KV cache" if args.kv_gib else f"{args.gib} GiB of GPU memory"
-    return f"{memory} each, max_model_len {args.max_model_len}, TRITON_ATTN, CUDA graphs, {args.steps} decode steps a value"
+    memory = {f"{job.kv_gib} GiB of KV cache" if job.kv_gib else f"{job.gib} GiB of GPU memory" for job in sum(groups, [])}
+    return (
+        f"{' or '.join(sorted(memory))} each, max_model_len {args.max_model_len}, TRITON_ATTN, CUDA graphs, "
+        f"{args.steps} decode steps a value"
+    )
 
 
 def main() -> None:
@@ -81,13 +85,13 @@ def main() -> None:
     except ValueError as error:
         command.error(str(error))
     jobs = jobs_of(args, max_num_seqs=max(plan.batches))
-    facts = prepare(jobs) | {"settings": settings_of(args)}
+    groups = grouped(jobs, args.together)
+    facts = prepare(jobs) | {"settings": settings_of(args, groups)}
 
     def save(found: Results) -> None:
-        OUT.parent.mkdir(exist_ok=True)
-        OUT.write_text(json.dumps(facts | {"contenders": found}, indent=2) + "\n")
+        write_json(OUT, facts | {"contenders": found})
 
-    measure_all(grouped(jobs, args.together), plan_of(args, time.monotonic() - started), save)
+    measure_all(groups, plan_of(args, time.monotonic() - started), save)
     results = json.loads(OUT.read_text())
     print(report(results))
     print(kernels(results["contenders"], args.kernels))
