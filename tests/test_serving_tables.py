@@ -97,9 +97,10 @@ def test_wide_spreads_are_listed():
 def test_setups_tell_configuration_loading_and_memory():
     rows = table(report(three()), "contender")
     assert rows["plugin"] == [
-        *("nf4-float16, float16", "2.5", "50%", "2.0", "30", "12.04", "20.5", "1000", "0", "3"),
+        *("NF4, float16, residual_scale 1/64", "2.5", "50%", "2.0", "30", "12.04", "20.5", "1000", "0", "3"),
     ]
-    assert rows["mxfp4-marlin"][:3] == ["mxfp4, bfloat16", "-", "-"]
+    assert rows["dequantize-all"][0] == "NF4, bfloat16, every expert dequantized"
+    assert rows["mxfp4-marlin"][:3] == ["MXFP4, bfloat16, marlin", "-", "-"]
 
 
 def test_routing_leaves_out_who_routes_in_its_kernel():
@@ -148,7 +149,7 @@ def test_who_failed_is_a_line_and_keeps_what_it_measured():
     del found["contenders"]["plugin"]["cells"]["prefill 2048"]["device_ms"]
     text = report(found)
     assert "mxfp4-humming: failed: ended with SIGKILL: no memory" in text
-    assert table(text, "contender")["mxfp4-humming"] == ["mxfp4, bfloat16", *["-"] * 8, "4"]
+    assert table(text, "contender")["mxfp4-humming"] == ["MXFP4, bfloat16, humming", *["-"] * 8, "4"]
     assert table(text, "tokens/s")["decode 1x128"][1] == "333 (303-333)"
     assert table(text, "ms to the first token")["prefill 2048"][:2] == ["50.0 (50.0-50.0)", "-"]
 

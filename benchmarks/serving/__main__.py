@@ -69,7 +69,8 @@ def jobs_of(args: argparse.Namespace, max_num_seqs: int) -> list[Job]:
 
 def settings_of(args: argparse.Namespace, groups: list[list[Job]]) -> str:
     """How it was measured, in one line."""
-    memory = {f"{job.kv_gib} GiB of KV cache" if job.kv_gib else f"{job.gib} GiB of GPU memory" for job in sum(groups, [])}
+    jobs = [job for group in groups for job in group]
+    memory = {f"{job.kv_gib} GiB of KV cache" if job.kv_gib else f"{job.gib} GiB of GPU memory" for job in jobs}
     return (
         f"{' or '.join(sorted(memory))} each, max_model_len {args.max_model_len}, TRITON_ATTN, CUDA graphs, "
         f"{args.steps} decode steps a value"

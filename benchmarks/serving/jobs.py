@@ -2,7 +2,10 @@
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
+
+from gptoss_nf4.format.residual import AUTO, resolve
 
 # vLLM's default gpu_memory_utilization, of the memory that CUDA reports for a 24 GB card: 24,576 MiB less what the driver
 # keeps, as an RTX 3090 shows it.
@@ -25,6 +28,16 @@ class Contender:
     plugin: bool = False
     dequantize_all: bool = False
     steps: float = 1.0
+
+    @property
+    def configuration(self) -> str:
+        """In words, for tables."""
+        words = [self.weights.split("-")[0].upper(), self.dtype, *self.engine_args.values()]
+        if self.plugin:
+            words.append(f"residual_scale {Fraction(resolve(AUTO, self.dtype))}")
+        if self.dequantize_all:
+            words.append("every expert dequantized")
+        return ", ".join(words)
 
 
 PLUGIN = "plugin"  # in the configuration that a conversion makes by default

@@ -104,7 +104,7 @@ def setups(contenders: Contenders, files_gb_per_second: dict[str, float]) -> str
         rows.append(
             [
                 name,
-                f"{contender.weights}, {contender.dtype}",
+                contender.configuration,
                 load and f"{load:.1f}",
                 load and f"{load / read:.0%}",
                 number(result, "prepared_gb_per_second", 1),
@@ -118,7 +118,7 @@ def setups(contenders: Contenders, files_gb_per_second: dict[str, float]) -> str
         )
     columns = [
         "contender",
-        "weights, dtype",
+        "configuration",
         "load GB/s",
         "of reading",
         "and prepare GB/s",
