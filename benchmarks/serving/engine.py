@@ -17,7 +17,8 @@ from benchmarks.serving.cells import Cell
 from benchmarks.serving.jobs import Job
 
 CONTENDER = [sys.executable, "-m", "benchmarks.serving.contender"]
-ANSWER_SECONDS = 120.0  # after which an engine that has been asked counts as hung
+# An engine that has been asked counts as hung after ANSWER_SECONDS, and some for its prompts: the slowest GPUs read more.
+ANSWER_SECONDS, PROMPT_TOKENS_A_SECOND = 120.0, 500.0
 LOOK_SECONDS = 0.5  # between looks at whether it still runs
 END_SECONDS = 30.0  # for ending by itself
 REASON_LENGTH = 200
@@ -58,24 +59,25 @@ class Engine:
 
     def wall_ms(self, cell: Cell, steps: int) -> float | None:
         """One value of a cell by the wall clock; None where it failed, now or before."""
-        answer = self.ask(do="wall", cell=asdict(cell), steps=steps)
+        answer = self.ask(answer_seconds(cell), do="wall", cell=asdict(cell), steps=steps)
         return None if answer is None else answer["ms"]
 
     def device(self, cell: Cell) -> dict[str, Any] | None:
         """A cell's time on the device: `device_ms` and `kernels_us`."""
-        return self.ask(do="device", cell=asdict(cell))
+        return self.ask(answer_seconds(cell), do="device", cell=asdict(cell))
 
     def finish(self, batches: list[int]) -> dict[str, Any] | None:
         """What is told at the end; `batches` to count distinct experts in."""
-        return self.ask(do="finish", batches=batches)
+        return self.ask(ANSWER_SECONDS, do="finish", batches=batches)
 
-    def ask(self, **question: object) -> dict[str, Any] | None:
+    def ask(self, seconds: float, **question: object) -> dict[str, Any] | None:
+        """The answer. None if it failed, now or before, or gives none for `seconds`."""
         if self.failure is not None:
             return None
         with suppress(BrokenPipeError):  # it has ended since it last said something: so will its output
             self._to.write(json.dumps(question) + "\n")
             self._to.flush()
-        return self._wait_for("RESULT ", ANSWER_SECONDS, f"did not answer for {ANSWER_SECONDS:.0f} s")
+        return self._wait_for("RESULT ", seconds, f"did not answer for {seconds:.0f} s")
 
     def end(self) -> None:
         """It ends when nothing more can come from here. One that does not is killed."""
@@ -119,6 +121,10 @@ class Engine:
                 return None
             if line.startswith(start):
                 return json.loads(line.removeprefix(start))
+
+
+def answer_seconds(cell: Cell) -> float:
+    return ANSWER_SECONDS + cell.batch * cell.tokens / PROMPT_TOKENS_A_SECOND
 
 
 def reason(status: int, log: str) -> str:
