@@ -44,7 +44,7 @@ class Engine:
                 stderr=log,
                 text=True,
                 env=environment,
-                start_new_session=True,  # a group of its own, with the compilers that it starts
+                process_group=0,  # one of its own, with the compilers that it starts
             )
         assert self._process.stdin is not None  # pipes, as asked for
         assert self._process.stdout is not None
