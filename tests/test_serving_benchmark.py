@@ -162,7 +162,7 @@ def test_a_killed_process_is_named_by_its_signal(stand_in):
     contender.wait_until_ready(time.monotonic() + 30)
     contender._process.kill()
     assert contender.wall_ms(ONE, 1) is None
-    assert contender.failure == "ended with SIGKILL: nothing in its log"
+    assert contender.failure == "ended with SIGKILL: no word"
     assert contender.device(ONE) is None
     contender.end()
 
@@ -193,6 +193,8 @@ def test_what_a_failed_contender_started_ends_with_it(tmp_path, monkeypatch):
             "torch.OutOfMemoryError: CUDA",
         ),
         ("one\nlast words\n\n", "last words"),
+        ("killed here\nWARNING 11-25 [base.py:380] ValueError: survived\n", "killed here"),
+        ("killed here\n(Main pid=1) WARNING 11-25 [base.py:380] ValueError: survived\n", "killed here"),
         ("RuntimeError: " + "x" * 500, "RuntimeError: " + "x" * (engine.REASON_LENGTH - len("RuntimeError: "))),
     ],
 )
@@ -452,7 +454,7 @@ def test_real_engines_take_turns(tmp_path, monkeypatch):
         weights.ensure(tmp_path, CONTENDERS[name].weights, TINY, "cpu")
     cells = (Cell(DECODE, 20, 1), Cell(DECODE, 20, 3), Cell(PREFILL, 100))
     jobs = [job(name, tmp_path, max_num_seqs=4, kv_gib=1.0) for name in names]
-    results = measure_all([jobs], Plan(cells, rounds=2, steps=6, budget=None, start=300), save=lambda results: None)
+    results = measure_all([jobs], Plan(cells, rounds=2, steps=6, budget=None, start=900), save=lambda results: None)
     for name in names:
         assert "failed" not in results[name], results[name]["failed"]
         assert [*results[name]["cells"]] == ["decode 1x20", "decode 3x20", "prefill 100"]

@@ -22,6 +22,7 @@ ANSWER_SECONDS, PROMPT_TOKENS_A_SECOND = 120.0, 500.0
 LOOK_SECONDS = 0.5  # between looks at whether it still runs
 END_SECONDS = 30.0  # for ending by itself
 REASON_LENGTH = 200
+WARNING = re.compile(r"(?:^|\s)WARNING ")
 ERROR = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit): .+)")
 
 
@@ -128,8 +129,11 @@ def answer_seconds(cell: Cell) -> float:
 
 
 def reason(status: int, log: str) -> str:
-    """Why a process ended, in one line: the last error in its log, else its last line."""
+    """Why a process ended, in one line: the last error in its log, else its last line.
+
+    Warnings are left out: vLLM warns of errors that it survives.
+    """
     ended = signal.Signals(-status).name if status < 0 else f"status {status}"
-    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["nothing in its log"]
-    said = next((found[1] for line in reversed(lines) if (found := ERROR.search(line))), lines[-1])
+    lines = [line.strip() for line in log.splitlines() if line.strip() and not WARNING.search(line)]
+    said = next((found[1] for line in reversed(lines) if (found := ERROR.search(line))), lines[-1] if lines else "no word")
     return f"ended with {ended}: {said[:REASON_LENGTH]}"
