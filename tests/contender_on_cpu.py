@@ -6,6 +6,7 @@ from unittest import mock
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.serving import contender
 from benchmarks.serving.jobs import CONTENDERS, Job
@@ -25,6 +26,15 @@ def engine(job: Job):
     )
 
 
+def profile_of_the_cpu(activities: list) -> profile:
+    """Where there is no GPU, a profile of it alone is refused. This one sees no time of a device."""
+    return profile(activities=[ProfilerActivity.CPU])
+
+
 if __name__ == "__main__":
-    with mock.patch.object(contender, "engine", engine), mock.patch.object(torch.cuda, "synchronize"):
+    with (
+        mock.patch.object(contender, "engine", engine),
+        mock.patch.object(torch.cuda, "synchronize"),
+        mock.patch.object(torch.profiler, "profile", profile_of_the_cpu),
+    ):
         contender.main()

@@ -459,6 +459,7 @@ def test_real_engines_take_turns(tmp_path, monkeypatch):
         assert "failed" not in results[name], results[name]["failed"]
         assert [*results[name]["cells"]] == ["decode 1x20", "decode 3x20", "prefill 100"]
         assert all(len(cell["ms"]) == 2 and min(cell["ms"]) > 0 for cell in results[name]["cells"].values())
+        assert all(cell["device_ms"] == 0 and cell["kernels_us"] == {} for cell in results[name]["cells"].values())
         assert results[name]["load_seconds"] is not None
         assert results[name]["prepared_gb_per_second"] <= results[name]["load_gb_per_second"]
         values = 3 * TINY.hidden * TINY.intermediate
