@@ -164,6 +164,7 @@ def test_a_killed_process_is_named_by_its_signal(stand_in):
     assert contender.wall_ms(ONE, 1) is None
     assert contender.failure == "ended with SIGKILL: no word"
     assert contender.device(ONE) is None
+    contender.dismiss()
     contender.end()
 
 
@@ -177,6 +178,7 @@ def test_what_a_failed_contender_started_ends_with_it(tmp_path, monkeypatch):
     contender.wait_until_ready(time.monotonic() + 60)  # the child holds the pipe open
     pid = int(contender.job.log.read_text())
     assert contender.failure == f"ended with status 3: {pid}"
+    contender.dismiss()
     contender.end()
     until = time.monotonic() + 10
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:

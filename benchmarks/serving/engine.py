@@ -80,10 +80,13 @@ class Engine:
             self._to.flush()
         return self._wait_for("RESULT ", seconds, f"did not answer for {seconds:.0f} s")
 
-    def end(self) -> None:
-        """It ends when nothing more can come from here. One that does not is killed."""
+    def dismiss(self) -> None:
+        """It ends when nothing more can come from here."""
         with suppress(BrokenPipeError):  # a question that it did not read is still to be written
             self._to.close()
+
+    def end(self) -> None:
+        """Wait until it has ended after `dismiss`. One that does not end is killed."""
         if self.failure is None:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_SECONDS)

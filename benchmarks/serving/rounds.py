@@ -62,6 +62,8 @@ def measure_all(
                 results[engine.job.name] = {"together": len(group), **engine.facts, "cells": {}}
             _measure(engines, plan, deadline, results, save, clock)
         finally:
+            for engine in engines:  # all of them first: ending takes seconds
+                engine.dismiss()
             for engine in engines:
                 engine.end()
     return results
