@@ -66,7 +66,8 @@ for line in sys.stdin:
     answers = {
         "wall": {"ms": float(counts[cell])},
         "device": {"device_ms": 0.5, "kernels_us": {"linear": 500.0}},
-        "finish": {"compiled_after_ready": [], "distinct_experts": None},
+        "state": {"compiled_after_ready": ["linear"]},
+        "routing": {"distinct_experts": None},
     }
     print("not for the parent", flush=True)
     print("RESULT " + json.dumps(answers[question["do"]]), flush=True)
@@ -138,8 +139,9 @@ def test_what_fails_is_one_line_and_the_others_go_on(stand_in, monkeypatch, caps
     assert f"mxfp4-marlin: failed: ended with status 1: ValueError: no such backend; its log is {stand_in}" in (
         capsys.readouterr().out
     )
-    # Before the first round, after the warm-up, after each round and each cell's device time, and at the end.
-    assert len(saved) == 2 + PLAN.rounds + 3 + 1
+    # Before the first round, after the warm-up, each round, the state, each cell's device time, and at the end.
+    assert len(saved) == 2 + PLAN.rounds + 1 + 3 + 1
+    assert json.loads(saved[5])["plugin"]["compiled_after_ready"] == ["linear"]
     assert json.loads(saved[2])["plugin"]["cells"]["prefill 2048"] == {"ms": [1]}
     assert json.loads(saved[-1]) == json.loads(json.dumps(results))
     facts = {"gpu": "a GPU", "versions": {}, "read_tb_per_second": 3.0, "settings": "so"}

@@ -165,23 +165,29 @@ def device(llm: "LLM", job: Job, compiled: list[str], cell: dict) -> dict[str, A
     return {"device_ms": whole / 1e3, "kernels_us": kernels}
 
 
-def finish(llm: "LLM", job: Job, compiled: list[str], batches: list[int]) -> dict[str, Any]:
-    """What is asked for once, at the end: watching the router leaves its mark on the engine."""
+def state(llm: "LLM", job: Job, compiled: list[str]) -> dict[str, Any]:
+    """What has come of it so far: compilations, memory, and the size of its experts."""
     import torch
 
-    from benchmarks.serving.routing import ROUTED_TOKENS, chosen_experts, distinct_experts, expert_bytes
+    from benchmarks.serving.routing import expert_bytes
 
-    compiled_by_now = sorted(compiled)
-    chosen = chosen_experts(llm)
     return {
-        "compiled_after_ready": compiled_by_now,
+        "compiled_after_ready": sorted(compiled),
         "peak_gib": torch.cuda.max_memory_reserved() / 2**30,
         "expert_bytes": expert_bytes(llm),
-        "distinct_experts": distinct_experts(chosen, [n for n in batches if n < ROUTED_TOKENS]) if chosen else None,
     }
 
 
-DO: dict[str, Callable[..., dict[str, Any]]] = {"wall": wall, "device": device, "finish": finish}
+def routing(llm: "LLM", job: Job, compiled: list[str], batches: list[int]) -> dict[str, Any]:
+    """Distinct experts by batch. Asked for last: watching the router leaves its mark on the engine."""
+    from benchmarks.serving.routing import ROUTED_TOKENS, chosen_experts, distinct_experts
+
+    chosen = chosen_experts(llm)
+    found = distinct_experts(chosen, [batch for batch in batches if batch < ROUTED_TOKENS]) if chosen else None
+    return {"distinct_experts": found}
+
+
+DO: dict[str, Callable[..., dict[str, Any]]] = {"wall": wall, "state": state, "device": device, "routing": routing}
 
 
 if __name__ == "__main__":

@@ -67,9 +67,13 @@ class Engine:
         """A cell's time on the device: `device_ms` and `kernels_us`."""
         return self.ask(answer_seconds(cell), do="device", cell=asdict(cell))
 
-    def finish(self, batches: list[int]) -> dict[str, Any] | None:
-        """What is told at the end; `batches` to count distinct experts in."""
-        return self.ask(ANSWER_SECONDS, do="finish", batches=batches)
+    def state(self) -> dict[str, Any] | None:
+        """What has come of it so far: `contender.state`."""
+        return self.ask(ANSWER_SECONDS, do="state")
+
+    def routing(self, batches: list[int]) -> dict[str, Any] | None:
+        """`distinct_experts` of `batches`; to be asked for last."""
+        return self.ask(ANSWER_SECONDS, do="routing", batches=batches)
 
     def ask(self, seconds: float, **question: object) -> dict[str, Any] | None:
         """The answer. None if it failed, now or before, or gives none for `seconds`."""

@@ -48,7 +48,7 @@ def measure_all(
     """Results by name of job, given to `save` too whenever there are more of them. Each group gets its share of the budget.
 
     A result holds what the engine told when it was ready, `cells` (by name: `ms`, all values in order, `device_ms` and
-    `kernels_us`), what it told at the end, and `failed`, a line, if it failed at some point.
+    `kernels_us`), what `state` and `routing` told, and `failed`, a line, if it failed at some point.
     """
     results: Results = {}
     begun = clock()
@@ -108,13 +108,16 @@ def _measure(
         longest = max(longest, took)
         print(f"round {number} of {plan.rounds}: {took:.0f} s", flush=True)
         note_failures_and_save()
+    for name, engine in by_name.items():
+        results[name] |= engine.state() or {}
+    note_failures_and_save()
     # After all values by the wall: a profiler slows down the process that it has been in.
     for cell, names in turns:
         for name in names:
             results[name]["cells"].get(cell.name, {}).update(by_name[name].device(cell) or {})
         note_failures_and_save()
     for name, engine in by_name.items():
-        results[name] |= engine.finish(plan.batches) or {}
+        results[name] |= engine.routing(plan.batches) or {}
     note_failures_and_save()
 
 
