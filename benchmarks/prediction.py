@@ -95,7 +95,7 @@ def work_of(launch: Launch, tokens: int, card: Card, d: Dimensions) -> Work:
     tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
     around = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     weight = arguments.get("weight")
-    if weight is None:
+    if weight is None or isinstance(weight, torch.Tensor):  # a dense one is among the tensors
         return Work(around, prod(launch.grid), 0)
     rows = arguments.get("BM", MIDDLE)
     experts, row_tiles, input_tiles, _, words = weight.codes.shape

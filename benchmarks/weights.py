@@ -1,13 +1,15 @@
-"""Full-size gpt-oss-20b checkpoints of random weights: ours in NF4, and the stock one in MXFP4.
+"""Full-size gpt-oss-20b checkpoints of random weights: ours in NF4, in both dtypes, and the stock one in MXFP4.
 
-Both have the same embeddings, attention biases, norms, sinks, routers and head, and experts of the same size of values,
+All have the same embeddings, attention biases, norms, sinks, routers and head, and experts of the same size of values,
 so a token goes to as many different experts in one as in the other. With a router of standard deviation 0.02 on
 embeddings of standard deviation 1, routing spreads over all experts (vLLM's dummy weights send most tokens of a batch
 to the same few, so that a batch reads half the bytes).
+
+Ours have the files of a conversion: one for the 4-bit weights of a layer, which the two dtypes share by hard links, and
+dense.safetensors for all else.
 """
 
-import json
-from collections.abc import Iterator
+import os
 from functools import cache
 from pathlib import Path
 
@@ -16,10 +18,12 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from gptoss_nf4.convert.assemble import build_index
 from gptoss_nf4.format import names
 from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.quant_state import QuantState
+from gptoss_nf4.format.residual import AUTO, KEY, resolve
 from gptoss_nf4.format.result import FORMAT_VERSION, QUANT_METHOD
 from gptoss_nf4.format.rows import INTERLEAVED
 from gptoss_nf4.samples.embedded import model_config
@@ -39,7 +43,12 @@ GPT_OSS_20B = configured("synthetic_20b")
 BLOCKSIZE = 64
 MXFP4_BLOCK = 32
 WEIGHT_STD = 0.0115  # of every 4-bit weight: MXFP4 codes are 2.94 on average, times 2^-8
-DTYPE = torch.bfloat16
+DTYPE = torch.bfloat16  # of the values, whatever dtype stores them
+# Kinds of checkpoints. Ours: the dtype of what is not 4-bit.
+MXFP4 = "mxfp4"
+NF4_DTYPES = {"nf4-float16": "float16", "nf4-bfloat16": "bfloat16"}
+KINDS = (*NF4_DTYPES, MXFP4)
+NF4_LAYERS = "nf4-layers"  # the directory of the files that those of NF4_DTYPES share
 
 
 @cache
@@ -116,19 +125,31 @@ class Maker:
             f"{name}.{names.STATE_PREFIX}nf4": torch.from_numpy(state.to_json().copy()),
         }
 
-    def nf4_layer(self, layer: int) -> dict[str, torch.Tensor]:
-        d, tensors = self.d, self.dense(layer)
+    def nf4_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of a layer's 4-bit weights, by the full name of their module."""
+        d = self.d
         shapes = {
             "self_attn.qkv_proj": (d.q_rows + 2 * d.kv_rows, d.hidden),
             "self_attn.o_proj": (d.hidden, d.q_rows),
             "mlp.experts.w13": (d.experts, 2 * d.intermediate, d.hidden),
             "mlp.experts.w2": (d.experts, d.hidden, d.intermediate),
         }
-        for key, shape in shapes.items():
-            name = names.prefix(layer) + key
+        return {names.prefix(layer) + key: shape for key, shape in shapes.items()}
+
+    def nf4_layer(self, layer: int) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        for name, shape in self.nf4_shapes(layer).items():
             tensors |= self.nf4(f"{name}.weight", shape)
-            tensors[f"{name}.bias"] = self.normal(f"{name}.bias", shape[:-1], 0.02)
         return tensors
+
+    def nf4_dense(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """All that is not 4-bit."""
+        tensors = self.outside()
+        for layer in range(self.d.layers):
+            tensors |= self.dense(layer)
+            for name, shape in self.nf4_shapes(layer).items():
+                tensors[f"{name}.bias"] = self.normal(f"{name}.bias", shape[:-1], 0.02)
+        return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
     def mxfp4_layer(self, layer: int) -> dict[str, torch.Tensor]:
         d, tensors = self.d, self.dense(layer)
@@ -165,20 +186,22 @@ def _config(d: Dimensions, quantization: dict) -> dict:
     }
 
 
-def _write(directory: Path, parts: Iterator[dict[str, torch.Tensor]], config: dict) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, tensors in enumerate(parts):
-        file = f"model-{number:05d}.safetensors"
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+def _save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Beside the target, then renamed. Unlike `write_file` it does not wait for the disk: these are 30 GB."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.replace(file)
+
+
+def _finish(directory: Path, config: dict) -> None:
+    """Index and config.json for the tensors that are there."""
+    write_json(directory / INDEX_FILE, build_index(sorted(directory.glob("*.safetensors"))))
     write_json(directory / "config.json", config)  # last: its presence says that the checkpoint is whole
 
 
-def write_nf4(directory: Path, d: Dimensions, device: str) -> None:
+def write_nf4(directory: Path, d: Dimensions, device: str, dtype: str) -> None:
+    """Our checkpoint. What is not 4-bit is in `dtype`, with the residual_scale that a conversion chooses for it."""
     maker = Maker(d, device)
     quantization = {
         "quant_method": QUANT_METHOD,
@@ -187,25 +210,35 @@ def write_nf4(directory: Path, d: Dimensions, device: str) -> None:
         "blocksize": BLOCKSIZE,
         "w13_order": INTERLEAVED,
         "requant_mode": "synthetic",
+        KEY: resolve(AUTO, dtype),
         "modules_to_not_convert": [],
     }
-    parts = [*(lambda layer=layer: maker.nf4_layer(layer) for layer in range(d.layers)), maker.outside]
-    _write(directory, (part() for part in parts), _config(d, quantization))
+    directory.mkdir(parents=True, exist_ok=True)
+    for layer in range(d.layers):
+        shared, own = (place / f"layer-{layer}.safetensors" for place in (directory.parent / NF4_LAYERS, directory))
+        if not shared.exists():
+            _save(shared, maker.nf4_layer(layer))
+        own.unlink(missing_ok=True)
+        os.link(shared, own)
+    _save(directory / "dense.safetensors", maker.nf4_dense(getattr(torch, dtype)))
+    _finish(directory, _config(d, quantization) | {"dtype": dtype})
 
 
 def write_mxfp4(directory: Path, d: Dimensions, device: str) -> None:
     maker = Maker(d, device)
     skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
-    parts = [*(lambda layer=layer: maker.mxfp4_layer(layer) for layer in range(d.layers)), maker.outside]
-    _write(directory, (part() for part in parts), _config(d, quantization))
+    for layer in range(d.layers):
+        _save(directory / f"layer-{layer}.safetensors", maker.mxfp4_layer(layer))
+    _save(directory / "outside.safetensors", maker.outside())
+    _finish(directory, _config(d, {"quant_method": "mxfp4", "modules_to_not_convert": skipped}))
 
 
 def ensure(directory: Path, kind: str, d: Dimensions, device: str) -> Path:
-    """The checkpoint `directory/kind`, made where it is missing or of other dimensions."""
+    """The checkpoint `directory/kind`, one of KINDS of dimensions `d`, made where it is missing."""
     path = directory / kind
-    stamp = path / "config.json"
-    if not stamp.exists() or json.loads(stamp.read_text())["num_hidden_layers"] != d.layers:
-        stamp.unlink(missing_ok=True)
-        {"nf4": write_nf4, "mxfp4": write_mxfp4}[kind](path, d, device)
+    if not (path / "config.json").exists():
+        if kind == MXFP4:
+            write_mxfp4(path, d, device)
+        else:
+            write_nf4(path, d, device, NF4_DTYPES[kind])
     return path

@@ -1,16 +1,14 @@
-"""An adapter of random weights on everything that Unsloth trains by default, and what serving it costs.
+"""An adapter of random weights on everything that Unsloth trains by default.
 
 In PEFT's fused form, since that is what vLLM's own loader takes too.
 """
 
-import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from benchmarks.serving.jobs import ADAPTERS, BATCHES, Job
+from benchmarks.serving.jobs import Job
 
 if TYPE_CHECKING:
-    from vllm import LLM
     from vllm.lora.request import LoRARequest
 
     from gptoss_nf4.format.dimensions import Dimensions
@@ -56,27 +54,8 @@ def ensure(directory: Path, d: "Dimensions", rank: int) -> None:
     )
 
 
-def requests(job: Job) -> "list[LoRARequest]":
-    """ADAPTERS of them. vLLM knows adapters by number, so the same files serve as all."""
+def requests(job: Job, count: int) -> "list[LoRARequest]":
+    """`count` of them. vLLM knows adapters by number, so the same files serve as all."""
     from vllm.lora.request import LoRARequest
 
-    return [LoRARequest(f"adapter-{number}", number, str(job.adapter)) for number in range(1, ADAPTERS + 1)]
-
-
-def measure(llm: "LLM", job: Job, vocabulary: int) -> dict[str, Any]:
-    """Output tokens per second: by batch size on one adapter, and of the largest batch over all ADAPTERS.
-
-    Rounds of all settings take turns.
-    """
-    from gptoss_nf4.engine.measure import measure_batch
-
-    all_of_them = requests(job)
-    settings = [(batch, all_of_them[:1]) for batch in BATCHES] + [(BATCHES[-1], all_of_them)]
-    rates: list[list[float]] = [[] for _ in settings]
-    for _ in range(job.rounds):
-        for found, (batch, of) in zip(rates, settings, strict=True):
-            asked = [of[place % len(of)] for place in range(batch)]
-            result = measure_batch(llm, batch, 128, 257, 1, vocabulary, asked)
-            found.append(result["output_tokens_per_second"])
-    *one, spread = (statistics.median(found) for found in rates)
-    return {"one_adapter": one, "spread": spread}
+    return [LoRARequest(f"adapter-{number}", number, str(job.adapter)) for number in range(1, count + 1)]

@@ -1,25 +1,28 @@
-"""One contender: an engine that gets ready, waits for its turn, and measures. `parent.Engine` starts it and talks to it."""
+"""One contender: an engine that gets ready and then measures what it is told. `engine.Engine` starts it and talks to it.
 
+It writes READY with what the start has told, and RESULT for each line that it reads, each with a JSON object on a line.
+"""
+
+import fcntl
 import json
 import os
 import re
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 from unittest import mock
 
 from benchmarks.serving import adapters
-from benchmarks.serving.jobs import ADAPTERS, BATCHES, CONTENDERS, OURS, PREFILLS, Job
+from benchmarks.serving.cells import ADAPTERS, BATCHED_TOKENS, Cell
+from benchmarks.serving.jobs import CONTENDERS, Job
 
 if TYPE_CHECKING:
-    import torch
     from vllm import LLM
 
-GRAPH_SIZES = [1, 2, 4, 8, 16, 32]  # tokens of a decode step, captured as CUDA graphs
-ROUTED_TOKENS = 256  # beyond the graphs' sizes: within a graph no function of ours is called to watch the router
-LARGEST_KERNELS = 25
-WHOLE = "the device"  # its time, beside those of kernels
+LOADING = "loading.lock"  # whoever holds it loads its weights
 
 
 def main() -> None:
@@ -27,12 +30,20 @@ def main() -> None:
     parent = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM logs to stdout too, which is the way to the parent: let it write to the log instead
     started = time.monotonic()
-    llm = engine(job)
-    result = {"ready_seconds": time.monotonic() - started} | read_log(job.log.read_text(), job.checkpoint)
-    print("READY", file=parent, flush=True)
-    # Until the end of file, once all of the group have measured: GPU memory stays taken as long.
-    while sys.stdin.readline() == "GO\n":
-        print("RESULT " + json.dumps(result | measure(llm, job)), file=parent, flush=True)
+    with loading_alone(job.directory / LOADING):
+        llm = engine(job)
+    facts = {"ready_seconds": time.monotonic() - started} | read_log(job.log.read_text(), job.checkpoint)
+    print("READY " + json.dumps(facts), file=parent, flush=True)
+    answer_all(llm, job, sys.stdin, parent, compilations())
+    # After the end of file, once all of the group have measured: GPU memory stays taken as long.
+
+
+def answer_all(llm: "LLM", job: Job, questions: TextIO, answers: TextIO, compiled: list[str]) -> None:
+    """Answer each line of `questions`: {"do": a key of DO, and its arguments}."""
+    for line in questions:
+        question = json.loads(line)
+        do = DO[question.pop("do")]
+        print("RESULT " + json.dumps(do(llm, job, compiled, **question)), file=answers, flush=True)
 
 
 def engine(job: Job) -> "LLM":
@@ -48,127 +59,135 @@ def engine(job: Job) -> "LLM":
     total = torch.cuda.get_device_properties(0).total_memory
     return LLM(
         str(job.checkpoint),
-        dtype="bfloat16",
+        dtype=contender.dtype,
         skip_tokenizer_init=True,
         max_model_len=job.max_model_len,
-        max_num_seqs=64,
-        max_num_batched_tokens=8192,
-        gpu_memory_utilization=job.gib * 2**30 / total,
+        max_num_seqs=job.max_num_seqs,
+        max_num_batched_tokens=BATCHED_TOKENS,
+        # With a cache of fixed size vLLM asks for this much at its start only, when others have taken theirs already.
+        gpu_memory_utilization=(job.kv_gib or job.gib) * 2**30 / total,
         attention_config={"backend": "TRITON_ATTN"},
         enable_prefix_caching=False,
-        disable_log_stats=False,
-        compilation_config={"cudagraph_capture_sizes": GRAPH_SIZES},
+        compilation_config={"cudagraph_capture_sizes": graph_sizes(job.max_num_seqs)},
         kv_cache_memory_bytes=int(job.kv_gib * 2**30) if job.kv_gib else None,
         **contender.engine_args,
         **lora,
     )
 
 
+def graph_sizes(largest: int) -> list[int]:
+    """Tokens of the decode steps that are captured as CUDA graphs: powers of two, and `largest`."""
+    return sorted({1 << power for power in range(largest.bit_length())} | {largest})
+
+
+@contextmanager
+def loading_alone(lock: Path) -> Iterator[None]:
+    """vLLM reads weights only when no other contender does. Logs how long loading takes in all, without the waiting."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    load_model, load_weights = DefaultModelLoader.load_model, DefaultModelLoader.load_weights
+    waited = 0.0
+
+    def load_weights_alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal waited
+        started = time.perf_counter()
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            waited = time.perf_counter() - started
+            return load_weights(self, *args, **kwargs)
+
+    def load_model_and_log(self: Any, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        model = load_model(self, *args, **kwargs)
+        print(WHOLE_LOAD.format(time.perf_counter() - started - waited), file=sys.stderr, flush=True)
+        return model
+
+    with (
+        mock.patch.object(DefaultModelLoader, "load_weights", load_weights_alone),
+        mock.patch.object(DefaultModelLoader, "load_model", load_model_and_log),
+    ):
+        yield
+
+
+WHOLE_LOAD = "benchmarks.serving: creating the model, reading and preparing its weights took {:.3f} seconds"
+
+
 def read_log(text: str, checkpoint: Path) -> dict[str, float | None]:
-    """What vLLM 0.32 logs of loading and of the KV cache; None for a line that is not there."""
+    """What vLLM 0.32, and `loading_alone`, log of loading and of memory; None for a line that is not there."""
 
     def number(pattern: str) -> float | None:
         found = re.search(pattern, text)
         return float(found[1].replace(",", "")) if found else None
 
     load_seconds = number(r"Loading weights took ([\d.]+) seconds")
+    prepared_seconds = number(WHOLE_LOAD.replace("{:.3f}", r"([\d.]+)"))
     tokens = number(r"KV cache size: ([\d,]+) tokens")
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     return {
         "load_seconds": load_seconds,
         "load_gb_per_second": size / load_seconds / 1e9 if load_seconds else None,
+        "prepared_gb_per_second": size / prepared_seconds / 1e9 if prepared_seconds else None,
+        "model_gib": number(r"Model loading took ([\d.]+) GiB"),
         "kv_cache_tokens": None if tokens is None else int(tokens),
         "full_length_requests": number(r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x"),
     }
 
 
-def measure(llm: "LLM", job: Job) -> dict[str, Any]:
-    from gptoss_nf4.engine.measure import generate_seconds, measure_batch, measure_prefill, random_prompts
+def compilations() -> list[str]:
+    """Names of the Triton kernels that are compiled, or read from Triton's cache, from now on. The list grows."""
+    from triton import knobs
 
-    vocabulary = llm.model_config.get_vocab_size()
-    result: dict[str, Any] = {
-        "batches": [measure_batch(llm, batch, 128, 257, job.rounds, vocabulary) for batch in BATCHES],
-        "prefill_ms": {tokens: measure_prefill(llm, tokens, job.rounds, vocabulary) for tokens in PREFILLS},
+    found: list[str] = []
+    before = knobs.runtime.jit_post_compile_hook  # vLLM's own, which warns
+
+    def note(**event: Any) -> Any:
+        found.append(event["fn"].name)
+        return before(**event) if before else None
+
+    knobs.runtime.jit_post_compile_hook = note
+    return found
+
+
+def wall(llm: "LLM", job: Job, compiled: list[str], cell: dict, steps: int) -> dict[str, Any]:
+    """One value of a cell, by the wall clock. `steps`: of decoding."""
+    from benchmarks.serving.measuring import wall_ms
+
+    which = Cell(**cell)
+    return {"ms": wall_ms(llm, which, steps, adapters.requests(job, which.adapters))}
+
+
+def device(llm: "LLM", job: Job, compiled: list[str], cell: dict) -> dict[str, Any]:
+    """A cell's time on the device."""
+    from benchmarks.serving.measuring import device_us
+
+    which = Cell(**cell)
+    whole, kernels = device_us(llm, which, adapters.requests(job, which.adapters))
+    return {"device_ms": whole / 1e3, "kernels_us": kernels}
+
+
+def state(llm: "LLM", job: Job, compiled: list[str]) -> dict[str, Any]:
+    """What has come of it so far: compilations, memory, and the size of its experts."""
+    import torch
+
+    from benchmarks.serving.routing import expert_bytes
+
+    return {
+        "compiled_after_ready": sorted(compiled),
+        "peak_gib": torch.cuda.max_memory_reserved() / 2**30,
+        "expert_bytes": expert_bytes(llm),
     }
-    if job.lora_rank:
-        result["adapters"] = adapters.measure(llm, job, vocabulary)
-    if job.long_prompt and job.contender == OURS:
-        prompt = random_prompts(1, job.max_model_len - 16, vocabulary)
-        result["full_length_prompt_seconds"] = generate_seconds(llm, prompt, 16)
-    if job.profile:
-        asked = adapters.requests(job)[:1] if job.lora_rank else [None]
-        result["kernels_us_per_step"] = {batch: kernel_times(llm, batch, vocabulary, asked * batch) for batch in BATCHES}
-    chosen = chosen_experts(llm, vocabulary)
-    result["distinct_experts"] = distinct_experts(chosen) if chosen else None
-    return result
 
 
-def chosen_experts(llm: "LLM", vocabulary: int) -> "list[torch.Tensor]":
-    """The router's choices for random tokens, [ROUTED_TOKENS or more, k] for each layer.
+def routing(llm: "LLM", job: Job, compiled: list[str], batches: list[int]) -> dict[str, Any]:
+    """Distinct experts by batch. Asked for last: watching the router leaves its mark on the engine."""
+    from benchmarks.serving.routing import ROUTED_TOKENS, chosen_experts, distinct_experts
 
-    None at all where the backend routes within its own kernel. It sees the same router and the same kind of tokens.
-    """
-    from gptoss_nf4.engine.measure import generate_seconds, random_prompts
-
-    chosen: list[torch.Tensor] = []
-
-    def watch(model: Any) -> bool:
-        runners = [module for module in model.modules() if type(module).__name__ == "MoERunner"]
-        routers: list[Any] = [getattr(runner, "router", None) for runner in runners]
-        if not routers or not all(hasattr(router, "set_capture_fn") for router in routers):
-            return False
-        for router in routers:
-            router.set_capture_fn(lambda ids: chosen.append(ids.detach().cpu()))
-        return True
-
-    if not all(llm.apply_model(watch)):
-        return []
-    generate_seconds(llm, random_prompts(1, ROUTED_TOKENS, vocabulary), 1)
-    return [ids for ids in chosen if len(ids) >= ROUTED_TOKENS]  # the others are warming up
+    chosen = chosen_experts(llm)
+    found = distinct_experts(chosen, [batch for batch in batches if batch < ROUTED_TOKENS]) if chosen else None
+    return {"distinct_experts": found}
 
 
-def distinct_experts(chosen: "list[torch.Tensor]") -> dict[int, float]:
-    """Mean number of distinct experts in a batch of each size, from choices [ROUTED_TOKENS or more, k] of each layer."""
-
-    def mean(batch: int) -> float:
-        groups = [ids[start : start + batch] for ids in chosen for start in range(0, ROUTED_TOKENS, batch)]
-        return sum(len(group.unique()) for group in groups) / len(groups)
-
-    return {batch: mean(batch) for batch in BATCHES}
-
-
-def kernel_times(llm: "LLM", batch: int, vocabulary: int, asked: list | None = None, steps: int = 32) -> dict[str, float]:
-    """Microseconds per decode step: those of the device as a whole, and those of the largest kernels. Prefill is taken off.
-
-    Kernels may run side by side, so their times can add up to more than the whole. Short gaps between them belong to it.
-
-    Args:
-        asked: a LoRARequest, or None, for each prompt.
-    """
-    from torch.profiler import ProfilerActivity, profile
-
-    from gptoss_nf4.engine.measure import generate, random_prompts
-
-    def times(output_tokens: int) -> dict[str, float]:
-        with profile(activities=[ProfilerActivity.CUDA]) as trace:
-            generate(llm, random_prompts(batch, 128, vocabulary), output_tokens, asked)
-        ranges = [event.time_range for event in trace.events() if event.self_device_time_total]
-        each = {event.key: event.self_device_time_total for event in trace.key_averages()}
-        return {WHOLE: busy([(span.start, span.end) for span in ranges])} | each
-
-    first, whole = times(1), times(1 + steps)
-    per_step = {name: (time - first.get(name, 0)) / steps for name, time in whole.items()}
-    return dict(sorted(per_step.items(), key=lambda item: item[1], reverse=True)[: LARGEST_KERNELS + 1])
-
-
-def busy(spans: list[tuple[float, float]], gap: float = 10.0) -> float:
-    """Length of the union of `spans` (start, end), with the gaps of up to `gap` between them."""
-    total, reached = 0.0, None
-    for start, end in sorted(spans):
-        begin = start if reached is None or start - reached > gap else reached
-        total += max(0.0, end - begin)
-        reached = end if reached is None else max(reached, end)
-    return total
+DO: dict[str, Callable[..., dict[str, Any]]] = {"wall": wall, "state": state, "device": device, "routing": routing}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Prompts are random token ids, drawn anew each time. So no tokenizer is needed, a
 import random
 import statistics
 import threading
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -74,10 +73,8 @@ def random_prompts(count: int, tokens: int, vocabulary: int) -> list[dict]:
     return [{"prompt_token_ids": random.choices(range(vocabulary), k=tokens)} for _ in range(count)]
 
 
-def generate(llm: "LLM", prompts: list[dict], output_tokens: int, adapters: list | None = None) -> list:
+def generate(llm: "LLM", prompts: list[dict], output_tokens: int) -> list:
     """Continue every prompt by exactly `output_tokens` tokens and return vLLM's outputs.
-
-    adapters: a LoRARequest, or None, for each prompt.
 
     Tokens are sampled, not greedy. A model of random weights that always takes the likeliest token soon repeats a few of
     them, and they would use few experts. RuntimeError where vLLM produced another number of tokens.
@@ -85,29 +82,14 @@ def generate(llm: "LLM", prompts: list[dict], output_tokens: int, adapters: list
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=1, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
-    outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapters)
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
     produced = [len(output.outputs[0].token_ids) for output in outputs]
     if produced != [output_tokens] * len(prompts):
         raise RuntimeError(f"vLLM produced {produced} tokens, not {output_tokens} for each of {len(prompts)} prompts")
     return outputs
 
 
-def generate_seconds(llm: "LLM", prompts: list[dict], output_tokens: int) -> float:
-    """Seconds until every prompt is continued by exactly `output_tokens` tokens."""
-    started = time.perf_counter()
-    generate(llm, prompts, output_tokens)
-    return time.perf_counter() - started
-
-
-def measure_batch(
-    llm: "LLM",
-    batch: int,
-    input_tokens: int,
-    output_tokens: int,
-    rounds: int,
-    vocabulary: int,
-    adapters: list | None = None,
-) -> dict:
+def measure_batch(llm: "LLM", batch: int, input_tokens: int, output_tokens: int, rounds: int, vocabulary: int) -> dict:
     """Measure one batch size: tokens per second, time to first token and time per output token.
 
     Each is the median over the requests of a round, then over `rounds` rounds. A first round is not counted. The times are
@@ -116,7 +98,7 @@ def measure_batch(
     """
     firsts, steps = [], []
     for _ in range(rounds + 1):
-        outputs = generate(llm, random_prompts(batch, input_tokens, vocabulary), output_tokens, adapters)
+        outputs = generate(llm, random_prompts(batch, input_tokens, vocabulary), output_tokens)
         stats = [output.metrics for output in outputs]
         firsts.append(statistics.median(s.first_token_latency for s in stats))
         steps.append(statistics.median((s.last_token_ts - s.first_token_ts) / (output_tokens - 1) for s in stats))
@@ -127,10 +109,3 @@ def measure_batch(
         "median_time_to_first_token_ms": 1e3 * statistics.median(firsts[1:]),
         "median_time_per_output_token_ms": 1e3 * step,
     }
-
-
-def measure_prefill(llm: "LLM", tokens: int, rounds: int, vocabulary: int) -> float:
-    """Milliseconds from a prompt of `tokens` to its first output token: median over `rounds`, after one not counted."""
-    return 1e3 * statistics.median(
-        [generate_seconds(llm, random_prompts(1, tokens, vocabulary), 1) for _ in range(rounds + 1)][1:]
-    )
