@@ -10,8 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -22,15 +21,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 from benchmarks.tables import markdown
 from benchmarks.weights import GPT_OSS_20B
 from gptoss_nf4.format.dimensions import Dimensions
-from gptoss_nf4.vllm.kernels import launch, tiles
+from gptoss_nf4.vllm.kernels import launch, tiles, variants
 from gptoss_nf4.vllm.kernels.arguments import Packed
 from gptoss_nf4.vllm.kernels.lora import Factors, Lora
-from gptoss_nf4.vllm.kernels.plan import Gpu
+from gptoss_nf4.vllm.kernels.plan import Gpu, settle
+from gptoss_nf4.vllm.kernels.variants import META
 
 # By compute capability: A100, RTX 3090, H100.
 GPUS = {
@@ -41,7 +40,6 @@ GPUS = {
 TOKENS = (1, 8, 32, 64, 128, 256, 2048)
 LINEAR_ROWS = (1, 16, 64, 65)
 LORA_RANKS = (16, 64)
-META = torch.device("meta")
 # Tiles that a warp decodes in an iteration of its loop.
 TILES = {
     "small.linear": 1,
@@ -54,16 +52,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 @dataclass(frozen=True)
-class Launch:
-    """A kernel and what it was started with, tensors on the meta device."""
-
-    function: JITFunction
-    arguments: dict
-    grid: tuple[int, ...]
-
-    @property
-    def kernel(self) -> str:
-        return f"{self.function.__module__.rsplit('.', 1)[1]}.{self.function.__name__}"
+class Launch(variants.Launch):
+    """A launch, and what it compiles to."""
 
     @property
     def label(self) -> str:
@@ -106,18 +96,6 @@ class AbsentDriver:
         return GPUTarget("cuda", self.capability, 32)
 
 
-@contextmanager
-def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
-    """Collect launches, as they are on `gpu`, instead of making them."""
-    launches: list[Launch] = []
-
-    def record(function: JITFunction, *arguments: object, grid: tuple, warmup: bool, **named: object) -> None:
-        launches.append(Launch(function, dict(zip(function.arg_names, arguments, strict=False)) | named, grid))
-
-    with mock.patch.object(JITFunction, "run", record), mock.patch.object(launch, "gpu_of", return_value=gpu):
-        yield launches
-
-
 def launches(
     d: Dimensions, dtype: torch.dtype, gpu: Gpu, blocksize: int = 64, lora_rank: int | None = None
 ) -> list[Launch]:
@@ -147,7 +125,8 @@ def launches_of(
         w2_factors = _factors(lora_rank, experts, [d.hidden], d.intermediate, dtype)
         router_factors = _factors(lora_rank, 1, [experts], d.hidden, dtype)
         qkv_factors = _factors(lora_rank, 1, [d.q_rows, d.kv_rows, d.kv_rows], d.hidden, dtype)
-    with recorded(gpu) as found:
+    settle(META, gpu)
+    with variants.recorded() as found:
         for tokens in batches:
             x = torch.empty(tokens, d.hidden, dtype=dtype, device=META)
             logits = torch.empty(tokens, experts, dtype=dtype, device=META)
@@ -165,7 +144,7 @@ def launches_of(
             launch.linear(torch.empty(rows, d.q_rows, dtype=dtype, device=META), o, d.hidden)
             if router_factors is not None:
                 launch.add_adapters(torch.empty(rows, experts, dtype=dtype, device=META), x, router_factors)
-    return found
+    return [Launch(each.function, each.arguments, each.grid) for each in found]
 
 
 def _aligned(ids: torch.Tensor, block: int, experts: int, expert_map: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

@@ -39,6 +39,7 @@ def products() -> dict[str, Product]:
 
 def main() -> None:
     torch.set_default_dtype(torch.float16)  # as vLLM does while it makes layers
+    torch.set_default_device("meta")  # vLLM sets the GPU. So what is made on the default device by mistake fails here too.
     for name, product in products().items():
         print(json.dumps({"product": name, "errors": dict(product.errors(CPU))}), flush=True)
     # And when the machine computes wrong: a codebook with two values exchanged, ids of another order.

@@ -17,6 +17,7 @@ import torch
 import triton
 from triton.compiler import CompiledKernel
 from triton.runtime._async_compile import FutureKernel
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 META = torch.device("meta")
@@ -28,6 +29,7 @@ class Launch:
 
     function: JITFunction
     arguments: dict
+    grid: tuple[int, ...]
 
     @property
     def kernel(self) -> str:
@@ -66,7 +68,7 @@ def recorded() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def record(function: JITFunction, *arguments: object, grid: tuple, warmup: bool, **named: object) -> None:
-        launches.append(Launch(function, dict(zip(function.arg_names, arguments, strict=False)) | named))
+        launches.append(Launch(function, dict(zip(function.arg_names, arguments, strict=False)) | named, grid))
 
     run = JITFunction.run
     JITFunction.run = record
@@ -115,16 +117,23 @@ def compiled(launches: list[Launch]) -> list[CompiledKernel]:
     Raises what Triton raises for the first that cannot be compiled.
     """
     threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-    # An error would leave Triton 3.7's mode behind: they are passed over, and looked for afterwards.
+    # An error would leave Triton 3.7's mode behind: they are passed over here.
     with threads, triton.AsyncCompileMode(threads, ignore_errors=True):
         kernels = [launch.function.warmup(**launch.arguments, grid=(1,)) for launch in launches]
     return [_finished(launch, kernel) for launch, kernel in zip(launches, kernels, strict=True)]
 
 
 def _finished(launch: Launch, kernel: CompiledKernel | FutureKernel) -> CompiledKernel:
-    """What became of a launch's compilation. Raises its error; Triton 3.9 forgets it, and compiles once more for it."""
+    """What became of a launch's compilation. One that failed is made again, alone, and raises its error.
+
+    Threads may disturb each other: Python 3.11's parser then says "AST constructor recursion depth mismatch", of nothing
+    that is wrong with a kernel.
+    """
     if not isinstance(kernel, FutureKernel):
         return kernel
-    if kernel.kernel is None and kernel.future is None:
+    if kernel.kernel is None:
+        known = launch.function.device_caches[driver.active.get_current_device()][0]
+        for key in [key for key, value in known.items() if value is kernel]:
+            del known[key]  # Triton up to 3.7 keeps what failed
         return launch.function.warmup(**launch.arguments, grid=(1,))
-    return kernel.result()
+    return kernel.kernel

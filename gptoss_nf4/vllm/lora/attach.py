@@ -42,13 +42,13 @@ def attach(manager: LoRAModelManager, vllm_config: VllmConfig, residual_scale: f
         elif manager.device.type == "cpu":
             _add_a_row_for_no_adapter(module)
     if on_kernels:
-        _require_working(manager)
+        _require_working(manager, vllm_config.scheduler_config.max_num_batched_tokens)
 
 
-def _require_working(manager: LoRAModelManager) -> None:
+def _require_working(manager: LoRAModelManager, most_tokens: int) -> None:
     """Compile and try the kernels with stacks of these sizes. UserError where they don't work."""
     for name, module in manager.modules.items():
-        products = products_with_adapters(module)
+        products = products_with_adapters(module, most_tokens)
         if not all_work(products, with_number(manager.device)):
             raise UserError(
                 "the kernels for adapters do not work here",

@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import torch
 
-from gptoss_nf4.vllm.loading import most_tokens
 from gptoss_nf4.vllm.lora.linear import DenseLinear, PackedLinear
 from gptoss_nf4.vllm.proving.products import Adapters, DenseAdapters, Product
 
 
-def products_with_adapters(module: torch.nn.Module) -> list[Product]:
-    """Those of a module that vLLM has wrapped; none where our kernels have no part in it."""
+def products_with_adapters(module: torch.nn.Module, most_tokens: int) -> list[Product]:
+    """Those of a module that vLLM has wrapped; none where our kernels have no part in it. most_tokens: of a step."""
     if isinstance(module, PackedLinear):
         return [replace(product, adapters=_adapters(module)) for product in module.base_layer.nf4_products]
     if isinstance(module, DenseLinear):
@@ -19,7 +18,7 @@ def products_with_adapters(module: torch.nn.Module) -> list[Product]:
         dtype = module.nf4_lora_a.dtype
         # A router may have its results in float32.
         return [
-            DenseAdapters(rows, inputs, dtype, out_dtype, most_tokens(), _adapters(module))
+            DenseAdapters(rows, inputs, dtype, out_dtype, most_tokens, _adapters(module))
             for out_dtype in (dtype, torch.float32)
         ]
     layer = getattr(module.base_layer, "routed_experts", None)

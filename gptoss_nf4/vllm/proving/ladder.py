@@ -3,6 +3,8 @@
 Each step down costs speed and no result. All are plain data: a `Gpu` that can do less, by which `kernels.plan` chooses.
 """
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -14,6 +16,8 @@ from gptoss_nf4.vllm.kernels.plan import Decoding, Gpu, gpu_of, settle
 from gptoss_nf4.vllm.kernels.shared_memory import limit, shared_memory
 from gptoss_nf4.vllm.kernels.variants import META, Launch, compiled, variants
 from gptoss_nf4.vllm.proving.products import Product
+
+logger = logging.getLogger("vllm.gptoss_nf4")
 
 MAX_ERROR = 0.15
 """Of `products.worst`. Rounding to bfloat16 gives 0.03 at most on these inputs, a wrong weight or slot about 1."""
@@ -42,6 +46,8 @@ def fault(product: Product, gpu: Gpu, device: torch.device) -> str | None:
     Compiles every kernel that the product ever starts, reckons its shared memory, and then runs each once.
     UserError where a kernel left the device unusable for this process.
     """
+    began = time.monotonic()
+    found = []
     if not triton.knobs.runtime.interpret:
         found = launches(product, gpu)
         try:
@@ -55,6 +61,7 @@ def fault(product: Product, gpu: Gpu, device: torch.device) -> str | None:
                     f"{launch.kernel} takes {takes.static} bytes of shared memory and Triton's {takes.dynamic}, "
                     f"of {allowed} that CUDA gives"
                 )
+    compiling = time.monotonic() - began
     before = gpu_of(device)
     settle(device, gpu)
     try:
@@ -67,6 +74,9 @@ def fault(product: Product, gpu: Gpu, device: torch.device) -> str | None:
         return f"a kernel does not run ({_line(error)})"
     finally:
         settle(device, before)
+    trying = time.monotonic() - began - compiling
+    name = type(product).__name__
+    logger.info("gptoss_nf4: %s: %d kernels compiled in %.1f s, tried in %.1f s", name, len(found), compiling, trying)
     return None
 
 

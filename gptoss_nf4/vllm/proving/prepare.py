@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -36,7 +35,6 @@ def works(product: Product, device: torch.device) -> bool:
             logger.warning("gptoss_nf4: %s=%s: our kernels are not used", SWITCH, gpu.decoding.value)
         known[product] = False
         return False
-    began = time.monotonic()
     before = [other for other, working in known.items() if working]
     found, told = proven([product], gpu, device)
     if found is not None and found != gpu and before:
@@ -46,7 +44,6 @@ def works(product: Product, device: torch.device) -> bool:
         settle(device, found)
     if told is not None:
         logger.warning("gptoss_nf4: %s", told)
-    logger.info("gptoss_nf4: kernels of %s compiled and tried in %.1f s", type(product).__name__, time.monotonic() - began)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # vLLM counts what is left
     return known[product]
