@@ -10,8 +10,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -22,15 +20,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 from benchmarks.tables import markdown
 from benchmarks.weights import GPT_OSS_20B
 from gptoss_nf4.format.dimensions import Dimensions
-from gptoss_nf4.vllm.kernels import launch, sort, tiles
+from gptoss_nf4.vllm.kernels import launch, sort, tiles, variants
 from gptoss_nf4.vllm.kernels.arguments import Packed, Routing
 from gptoss_nf4.vllm.kernels.lora import Factors, Lora
-from gptoss_nf4.vllm.kernels.plan import Gpu, plan_experts
+from gptoss_nf4.vllm.kernels.plan import Gpu, plan_experts, settle
+from gptoss_nf4.vllm.kernels.variants import META
 
 # By compute capability: A100, RTX 3090, H100.
 GPUS = {
@@ -41,7 +39,6 @@ GPUS = {
 TOKENS = (1, 8, 32, 64, 128, 256, 2048)
 LINEAR_ROWS = (1, 16, 64, 65)
 LORA_RANKS = (16, 64)
-META = torch.device("meta")
 # Tiles that a warp decodes in an iteration of its loop.
 TILES = {
     "small.linear": 1,
@@ -54,15 +51,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 @dataclass(frozen=True)
-class Launch:
-    """A kernel and what it was started with, tensors on the meta device."""
-
-    function: JITFunction
-    arguments: dict
-
-    @property
-    def kernel(self) -> str:
-        return f"{self.function.__module__.rsplit('.', 1)[1]}.{self.function.__name__}"
+class Launch(variants.Launch):
+    """A launch, and what it compiles to."""
 
     @property
     def label(self) -> str:
@@ -105,18 +95,6 @@ class AbsentDriver:
         return GPUTarget("cuda", self.capability, 32)
 
 
-@contextmanager
-def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
-    """Collect launches, as they are on `gpu`, instead of making them."""
-    launches: list[Launch] = []
-
-    def record(function: JITFunction, *arguments: object, grid: tuple, warmup: bool, **named: object) -> None:
-        launches.append(Launch(function, dict(zip(function.arg_names, arguments, strict=False)) | named))
-
-    with mock.patch.object(JITFunction, "run", record), mock.patch.object(launch, "gpu_of", return_value=gpu):
-        yield launches
-
-
 def launches(
     d: Dimensions, dtype: torch.dtype, gpu: Gpu, blocksize: int = 64, lora_rank: int | None = None
 ) -> list[Launch]:
@@ -131,7 +109,8 @@ def launches(
         w2_factors = _factors(lora_rank, experts, [d.hidden], d.intermediate, dtype)
         router_factors = _factors(lora_rank, 1, [experts], d.hidden, dtype)
         qkv_factors = _factors(lora_rank, 1, [d.q_rows, d.kv_rows, d.kv_rows], d.hidden, dtype)
-    with recorded(gpu) as found:
+    settle(META, gpu)
+    with variants.recorded() as found:
         for tokens in TOKENS:
             plan = plan_experts(tokens, top_k, experts, gpu)
             if tokens > 1 and sort.fits(tokens * top_k, experts):
@@ -147,7 +126,8 @@ def launches(
             launch.linear(x, qkv, d.q_rows + 2 * d.kv_rows, factors=qkv_factors)
             if router_factors is not None:
                 launch.add_adapters(torch.empty(rows, experts, dtype=dtype, device=META), x, router_factors)
-    return list({each.label: each for each in found}.values())
+    made = [Launch(each.function, each.arguments) for each in found]
+    return list({each.label: each for each in made}.values())
 
 
 def _packed(experts: int, rows: int, columns: int, dtype: torch.dtype, blocksize: int) -> Packed:

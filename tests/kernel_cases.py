@@ -189,7 +189,7 @@ def experts_errors(case: Experts, dtype: torch.dtype) -> dict[str, float]:
     total = poison(lambda: combine.sum_slots(partial, ids.int(), torch.float32))
     errors["sum"] = relative(total, partial.double().sum(1))
 
-    # Now some choices are no expert, as in the tokens by which vLLM fills up a batch: the first of all, and half of the rest.
+    # Now some choices are no expert, as in tokens by which vLLM fills up a batch: the first of all, and half of the rest.
     skipped = torch.rand(ids.shape, device=DEVICE) < 0.5
     skipped[0, 0] = True
     ids = torch.where(skipped, -1, ids.int())

@@ -5,12 +5,14 @@ The life of a weight:
 1. `register.py` tells each vLLM process that the quantization method `gptoss_nf4` exists.
 2. config.json names that method, so vLLM builds `config.GptOssNf4Config` from it. It reads the `settings`, checks the
    checkpoint's headers, and gives each layer its method: `linear.py` for q/k/v and o, `moe.py` for the experts.
-3. The method registers empty parameters for this rank's part of the weight: codes, absmax, bias.
-4. vLLM reads the checkpoint and hands each tensor to its parameter's loader (`loading.py`). The loader takes this rank's
+3. The method asks whether the kernels work on this machine (`proving/`): all that the layer will ever start are compiled,
+   and tried against plain torch. What fails is given up in steps, at last for dequantized weights.
+4. The method registers empty parameters for this rank's part of the weight: codes, absmax, bias.
+5. vLLM reads the checkpoint and hands each tensor to its parameter's loader (`loading.py`). The loader takes this rank's
    rows or columns and, on a GPU, brings them into the order that the kernels read (`kernels/tiles.py`). `model.py` has
    multiplied what writes to the residual stream by `residual_scale` before.
-5. After loading, a parameter that no tensor has filled is an error.
-6. In each step the method's `apply` calls one operator. On a GPU in 16 bit it is one of `ops.py`, which choose a kernel
+6. After loading, a parameter that no tensor has filled is an error.
+7. In each step the method's `apply` calls one operator. On a GPU in 16 bit it is one of `ops.py`, which choose a kernel
    by the number of tokens. On the CPU the experts in use are dequantized (`experts.py`).
 
 Glossary:

@@ -2,6 +2,7 @@
 
 import torch
 from torch.nn.functional import linear, pad
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from gptoss_nf4.vllm import ops  # noqa: F401  (registers torch.ops.gptoss_nf4)
@@ -10,12 +11,16 @@ from gptoss_nf4.vllm.kernels.tiles import pack, padded_rows
 from gptoss_nf4.vllm.loading import (
     Loader,
     blocksize_of_shard,
+    current_device,
+    most_tokens,
     register_parameter,
     repeat_absmax,
     require_filled,
     require_packable,
     runs_on_kernels,
 )
+from gptoss_nf4.vllm.proving.prepare import all_work
+from gptoss_nf4.vllm.proving.products import Linear
 from gptoss_nf4.vllm.settings import Settings
 
 
@@ -43,7 +48,13 @@ class Nf4LinearMethod(LinearMethodBase):
         blocksize = blocksize_of_shard(self.settings.blocksize, input_size_per_partition, self.prefix)
         layer.nf4_blocksize = blocksize
         layer.nf4_rows = rows
-        layer.nf4_packed = runs_on_kernels(params_dtype)
+        # A rank of tensor parallelism may have no bias: the first one adds it.
+        biases = (True,) if get_tensor_model_parallel_world_size() == 1 else (True, False)
+        layer.nf4_products = [
+            Linear(rows, input_size_per_partition, blocksize, self.settings.quant_type, params_dtype, bias, most_tokens())
+            for bias in biases
+        ]
+        layer.nf4_packed = runs_on_kernels(params_dtype) and all_work(layer.nf4_products, current_device())
 
         def load_absmax(parameter: torch.nn.Parameter, tensor: torch.Tensor, *args: object) -> None:
             weight_loader(parameter, repeat_absmax(tensor, self.settings.blocksize, blocksize), *args)

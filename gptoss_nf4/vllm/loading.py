@@ -57,6 +57,24 @@ def runs_on_kernels(dtype: torch.dtype) -> bool:
     return torch.get_default_device().type == "cuda" and dtype in (torch.float16, torch.bfloat16)
 
 
+def current_device() -> torch.device:
+    """Where layers are made now."""
+    return with_number(torch.get_default_device())
+
+
+def with_number(device: torch.device) -> torch.device:
+    """`device` as its tensors name it: "cuda" is the current one."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def most_tokens() -> int:
+    """Tokens of the largest step that the engine makes."""
+    config = get_current_vllm_config_or_none()
+    return 1 if config is None else config.scheduler_config.max_num_batched_tokens
+
+
 def blocksize_of_shard(blocksize: int, in_features: int, prefix: str) -> int:
     """The largest blocksize, up to `blocksize`, with which a rank's `in_features` are whole blocks. UserError if none is.
 

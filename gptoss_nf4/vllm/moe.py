@@ -10,7 +10,17 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.vllm import experts, ops  # noqa: F401  (register torch.ops.gptoss_nf4)
 from gptoss_nf4.vllm.dequantize import dequantize
 from gptoss_nf4.vllm.expert_weights import W2, W13, ExpertWeight, Part
-from gptoss_nf4.vllm.loading import Loader, register_parameter, require_filled, runs_on_kernels
+from gptoss_nf4.vllm.loading import (
+    Loader,
+    blocksize_of_shard,
+    current_device,
+    most_tokens,
+    register_parameter,
+    require_filled,
+    runs_on_kernels,
+)
+from gptoss_nf4.vllm.proving.prepare import all_work
+from gptoss_nf4.vllm.proving.products import Experts
 from gptoss_nf4.vllm.settings import Settings
 
 
@@ -41,9 +51,10 @@ class Nf4MoEMethod(FusedMoEMethodBase):
     ) -> None:
         """Register codes, absmax and bias of w13 and w2: see `expert_weights`."""
         parallel = self.moe.moe_parallel_config
-        packed = self.packs(params_dtype)
+        product = self._product(num_experts, hidden_size, intermediate_size_per_partition, params_dtype)
+        packed = self.packs(product)
         shared = {"settings": self.settings, "tp_rank": parallel.tp_rank, "packed": packed, "prefix": self.prefix}
-        layer.nf4_packed = packed
+        layer.nf4_packed, layer.nf4_products = packed, [product]
         layer.nf4_w13 = W13(2 * intermediate_size_per_partition, hidden_size, tp_size=parallel.tp_size, **shared)
         layer.nf4_w2 = W2(hidden_size, intermediate_size_per_partition, tp_size=parallel.tp_size, **shared)
         for weight in (layer.nf4_w13, layer.nf4_w2):
@@ -52,9 +63,25 @@ class Nf4MoEMethod(FusedMoEMethodBase):
                 load = self._loader(layer, part)
                 register_parameter(layer, self.prefix, part.name, kept.shape, kept.dtype, load)
 
-    def packs(self, params_dtype: torch.dtype) -> bool:
+    def packs(self, product: Experts) -> bool:
         """Whether the weights are kept in the kernels' order."""
-        return runs_on_kernels(params_dtype)
+        return runs_on_kernels(product.dtype) and all_work([product], current_device())
+
+    def _product(self, num_experts: int, hidden: int, intermediate: int, dtype: torch.dtype) -> Experts:
+        """What the kernels have to compute for a layer of these widths, of this rank."""
+        blocksize = self.settings.blocksize
+        return Experts(
+            hidden=hidden,
+            intermediate=intermediate,
+            w13_blocksize=blocksize_of_shard(blocksize, hidden, self.prefix),
+            w2_blocksize=blocksize_of_shard(blocksize, intermediate, self.prefix),
+            quant_type=self.settings.quant_type,
+            dtype=dtype,
+            experts=self.moe.num_experts,
+            here=num_experts,
+            top_k=self.moe.experts_per_token,
+            most_tokens=most_tokens(),
+        )
 
     def _loader(self, layer: RoutedExperts, part: Part) -> Loader:
         """How the checkpoint's tensor, of all experts, becomes this rank's parameter."""
@@ -85,12 +112,14 @@ class Nf4MoEMethod(FusedMoEMethodBase):
         from gptoss_nf4.vllm.lora.experts import kernel_with_lora
 
         if layer.w13_codes.device.type != "cpu" and not layer.nf4_packed:
+            in_float32 = layer.w13_expert_bias.dtype == torch.float32
             raise UserError(
-                "adapters are not served in float32 on a GPU",
+                "adapters are served on a GPU by our kernels alone",
                 where=self.prefix,
-                got="--enable-lora --dtype float32",
-                expected="float16 or bfloat16, or the CPU",
-                next_step="serve without --dtype float32",
+                got="--enable-lora "
+                + ("--dtype float32" if in_float32 else "and kernels that are not used, see the warning"),
+                expected="kernels, in float16 or bfloat16, or the CPU",
+                next_step="serve without " + ("--dtype float32" if in_float32 else "--enable-lora, or mend that first"),
             )
         # For their device and number of experts; vLLM insists on three dimensions.
         layer.w13_weight, layer.w2_weight = layer.w13_codes.data.flatten(1, -2), layer.w2_codes.data.flatten(1, -2)

@@ -11,11 +11,9 @@ import torch
 from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
 
 from gptoss_nf4.vllm.kernels import launch
-from gptoss_nf4.vllm.kernels.arguments import Packed, Routing
+from gptoss_nf4.vllm.kernels.arguments import Packed
 from gptoss_nf4.vllm.kernels.lora import Factors
-from gptoss_nf4.vllm.kernels.plan import gpu_of, plan_experts
-from gptoss_nf4.vllm.kernels.sort import fits as sorts
-from gptoss_nf4.vllm.kernels.sort import local_experts, sort_slots
+from gptoss_nf4.vllm.kernels.sort import local_experts
 
 
 @torch.library.custom_op("gptoss_nf4::packed_linear", mutates_args=())
@@ -170,7 +168,7 @@ def packed_experts_with_adapters(
     w2 = Packed(w2_codes, w2_absmax, w2_bias, w2_blocksize, quant_type)
     w13_factors = w2_factors = None
     if needed(no_lora):
-        local = local_experts(topk_ids, expert_map)
+        local = local_experts(topk_ids.to(torch.int32), expert_map)
         w13_factors = Factors(w13_lora_a, w13_lora_b, adapters, local)
         w2_factors = Factors(w2_lora_a, w2_lora_b, adapters, local, scale=w2_lora_scale)
     _experts(out, x, topk_weights, topk_ids, expert_map, experts, w13, w2, w13_factors, w2_factors)
@@ -188,20 +186,17 @@ def _experts(
     w13_factors: Factors | None = None,
     w2_factors: Factors | None = None,
 ) -> None:
-    """Choose a plan, sort the slots by expert, and start the kernels."""
-    tokens, top_k = topk_ids.shape
-    if tokens == 0:
-        return
-    topk_ids = topk_ids.to(torch.int32)  # as vLLM's routers have it: no copy. The kernels are compiled for this dtype.
-    plan = plan_experts(tokens, top_k, experts, gpu_of(x.device))
-    routing = _routing(topk_ids, expert_map, experts, plan.rows)
-    launch.experts(x, topk_weights, topk_ids, routing, w13, w2, plan, out, w13_factors, w2_factors)
-
-
-def _routing(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, experts: int, block: int) -> Routing:
-    """Slots sorted by expert, for blocks of `block`. Those of expert -1 are in no block."""
-    if len(topk_ids) == 1:  # each slot its own block: nothing to sort
-        return Routing(None, local_experts(topk_ids, expert_map), None)
-    if sorts(topk_ids.numel(), experts):
-        return Routing(*sort_slots(topk_ids, block, experts, expert_map))
-    return Routing(*moe_align_block_size(topk_ids, block, experts, expert_map))
+    if len(x):
+        launch.routed_experts(
+            x,
+            topk_weights,
+            topk_ids.to(torch.int32),  # as vLLM's routers have it: no copy. The kernels are compiled for this dtype.
+            expert_map,
+            experts,
+            w13,
+            w2,
+            moe_align_block_size,
+            out,
+            w13_factors,
+            w2_factors,
+        )

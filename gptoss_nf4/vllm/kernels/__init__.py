@@ -2,5 +2,6 @@
 
 To be read in this order: `tiles` (the order of weights in memory, and the letters of all axes), `codebook` (the contract
 of decoding), `decode`, `arguments`, then the kernels in `small`, `large`, `dense`, `sort` and `combine`, and those of
-adapters in `lora`, `shrink` and `expand`. `plan` chooses among them, and `launch` starts them.
+adapters in `lora`, `shrink` and `expand`. `plan` chooses among them, and `launch` starts them. `variants` finds and
+compiles all that a product ever starts, and `shared_memory` reckons what a launch takes.
 """

@@ -54,7 +54,7 @@ def codebook(quant_type: str, dtype: torch.dtype, device: torch.device) -> Codeb
     factor = best_factor(quant_type, SIGNIFICAND_BITS[dtype])
     values = torch.from_numpy(CODEBOOKS[quant_type].astype(np.float64) * factor).to(dtype)
     low_and_high = values.view(torch.uint8).view(16, 2).t().contiguous().view(torch.int32).flatten()
-    shifts = torch.tensor([-(1 << 31), 1 << 16], dtype=torch.int32)
+    shifts = torch.tensor([-(1 << 31), 1 << 16], dtype=torch.int32, device="cpu")  # whatever the default device is
     for_all_lanes = torch.cat((low_and_high, shifts))[:, None].repeat(1, 32)
     bits = torch.nn.functional.pad(values.view(torch.int16).to(torch.int32) & 0xFFFF, (0, 16))
     return Codebook(torch.cat((for_all_lanes, bits[None])).to(device), factor)

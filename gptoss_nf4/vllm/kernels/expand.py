@@ -59,7 +59,7 @@ def add_to_row(
     tl.store(out + row * N + n, out_n.to(out.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def expand_rows(out, lora, slots, BM: tl.constexpr, BN: tl.constexpr):
     """out[slot] += B @ t. Grid: blocks of BN rows of the weight, blocks of BM slots. out: [slots, N]."""
     wait_for_t(lora)

@@ -34,7 +34,7 @@ class Tiles(NamedTuple):
     absmax: tl.tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def swiglu_experts(
     x, weight, lora, out, routing, count, top_k, K, N, BM: tl.constexpr, STAGES: tl.constexpr, WGMMA: tl.constexpr
 ):
@@ -92,7 +92,7 @@ def swiglu_experts(
     tl.store(out_mn, tl.trans(value_nm), mask=used_m[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def down_experts(
     x, weight, lora, out, routing, slot_weights, count, K, N, BM: tl.constexpr, STAGES: tl.constexpr, WGMMA: tl.constexpr
 ):

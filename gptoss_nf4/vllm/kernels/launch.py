@@ -3,6 +3,8 @@
 No function here waits for the GPU or looks at a tensor's values, so all may be captured in a CUDA graph.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 
@@ -11,8 +13,9 @@ from gptoss_nf4.vllm.kernels.arguments import Packed, Routing, kernel_weight
 from gptoss_nf4.vllm.kernels.combine import sum_slots
 from gptoss_nf4.vllm.kernels.expand import expand
 from gptoss_nf4.vllm.kernels.lora import Factors, Lora, launch_options
-from gptoss_nf4.vllm.kernels.plan import Large, Plan, Small, gpu_of, plan_linear
+from gptoss_nf4.vllm.kernels.plan import Large, Plan, Small, gpu_of, plan_experts, plan_linear
 from gptoss_nf4.vllm.kernels.shrink import shrink
+from gptoss_nf4.vllm.kernels.sort import fits, local_experts, sort_slots
 from gptoss_nf4.vllm.kernels.tiles import ROWS, operand_order
 
 
@@ -73,6 +76,45 @@ def dequantize(weight: Packed, out_features: int, dtype: torch.dtype) -> torch.T
         argument, out, N=out_features, K=inputs, TILES=tiles, num_warps=4
     )
     return out
+
+
+Align = Callable[
+    [torch.Tensor, int, int, torch.Tensor | None], tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]
+]
+
+
+def routed_experts(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    num_experts: int,
+    w13: Packed,
+    w2: Packed,
+    align: Align,
+    out: torch.Tensor | None = None,
+    w13_factors: Factors | None = None,
+    w2_factors: Factors | None = None,
+    plan: Plan | None = None,
+) -> torch.Tensor:
+    """Choose a plan, sort the slots by expert, and start the kernels of `experts`.
+
+    Args:
+        topk_ids: int32 [tokens, k], global expert numbers; a choice of -1 adds exactly 0.
+        expert_map: int32 [num_experts] from global to local number, -1 for another rank's; None where all are here.
+        num_experts: their global number.
+        align: sorts more slots than `sort_slots` takes, with the same arguments and results.
+        plan: in place of what `plan_experts` chooses.
+        The others: as in `experts`.
+    """
+    tokens, top_k = topk_ids.shape
+    plan = plan or plan_experts(tokens, top_k, num_experts, gpu_of(x.device))
+    if tokens == 1 and isinstance(plan, Small):  # each slot its own block: nothing to sort
+        routing = Routing(None, local_experts(topk_ids, expert_map), None)
+    else:
+        sort = sort_slots if fits(topk_ids.numel(), num_experts) else align
+        routing = Routing(*sort(topk_ids, plan.rows, num_experts, expert_map))
+    return experts(x, topk_weights, topk_ids, routing, w13, w2, plan, out, w13_factors, w2_factors)
 
 
 def experts(

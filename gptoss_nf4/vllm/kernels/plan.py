@@ -1,7 +1,7 @@
 """Which kernels run a product, and how: by its number of rows and by the GPU. Measured on an H100 (NOTES.md)."""
 
 from dataclasses import dataclass
-from functools import cache
+from enum import Enum
 from types import ModuleType
 from typing import ClassVar
 
@@ -14,9 +14,20 @@ from gptoss_nf4.vllm.kernels.decode import PAIRS_BYTES
 MAX_LINEAR_ROWS = 64  # beyond, a dense copy of the weight and cuBLAS are faster
 
 
+class Decoding(Enum):
+    """How codes become weights, from the fastest on."""
+
+    SHARED_TABLE = "shared-table"
+    """By `decode.lookup` in the kernels of `small`; the others have room for `decode` only."""
+    PERMUTES = "permutes"
+    """By `decode.decode` everywhere."""
+    DEQUANTIZE = "dequantize"
+    """Not in our kernels: dense weights in every step."""
+
+
 @dataclass(frozen=True)
 class Gpu:
-    """What of a GPU the choice depends on."""
+    """What of a GPU the choice depends on, and what was found to work on it (`proving`)."""
 
     wgmma: bool
     """Hopper's matrix instructions; Triton compiles the same products to mma.sync elsewhere."""
@@ -24,11 +35,21 @@ class Gpu:
     """Shared memory of a multiprocessor."""
     starts_early: bool
     """A kernel can be started before the one in front of it has ended, see `lora`."""
+    chosen: Decoding | None = None
+    """In place of the decoding that the shared memory suggests."""
+
+    @property
+    def decoding(self) -> Decoding:
+        if self.chosen is not None:
+            return self.chosen
+        # Whether the table leaves room for six programs of four warps, as registers do.
+        roomy = self.shared_bytes >= 6 * (PAIRS_BYTES + 2048)
+        return Decoding.SHARED_TABLE if roomy else Decoding.PERMUTES
 
     @property
     def holds_tables(self) -> bool:
-        """Whether the table of `decode.lookup` leaves room for six programs of four warps, as registers do."""
-        return self.shared_bytes >= 6 * (PAIRS_BYTES + 2048)
+        """Whether the kernels of `small` decode by the table of `decode.lookup`."""
+        return self.decoding is Decoding.SHARED_TABLE
 
 
 @dataclass(frozen=True)
@@ -68,9 +89,23 @@ class Large:
 Plan = Small | Large
 
 
-@cache
+_GPUS: dict[torch.device, Gpu] = {}
+
+
 def gpu_of(device: torch.device) -> Gpu:
-    """Of a CUDA device; without one, and in Triton's interpreter, a GPU that can do none of it."""
+    """The GPU on which kernels run, as `settle` was told, else as `examined`."""
+    if device not in _GPUS:
+        _GPUS[device] = examined(device)
+    return _GPUS[device]
+
+
+def settle(device: torch.device, gpu: Gpu) -> None:
+    """Let kernels on `device` be chosen for `gpu` from now on. `device` may be `meta`, where launches are only recorded."""
+    _GPUS[device] = gpu
+
+
+def examined(device: torch.device) -> Gpu:
+    """A CUDA device as it presents itself; without one, and in Triton's interpreter, a GPU that can do none of it."""
     if device.type != "cuda" or triton.knobs.runtime.interpret:
         return Gpu(wgmma=False, shared_bytes=0, starts_early=False)
     properties = torch.cuda.get_device_properties(device)

@@ -42,7 +42,7 @@ def shrink_slots(
     tl.store(t + slot * T + j, sum_j, mask=j < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def shrink_blocks(
     x,
     a,

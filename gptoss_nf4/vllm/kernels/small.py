@@ -45,7 +45,7 @@ class Tiles(NamedTuple):
     next_absmax: tl.tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def linear(x, weight, lora, out, count, K, N, BM: tl.constexpr, WARPS: tl.constexpr, SHARED_TABLE: tl.constexpr):
     """out[row] = w @ x[row] + bias.
 
@@ -63,7 +63,7 @@ def linear(x, weight, lora, out, count, K, N, BM: tl.constexpr, WARPS: tl.conste
     _store(out, sum_nm, row_m, tile, N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def swiglu_experts(
     x, weight, lora, out, routing, count, top_k, K, N, BM: tl.constexpr, WARPS: tl.constexpr, SHARED_TABLE: tl.constexpr
 ):
@@ -91,7 +91,7 @@ def swiglu_experts(
     _store(out, clamped_swiglu(gate_nm, up_nm), slot_m, pair, N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def down_experts(
     x,
     weight,

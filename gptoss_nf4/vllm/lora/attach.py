@@ -12,8 +12,12 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.result import MERGED_ADAPTER
+from gptoss_nf4.vllm.loading import with_number
 from gptoss_nf4.vllm.lora.linear import use_kernels
 from gptoss_nf4.vllm.lora.loading import AdapterLoader
+from gptoss_nf4.vllm.lora.products import products_with_adapters
+from gptoss_nf4.vllm.proving.ladder import PROVEN_TRITON
+from gptoss_nf4.vllm.proving.prepare import all_work
 
 # Options of vLLM that give its experts other stacks than those that `experts.py` reads.
 UNSUPPORTED = ("enable_mixed_moe_lora_format", "enable_moe_shared_loras", "fully_sharded_loras")
@@ -37,6 +41,22 @@ def attach(manager: LoRAModelManager, vllm_config: VllmConfig, residual_scale: f
             use_kernels(module)
         elif manager.device.type == "cpu":
             _add_a_row_for_no_adapter(module)
+    if on_kernels:
+        _require_working(manager, vllm_config.scheduler_config.max_num_batched_tokens)
+
+
+def _require_working(manager: LoRAModelManager, most_tokens: int) -> None:
+    """Compile and try the kernels with stacks of these sizes. UserError where they don't work."""
+    for name, module in manager.modules.items():
+        products = products_with_adapters(module, most_tokens)
+        if not all_work(products, with_number(manager.device)):
+            raise UserError(
+                "the kernels for adapters do not work here",
+                where=name,
+                got="the fault in the warning above",
+                expected="kernels that compute what torch does",
+                next_step=f"install Triton {PROVEN_TRITON}, or serve without --enable-lora",
+            )
 
 
 def _require_supported(vllm_config: VllmConfig) -> None:

@@ -1,0 +1,312 @@
+"""What the layers compute with our kernels, on real widths, to be compiled and tried.
+
+Trials take the widths of the layer: so what they run are the variants that the model runs. They take few tokens and two
+experts, random codes, and a reference in float32 that shares nothing with the kernels but the order of packed weights: the
+codebook comes from `gptoss_nf4.format.codec`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch.nn.functional import linear, pad
+
+from gptoss_nf4.format.codec import CODEBOOKS
+from gptoss_nf4.vllm.activation import clamped_swiglu
+from gptoss_nf4.vllm.kernels import launch, tiles
+from gptoss_nf4.vllm.kernels.arguments import Packed
+from gptoss_nf4.vllm.kernels.lora import Factors
+from gptoss_nf4.vllm.kernels.plan import MAX_LINEAR_ROWS, Plan, gpu_of, plan_experts, plan_linear
+from gptoss_nf4.vllm.kernels.sort import local_experts
+from gptoss_nf4.vllm.kernels.variants import META
+
+EXPERTS = 2  # of this rank that a trial uses
+SOME_TOKENS = 3
+
+
+def alike(number: int) -> int:
+    """A small number for which Triton compiles as it does for `number`: it tells 1, and what 16 divides, from the rest."""
+    return 1 if number == 1 else 16 if number % 16 == 0 else 2
+
+
+class Product(ABC):
+    """What a layer computes. Products that are equal start the same kernels."""
+
+    most_tokens: int
+    """Of a step."""
+
+    @abstractmethod
+    def start(self, tokens: int) -> None:
+        """Start the kernels for so many tokens, on tensors of the meta device: only to be recorded."""
+
+    @abstractmethod
+    def errors(self, device: torch.device) -> Iterator[tuple[str, float]]:
+        """Run every kernel once: which one, and how far its worst result is off, in units of the results' size."""
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Stacks of adapters of a weight, as `kernels.lora.Factors` has them."""
+
+    held: int
+    rank: int
+    ends: tuple[int, ...] = ()
+
+    def factors(self, experts: int, rows: int, inputs: int, tokens: int, dtype: torch.dtype, draw: "Draw") -> Factors:
+        """Random ones, of few adapters and experts but on `meta`. Tokens ask for the first, for none, and so on."""
+        slices = max(1, len(self.ends))
+        held, experts = (self.held, experts) if draw.device == META else (alike(self.held), alike(experts))
+        a = draw.normal(held, experts, slices * self.rank, inputs) / inputs**0.5
+        b = draw.normal(held, experts, rows, self.rank) / self.rank**0.5
+        asked_for = -(torch.arange(tokens, device=draw.device) % 2)
+        return Factors(a.to(dtype), b.to(dtype), asked_for, ends=self.ends)
+
+    def delta(self, factors: Factors, x: torch.Tensor, expert: int = 0) -> torch.Tensor:
+        """float32 [tokens, rows]: what the first adapter adds for each row of x."""
+        a, b = factors.a[0, expert].float(), factors.b[0, expert].float()
+        ends = self.ends or (len(b),)
+        starts = (0, *ends)
+        parts = [
+            linear(linear(x.float(), part), b[start:end])
+            for part, start, end in zip(a.chunk(len(ends)), starts, ends, strict=False)
+        ]
+        return torch.cat(parts, dim=-1) * factors.scale
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random tensors on a device, always the same, that leave torch's own generator as it is. On `meta`: empty ones."""
+
+    device: torch.device
+    generator: torch.Generator | None
+
+    @classmethod
+    def on(cls, device: torch.device) -> "Draw":
+        return cls(device, None if device == META else torch.Generator(device).manual_seed(0))
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        empty = torch.empty(shape, dtype=torch.float32, device=self.device)
+        return empty if self.generator is None else empty.normal_(generator=self.generator)
+
+    def below(self, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        empty = torch.empty(shape, dtype=dtype, device=self.device)
+        return empty if self.generator is None else empty.random_(0, high, generator=self.generator)
+
+    def weight(
+        self,
+        experts: int,
+        rows: int,
+        inputs: int,
+        blocksize: int,
+        quant_type: str,
+        dtype: torch.dtype,
+        gate_and_up: bool = False,
+    ) -> tuple[Packed, torch.Tensor, torch.Tensor]:
+        """Packed, and what it means in float32: weight [experts, rows, inputs] and bias [experts, rows]."""
+        if self.device == META:
+            rows = 2 * tiles.padded_rows(rows // 2) if gate_and_up else rows
+            return _weight_without_memory(experts, rows, inputs, blocksize, quant_type, dtype)
+        codes = self.below(256, experts, rows, inputs // 2, dtype=torch.uint8)
+        absmax = (self.normal(experts, rows, inputs // blocksize).abs() + 0.5) / inputs**0.5
+        bias = (self.normal(experts, rows) * 0.2).to(dtype)
+        tiled = [tiles.gate_and_up_tiles(t, 1).contiguous() if gate_and_up else t for t in (codes, absmax, bias)]
+        tiled[2] = pad(tiled[2], (0, tiles.padded_rows(tiled[2].shape[1]) - tiled[2].shape[1]))
+        packed = Packed(*tiles.pack(tiled[0], tiled[1], blocksize), tiled[2], blocksize, quant_type)
+        book = torch.from_numpy(CODEBOOKS[quant_type]).to(self.device)
+        dense = torch.stack([book[torch.stack((each >> 4, each & 15), -1).flatten(-2).int()] for each in codes])
+        return packed, dense * absmax.repeat_interleave(blocksize, -1), bias.float()
+
+
+@cache
+def _weight_without_memory(
+    experts: int, rows: int, inputs: int, blocksize: int, quant_type: str, dtype: torch.dtype
+) -> tuple[Packed, torch.Tensor, torch.Tensor]:
+    """`Draw.weight` on meta, made once."""
+    row_tiles, tile = tiles.padded_rows(rows) // tiles.ROWS, tiles.tile_inputs(blocksize)
+    codes = torch.empty(experts, row_tiles, inputs // tile, tiles.LANES, tile // tiles.ROWS, dtype=torch.int32, device=META)
+    absmax = torch.empty(experts, row_tiles, inputs // blocksize, tiles.ROWS, dtype=torch.float16, device=META)
+    bias = torch.empty(experts, row_tiles * tiles.ROWS, dtype=dtype, device=META)
+    return Packed(codes, absmax, bias, blocksize, quant_type), absmax, bias
+
+
+@dataclass(frozen=True)
+class Linear(Product):
+    """A linear layer of 4-bit weights, with adapters or without."""
+
+    rows: int
+    inputs: int
+    blocksize: int
+    quant_type: str
+    dtype: torch.dtype
+    bias: bool
+    most_tokens: int
+    adapters: Adapters | None = None
+
+    def start(self, tokens: int) -> None:
+        draw = Draw.on(META)
+        packed, _, _ = self._weight(draw)
+        x = draw.normal(tokens, self.inputs).to(self.dtype)
+        launch.linear(x, packed, self.rows, factors=self._factors(tokens, draw))
+
+    def errors(self, device: torch.device) -> Iterator[tuple[str, float]]:
+        draw = Draw.on(device)
+        packed, dense, bias = self._weight(draw)
+        seen = set()
+        for tokens in range(1, MAX_LINEAR_ROWS + 2):
+            plan = plan_linear(tokens)
+            if plan in seen:
+                continue
+            seen.add(plan)
+            x = draw.normal(tokens, self.inputs).to(self.dtype)
+            factors = self._factors(tokens, draw)
+            expected = linear(x.float(), dense[0], bias[0] if self.bias else None)
+            if factors is not None and self.adapters is not None:
+                expected += self.adapters.delta(factors, x) * (factors.adapters >= 0)[:, None]
+            yield f"a linear layer of {tokens} rows", worst(launch.linear(x, packed, self.rows, factors=factors), expected)
+
+    def _weight(self, draw: Draw) -> tuple[Packed, torch.Tensor, torch.Tensor]:
+        packed, dense, bias = draw.weight(1, self.rows, self.inputs, self.blocksize, self.quant_type, self.dtype)
+        return packed if self.bias else packed._replace(bias=None), dense, bias
+
+    def _factors(self, tokens: int, draw: Draw) -> Factors | None:
+        if self.adapters is None:
+            return None
+        return self.adapters.factors(1, self.rows, self.inputs, tokens, self.dtype, draw)
+
+
+@dataclass(frozen=True)
+class DenseAdapters(Product):
+    """What adapters add to a linear layer of 16 bits. `out_dtype` is that of the layer's results."""
+
+    rows: int
+    inputs: int
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    most_tokens: int
+    adapters: Adapters
+
+    def start(self, tokens: int) -> None:
+        draw = Draw.on(META)
+        self._run(tokens, draw)
+
+    def errors(self, device: torch.device) -> Iterator[tuple[str, float]]:
+        draw = Draw.on(device)
+        for tokens in (SOME_TOKENS, MAX_LINEAR_ROWS + 1):
+            out, x, factors = self._run(tokens, draw)
+            expected = self.adapters.delta(factors, x) * (factors.adapters >= 0)[:, None]
+            yield f"adapters of a dense layer of {tokens} rows", worst(out, expected)
+
+    def _run(self, tokens: int, draw: Draw) -> tuple[torch.Tensor, torch.Tensor, Factors]:
+        x = draw.normal(tokens, self.inputs).to(self.dtype)
+        factors = self.adapters.factors(1, self.rows, self.inputs, tokens, self.dtype, draw)
+        out = torch.zeros(tokens, self.rows, dtype=self.out_dtype, device=draw.device)
+        launch.add_adapters(out, x, factors)
+        return out, x, factors
+
+
+@dataclass(frozen=True)
+class Experts(Product):
+    """Both products of the experts of a layer, from routing to sum, with adapters or without."""
+
+    hidden: int
+    intermediate: int
+    """Of this rank."""
+    w13_blocksize: int
+    w2_blocksize: int
+    quant_type: str
+    dtype: torch.dtype
+    experts: int
+    """Global number."""
+    here: int
+    """How many of them this rank has; where it has not all, an expert map says which."""
+    top_k: int
+    most_tokens: int
+    w13_adapters: Adapters | None = None
+    w2_adapters: Adapters | None = None
+
+    def start(self, tokens: int) -> None:
+        draw = Draw.on(META)
+        self._run(tokens, draw, *self._weights(draw))
+
+    def errors(self, device: torch.device) -> Iterator[tuple[str, float]]:
+        draw = Draw.on(device)
+        w13, w2 = self._weights(draw)
+        plans = {
+            plan_experts(tokens, self.top_k, self.experts, gpu_of(device)): tokens
+            for tokens in range(self.most_tokens, 0, -1)
+        }
+        for plan, least in plans.items():
+            for tokens in {min(least, SOME_TOKENS), SOME_TOKENS}:  # one token alone is not sorted
+                result, expected = self._run(tokens, draw, w13, w2, plan)
+                yield f"experts of {tokens} tokens by {plan}", worst(result, expected)
+
+    def _weights(self, draw: Draw) -> tuple[tuple, tuple]:
+        shared = self.quant_type, self.dtype
+        w13 = draw.weight(EXPERTS, 2 * self.intermediate, self.hidden, self.w13_blocksize, *shared, gate_and_up=True)
+        return w13, draw.weight(EXPERTS, self.hidden, self.intermediate, self.w2_blocksize, *shared)
+
+    def _run(
+        self, tokens: int, draw: Draw, w13: tuple, w2: tuple, plan: Plan | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Result and reference. Where there is an expert map, global number 0 is another rank's, 1 is the first here."""
+        away = int(self.here < self.experts)
+        local_numbers = torch.arange(self.experts, dtype=torch.int32, device=draw.device) - away
+        expert_map = local_numbers if away else None
+        x = draw.normal(tokens, self.hidden).to(self.dtype)
+        ids = draw.below(min(EXPERTS + away, self.experts), tokens, self.top_k)
+        weights = draw.normal(tokens, self.top_k).abs()
+        if draw.device != META and tokens > 1:
+            ids[-1, -1] = -1  # as where vLLM fills up a batch
+        w13_factors = w2_factors = None
+        if self.w13_adapters is not None and self.w2_adapters is not None:
+            local = local_experts(ids, expert_map)
+            made = tokens, self.dtype, draw
+            w13_factors = self.w13_adapters.factors(self.here, 2 * self.intermediate, self.hidden, *made)
+            w2_factors = self.w2_adapters.factors(self.here, self.hidden, self.intermediate, *made)
+            w13_factors, w2_factors = w13_factors._replace(experts=local), w2_factors._replace(experts=local)
+        routed = x, weights, ids, expert_map, self.experts
+        result = launch.routed_experts(*routed, w13[0], w2[0], _aligned, None, w13_factors, w2_factors, plan)
+        if draw.device == META:
+            return result, result
+        return result, self._reference(x, weights, ids, local_numbers, w13, w2, w13_factors, w2_factors)
+
+    def _reference(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        local_numbers: torch.Tensor,
+        w13: tuple,
+        w2: tuple,
+        w13_factors: Factors | None,
+        w2_factors: Factors | None,
+    ) -> torch.Tensor:
+        expected = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for token, choice in (ids >= 0).nonzero().tolist():
+            expert = int(local_numbers[ids[token, choice]])
+            if expert < 0:
+                continue
+            row = x[token].float()
+            gate_up = linear(row, w13[1][expert], w13[2][expert])
+            adapted = w13_factors is not None and int(w13_factors.adapters[token]) >= 0
+            if adapted and w13_factors is not None and self.w13_adapters is not None:
+                gate_up += self.w13_adapters.delta(w13_factors, row, expert)
+            middle = clamped_swiglu(gate_up)
+            down = linear(middle, w2[1][expert], w2[2][expert])
+            if adapted and w2_factors is not None and self.w2_adapters is not None:
+                down += self.w2_adapters.delta(w2_factors, middle, expert)
+            expected[token] += down * weights[token, choice]
+        return expected
+
+
+def worst(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference in units of `expected`'s root mean square; NaN where `result` has one."""
+    return float((result.float() - expected).abs().max() / expected.square().mean().sqrt().clamp(min=1e-6))
+
+
+def _aligned(ids: torch.Tensor, block: int, experts: int, expert_map: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Stands for the caller's sorting of many slots, on the meta device: tensors of its dtypes."""
+    any_number = torch.empty(1, dtype=torch.int32, device=META)
+    return any_number, any_number, any_number

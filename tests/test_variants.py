@@ -1,0 +1,157 @@
+"""No compilation after the start: what the operators launch, at any number of tokens, is among what a layer compiles.
+
+Keys are Triton's own, for a GPU that need not be here: of each launch, what it would compile is asked for and not compiled.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from triton.runtime.driver import driver
+
+from benchmarks.machine_code import GPUS, AbsentDriver, _packed
+from benchmarks.weights import GPT_OSS_20B
+from gptoss_nf4.vllm import ops
+from gptoss_nf4.vllm.kernels.arguments import Packed
+from gptoss_nf4.vllm.kernels.plan import settle
+from gptoss_nf4.vllm.kernels.variants import META, Launch, recorded
+from gptoss_nf4.vllm.proving.ladder import launches, weaker
+from gptoss_nf4.vllm.proving.products import Adapters, DenseAdapters, Experts, Linear, Product
+
+D = GPT_OSS_20B
+DTYPE = torch.float16
+MOST_TOKENS = 2048  # vLLM's max_num_batched_tokens on a desktop card
+SLICES = (D.q_rows, D.q_rows + D.kv_rows, D.q_rows + 2 * D.kv_rows)
+ALL_NUMBERS = [*range(1, 400), *range(400, MOST_TOKENS, 37), 511, 512, 513, 1000, 1024, 1025, 2047, 2048]
+
+
+@contextmanager
+def asked_of_triton(capability: int) -> Iterator[set[str]]:
+    """What it would compile, by its own keys; it does not, since the hook says that it is done."""
+    keys: set[str] = set()
+    runtime = triton.knobs.runtime
+
+    def hook(*, key: object, fn: object, **_: object) -> bool:
+        keys.add(f"{fn.module}.{fn.name} {key}")
+        return True
+
+    before, runtime.jit_cache_hook = runtime.jit_cache_hook, hook
+    try:
+        with mock.patch.object(driver, "_active", AbsentDriver(capability)):
+            yield keys
+    finally:
+        runtime.jit_cache_hook = before
+
+
+def keys_of(found: list[Launch], capability: int) -> set[str]:
+    with asked_of_triton(capability) as keys:
+        for launch in found:
+            launch.function.warmup(**launch.arguments, grid=(1,))
+    return keys
+
+
+def layers(held: int | None, rank: int, here: int) -> list[Product]:
+    """What the layers of gpt-oss-20b ask for when they are made, and with adapters when vLLM has wrapped them."""
+    widths = {"quant_type": "nf4", "dtype": DTYPE, "most_tokens": MOST_TOKENS}
+    linear = {"rows": SLICES[-1], "inputs": D.hidden, "blocksize": 64, "bias": True} | widths
+    experts = {"hidden": D.hidden, "intermediate": D.intermediate, "w13_blocksize": 64, "w2_blocksize": 64} | widths
+    experts |= {"experts": D.experts, "here": here, "top_k": D.experts_per_token}
+    found: list[Product] = [Linear(**linear), Experts(**experts)]
+    if held:
+        adapters = Adapters(held, rank)
+        found += [
+            Linear(**linear, adapters=Adapters(held, rank, SLICES)),
+            Experts(**experts, w13_adapters=adapters, w2_adapters=adapters),
+            DenseAdapters(D.experts, D.hidden, DTYPE, DTYPE, MOST_TOKENS, adapters),
+        ]
+    return found
+
+
+def aligned(ids: torch.Tensor, block: int, experts: int, expert_map: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Tensors as vLLM's `moe_align_block_size` returns them; it has no form for the meta device."""
+    slots = torch.empty(ids.numel() + experts * (block - 1), dtype=torch.int32, device=META)
+    return slots, torch.empty(len(slots) // block + 1, dtype=torch.int32, device=META), slots.new_empty(1)
+
+
+class Server:
+    """Calls the operators as vLLM does, on tensors of the real shapes without memory."""
+
+    def __init__(self, held: int | None, rank: int, here: int):
+        self.qkv = _packed(1, SLICES[-1], D.hidden, DTYPE, 64)
+        self.w13 = _packed(here, 2 * D.intermediate, D.hidden, DTYPE, 64)
+        self.w2 = _packed(here, D.hidden, D.intermediate, DTYPE, 64)
+        self.expert_map = None if here == D.experts else torch.empty(D.experts, dtype=torch.int32, device=META)
+        self.held = held
+        if held:
+            self.adapters = torch.empty(MOST_TOKENS, dtype=torch.int64, device=META)
+            shapes = {
+                "qkv": (1, 3 * rank, D.hidden, SLICES[-1]),
+                "router": (1, rank, D.hidden, D.experts),
+                "w13": (here, rank, D.hidden, 2 * D.intermediate),
+                "w2": (here, rank, D.intermediate, D.hidden),
+            }
+            self.stacks = {
+                name: (
+                    torch.empty(held, experts, ranks, inputs, dtype=DTYPE, device=META),
+                    torch.empty(held, experts, rows, rank, dtype=DTYPE, device=META),
+                )
+                for name, (experts, ranks, inputs, rows) in shapes.items()
+            }
+
+    def step(self, tokens: int, no_lora: bool) -> None:
+        x = torch.empty(tokens, D.hidden, dtype=DTYPE, device=META)
+        weights = torch.empty(tokens, D.experts_per_token, device=META)
+        ids = torch.empty(tokens, D.experts_per_token, dtype=torch.int32, device=META)
+        routed = x, weights, ids, self.expert_map, D.experts
+        both = *fields(self.w13, "w13_"), *fields(self.w2, "w2_")
+        flag = torch.tensor([no_lora])
+        if not self.held:
+            plain(ops.packed_linear)(x, *self.qkv[:3], SLICES[-1], 64, "nf4")
+            plain(ops.packed_experts)(*routed, **dict(both), quant_type="nf4")
+            return
+        plain(ops.packed_linear_with_adapters)(
+            x, *self.qkv[:3], SLICES[-1], 64, "nf4", self.adapters, flag, *self.stacks["qkv"], [*SLICES]
+        )
+        logits = torch.empty(tokens, D.experts, dtype=DTYPE, device=META)
+        plain(ops.add_adapters)(logits, x, self.adapters, flag, *self.stacks["router"], [])
+        stacks = *self.stacks["w13"], *self.stacks["w2"]
+        plain(ops.packed_experts_with_adapters)(
+            torch.empty_like(x), *routed, *dict(both).values(), "nf4", self.adapters, flag, *stacks, 1 / 64
+        )
+
+
+def fields(packed: Packed, prefix: str) -> list[tuple[str, object]]:
+    names = ("codes", "absmax", "bias", "blocksize")
+    return [(f"{prefix}{name}", getattr(packed, name)) for name in names]
+
+
+def plain(operator):
+    """The function of an operator: torch would call its fake on meta tensors."""
+    return operator._init_fn
+
+
+QUICK = [(86, None, 0, 32), (90, 4, 64, 32)]
+THOROUGH = product(GPUS, [(None, 0, 32), (None, 0, 16), (1, 16, 32), (4, 64, 32), (2, 8, 16)])
+
+
+@pytest.mark.parametrize(
+    ("capability", "held", "rank", "here"),
+    [*QUICK, *(pytest.param(capability, *case, marks=pytest.mark.slow) for capability, case in THOROUGH)],
+)
+def test_what_is_launched_was_compiled_at_the_start(capability, held, rank, here, monkeypatch):
+    monkeypatch.setattr(ops, "moe_align_block_size", aligned)
+    server = Server(held, rank, here)
+    for gpu, _ in weaker(GPUS[capability]):
+        known = {key for layer in layers(held, rank, here) for key in keys_of(launches(layer, gpu), capability)}
+        settle(META, gpu)
+        with recorded() as served:
+            for no_lora, tokens in product((False, True) if held else (True,), ALL_NUMBERS):
+                server.step(tokens, no_lora)
+        asked = keys_of(served, capability)
+        assert asked <= known, sorted(asked - known)
+        assert len(asked) > 15  # and not because nothing was launched
+        assert len(known - asked) <= 2, sorted(known - asked)  # nor is much compiled for nothing
