@@ -16,7 +16,7 @@ import torch
 from gptoss_nf4.vllm.kernels import codebook, sort
 from gptoss_nf4.vllm.kernels.plan import examined
 from gptoss_nf4.vllm.proving.ladder import fault
-from gptoss_nf4.vllm.proving.products import Adapters, DenseAdapters, Experts, Linear, Product
+from gptoss_nf4.vllm.proving.products import Adapters, DenseAdapters, Experts, Linear, Product, Router
 
 CPU = torch.device("cpu")
 SMALL = {"quant_type": "nf4", "dtype": torch.float16, "most_tokens": 40}
@@ -32,6 +32,9 @@ def products() -> dict[str, Product]:
         "linear with adapters": Linear(**linear | {"rows": 64}, adapters=Adapters(2, 8, (32, 48, 64))),
         "experts": Experts(**experts, here=4),
         "experts of a rank": Experts(**experts, here=2),
+        "experts of logits": Experts(**experts, here=4, of_logits=True),
+        "experts of logits, of a rank": Experts(**experts, here=3, of_logits=True),
+        "router": Router(5, 96, torch.float16, 40),
         "experts with adapters": Experts(**experts, here=4, w13_adapters=adapters, w2_adapters=adapters),
         "dense": DenseAdapters(12, 64, torch.float16, torch.float32, 40, adapters),
     }

@@ -20,7 +20,7 @@ from gptoss_nf4.vllm.kernels.arguments import Packed
 from gptoss_nf4.vllm.kernels.plan import settle
 from gptoss_nf4.vllm.kernels.variants import META, Launch, recorded
 from gptoss_nf4.vllm.proving.ladder import launches, weaker
-from gptoss_nf4.vllm.proving.products import Adapters, DenseAdapters, Experts, Linear, Product
+from gptoss_nf4.vllm.proving.products import Adapters, DenseAdapters, Experts, Linear, Product, Router
 
 D = GPT_OSS_20B
 DTYPE = torch.float16
@@ -60,7 +60,8 @@ def layers(held: int | None, rank: int, here: int) -> list[Product]:
     linear = {"rows": SLICES[-1], "inputs": D.hidden, "blocksize": 64, "bias": True} | widths
     experts = {"hidden": D.hidden, "intermediate": D.intermediate, "w13_blocksize": 64, "w2_blocksize": 64} | widths
     experts |= {"experts": D.experts, "here": here, "top_k": D.experts_per_token}
-    found: list[Product] = [Linear(**linear), Experts(**experts)]
+    router = Router(D.experts, D.hidden, DTYPE, MOST_TOKENS)
+    found: list[Product] = [Linear(**linear), Experts(**experts, of_logits=not held), router]
     if held:
         adapters = Adapters(held, rank)
         found += [
@@ -109,14 +110,17 @@ class Server:
         routed = x, weights, ids, self.expert_map, D.experts
         both = *fields(self.w13, "w13_"), *fields(self.w2, "w2_")
         flag = torch.tensor([no_lora])
+        logits = torch.empty(tokens, D.experts, dtype=DTYPE, device=META)
+        plain(ops.router)(x, torch.empty(D.experts, D.hidden, dtype=DTYPE, device=META), logits[0])
         if not self.held:
             plain(ops.packed_linear)(x, *self.qkv[:3], SLICES[-1], 64, "nf4")
-            plain(ops.packed_experts)(*routed, **dict(both), quant_type="nf4")
+            for is_padding in (None, torch.empty(MOST_TOKENS, dtype=torch.bool, device=META)):
+                chosen = x, logits, D.experts_per_token, is_padding, self.expert_map
+                plain(ops.packed_experts_of_logits)(*chosen, **dict(both), quant_type="nf4")
             return
         plain(ops.packed_linear_with_adapters)(
             x, *self.qkv[:3], SLICES[-1], 64, "nf4", self.adapters, flag, *self.stacks["qkv"], [*SLICES]
         )
-        logits = torch.empty(tokens, D.experts, dtype=DTYPE, device=META)
         plain(ops.add_adapters)(logits, x, self.adapters, flag, *self.stacks["router"], [])
         stacks = *self.stacks["w13"], *self.stacks["w2"]
         plain(ops.packed_experts_with_adapters)(

@@ -253,7 +253,8 @@ class Experts(Product):
 
     def start(self, tokens: int) -> None:
         draw = Draw.on(META)
-        self._run(tokens, draw, *self._weights(draw))
+        for padded in (True, False) if self.of_logits else (True,):  # vLLM does not always tell which tokens exist
+            self._run(tokens, draw, *self._weights(draw), padded=padded)
 
     def errors(self, device: torch.device) -> Iterator[tuple[str, float]]:
         draw = Draw.on(device)
@@ -278,7 +279,7 @@ class Experts(Product):
         return w13, draw.weight(self._used, self.hidden, self.intermediate, self.w2_blocksize, *shared)
 
     def _run(
-        self, tokens: int, draw: Draw, w13: tuple, w2: tuple, plan: Plan | None = None
+        self, tokens: int, draw: Draw, w13: tuple, w2: tuple, plan: Plan | None = None, padded: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Result and reference. Where there is an expert map, global number 0 is another rank's, 1 is the first here."""
         away = int(self.here < self.experts)
@@ -286,7 +287,7 @@ class Experts(Product):
         expert_map = local_numbers if away else None
         x = draw.normal(tokens, self.hidden).to(self.dtype)
         if self.of_logits:
-            return self._run_of_logits(x, local_numbers, expert_map, draw, w13, w2, plan)
+            return self._run_of_logits(x, local_numbers, expert_map, draw, w13, w2, plan, padded)
         ids = draw.below(min(EXPERTS + away, self.experts), tokens, self.top_k)
         weights = draw.normal(tokens, self.top_k).abs()
         if draw.device != META and tokens > 1:
@@ -313,20 +314,23 @@ class Experts(Product):
         w13: tuple,
         w2: tuple,
         plan: Plan | None,
+        padded: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `_run`; the last of several tokens only fills up the batch."""
+        """As `_run`; if `padded`, the last of several tokens only fills up the batch."""
         tokens = len(x)
         logits = draw.normal(tokens, self.experts).to(self.dtype)
-        is_padding = torch.zeros(tokens, dtype=torch.bool, device=draw.device)
+        is_padding = torch.zeros(tokens, dtype=torch.bool, device=draw.device) if padded else None
         if draw.device != META:
             logits[:, (local_numbers >= self._used).nonzero().flatten()] = -100  # of which the trial has no weights
-            is_padding[1:][-1:] = True
+            if is_padding is not None:
+                is_padding[1:][-1:] = True
         packed = w13[0], w2[0]
         result = launch.experts_of_logits(x, logits, self.top_k, is_padding, expert_map, *packed, _aligned, plan)
         if draw.device == META:
             return result, result
         largest, ids = torch.topk(logits.float(), self.top_k)
-        ids[is_padding] = -1
+        if is_padding is not None:
+            ids[is_padding] = -1
         weights = torch.softmax(largest, -1)
         return result, self._reference(x, weights, ids, local_numbers, w13, w2, None, None)
 
