@@ -260,7 +260,7 @@ def _with_escapes(sum_nm, listed, x, weight, tile, row_m):
     start = tl.load(weight.starts + tile)
     end = tl.load(weight.starts + tile + 1)
     sum_nm += _escaped(listed, x, weight, row_m)
-    for more in range(start + ESCAPES, end, ESCAPES):
+    for more in tl.range(start + ESCAPES, end, ESCAPES, num_stages=1):
         sum_nm += _escaped(_escapes_from(weight, tile, more), x, weight, row_m)
     return sum_nm
 
@@ -269,10 +269,9 @@ def _with_escapes(sum_nm, listed, x, weight, tile, row_m):
 def _escaped(listed, x, weight, row_m):
     """The products of some escapes: float32 [n, m]."""
     place_e, value_e = listed
-    n_e = tl.where(place_e >= 0, place_e // weight.K, -1)
-    value_ne = tl.where(n_e[None, :] == tl.arange(0, 16)[:, None], value_e[None, :], 0.0)
+    value_ne = tl.where(place_e[None, :] % 16 == tl.arange(0, 16)[:, None], value_e[None, :], 0.0)
     used_em = (place_e >= 0)[:, None] & (row_m >= 0)[None, :]
-    x_em = x + row_m.to(tl.int64)[None, :] * weight.K + (place_e % weight.K)[:, None]
+    x_em = x + row_m.to(tl.int64)[None, :] * weight.K + (place_e // 16)[:, None]
     return tl.dot(value_ne.to(x.dtype.element_ty), tl.load(x_em, mask=used_em, other=0.0))
 
 
@@ -330,9 +329,9 @@ def unpack_escapes(weight, out, first, count, SCALED: tl.constexpr):
         place_e, value_e = _escapes_from(weight, first + tile, start)
         if SCALED:
             value_e = value_e.to(tl.float32) * weight.unscale
-        place = tile.to(tl.int64) * 16 * weight.K + place_e
-        used_e = (place_e >= 0) & (tile * 16 + place_e // weight.K < count)
-        tl.store(out + place, value_e.to(out.dtype.element_ty), mask=used_e)
+        row_e = tile * 16 + place_e % 16
+        used_e = (place_e >= 0) & (row_e < count)
+        tl.store(out + row_e.to(tl.int64) * weight.K + place_e // 16, value_e.to(out.dtype.element_ty), mask=used_e)
 
 
 # ---- decoding ----

@@ -52,7 +52,7 @@ class TwelveBits(NamedTuple):
     starts: torch.Tensor
     """int32 [R + 1]: where each row tile's escapes begin and end."""
     places: torch.Tensor
-    """int32 [E]: row of the tile * in + column."""
+    """int32 [E]: column * 16 + row of the tile."""
     escapes: torch.Tensor
     """[E] in the weight's dtype, multiplied by the scale."""
     rows: int
@@ -110,7 +110,7 @@ def pack(weight: torch.Tensor) -> TwelveBits | str:
         words[tiles] = _arrange(index, bits < 0, low_byte, escapes, inputs)
         tile, place = escapes.nonzero(as_tuple=True)
         counts.append(torch.bincount(tile, minlength=len(bits)))
-        places.append(place.int())
+        places.append((place % inputs * ROWS + place // inputs).int())
         values.append(bits[tile, place].view(weight.dtype))
         if sum(map(len, places)) > MAX_ESCAPES * weight.numel():
             return f"exponents that spread too far: more than {MAX_ESCAPES:.2%} of the weights do not fit into 12 bits"
@@ -137,21 +137,21 @@ def unpack(packed: TwelveBits) -> torch.Tensor:
     word, *low = packed.words.long().unbind(2)  # [R, C, l, s] and, for each q, [R, C, l, (e h)]
     low = torch.stack([each.unflatten(-1, (2, 2)) for each in low], 3).flatten(3, 4)  # [R, C, l, s, h]
     table = packed.table.view(torch.uint8).long()
-    tile = torch.arange(len(table), device=table.device).view(-1, 1, 1, 1)
+    of_tile = torch.arange(len(table), device=table.device).view(-1, 1, 1, 1)
     weights = []
     for h in range(2):
         for j in range(4):
-            key = table[tile, (word >> (4 * (4 * h + j))) & 7]
+            key = table[of_tile, (word >> (4 * (4 * h + j))) & 7]
             sign = (word >> (8 * j + 7 - 4 * h)) & 1
             weights.append((sign << 15) | (((key << 8) | ((low[..., h] >> (8 * j)) & 255)) << shift))
     bits_RCgtqehrp = torch.stack(weights, -1).to(torch.int16).view(*word.shape[:2], 8, 4, 2, 2, 2, 2, 2)
     bits_RrgCqtehp = bits_RCgtqehrp.permute(0, 7, 2, 1, 4, 3, 5, 6, 8)
     bits = bits_RrgCqtehp.reshape(len(table), -1)
     count = packed.starts.diff()
-    bits[torch.arange(len(table), device=table.device).repeat_interleave(count), packed.places.long()] = packed.escapes.view(
-        torch.int16
-    )
-    weight = bits.view(packed.dtype).view(-1, packed.inputs)[: packed.rows]
+    tile = torch.arange(len(table), device=table.device).repeat_interleave(count)
+    bits = bits.view(-1, packed.inputs)
+    bits[tile * ROWS + packed.places % ROWS, packed.places.long() // ROWS] = packed.escapes.view(torch.int16)
+    weight = bits.view(packed.dtype)[: packed.rows]
     return weight if packed.scale == 1 else weight / packed.scale
 
 
