@@ -104,7 +104,7 @@ def linear(x: torch.Tensor, packed: TwelveBits, bias: torch.Tensor | None = None
         return out
     plan = plan or plan_product(rows)
     if plan is None:
-        _linear_in_parts(x, packed, out)
+        linear_in_parts(x, packed, out)
     else:
         blocks, row_tiles = triton.cdiv(rows, plan.rows), len(packed.table)
         grid = (blocks * triton.cdiv(row_tiles, plan.tiles),)
@@ -113,7 +113,7 @@ def linear(x: torch.Tensor, packed: TwelveBits, bias: torch.Tensor | None = None
     return out if bias is None else out.add_(bias)
 
 
-def _linear_in_parts(x: torch.Tensor, packed: TwelveBits, out: torch.Tensor) -> None:
+def linear_in_parts(x: torch.Tensor, packed: TwelveBits, out: torch.Tensor) -> None:
     """out [rows, out_features] = x times the weight, of which `DENSE_ROWS` rows are dense at a time."""
     part = torch.empty(min(DENSE_ROWS, len(packed.table) * ROWS), packed.inputs, dtype=x.dtype, device=x.device)
     for first in range(0, packed.rows, DENSE_ROWS):
