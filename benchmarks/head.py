@@ -15,10 +15,11 @@ from collections.abc import Callable
 from itertools import product
 
 import torch
+from torch.nn.functional import linear
 
 from benchmarks.tables import markdown
 from benchmarks.weights import GPT_OSS_20B
-from gptoss_nf4.vllm.kernels import head
+from gptoss_nf4.vllm.kernels import head_launch
 from gptoss_nf4.vllm.kernels.twelve_bits import TwelveBits, pack
 
 VOCABULARY, HIDDEN = GPT_OSS_20B.vocabulary, GPT_OSS_20B.hidden
@@ -72,7 +73,7 @@ def packed_in(weight: torch.Tensor) -> tuple[TwelveBits, float]:
 
 def check(weight: torch.Tensor, packed: TwelveBits, seconds: float) -> list[list[str]]:
     """The rows of the table of results."""
-    wrong = int((head.dequantize(packed).view(torch.int16) != weight.view(torch.int16)).sum())
+    wrong = int((head_launch.dequantize(packed).view(torch.int16) != weight.view(torch.int16)).sum())
     rows = [
         ["size", f"{packed.nbytes / 1e6:.1f} MB, dense {weight.nbytes / 1e6:.1f} MB"],
         ["packed in", f"{seconds:.2f} s"],
@@ -83,13 +84,13 @@ def check(weight: torch.Tensor, packed: TwelveBits, seconds: float) -> list[list
     for count in ROWS:
         x = torch.randn(count, HIDDEN, device=DEVICE).to(weight.dtype)
         expected = x.double() @ weight[sampled].double().T
-        ours, dense = (relative(out[:, sampled], expected) for out in (head.linear(x, packed), x @ weight.T))
+        ours, dense = (relative(out[:, sampled], expected) for out in (head_launch.linear(x, packed), x @ weight.T))
         rows.append([f"error against float64, {count} rows", f"{ours:.2e}, dense {dense:.2e}"])
     columns = torch.linspace(0, HIDDEN - 1, 32, device=DEVICE).long()  # one 1 a row: the product is the weight itself
     x = torch.zeros(32, HIDDEN, dtype=weight.dtype, device=DEVICE)
     x[torch.arange(32, device=DEVICE), columns] = 1
     for count in (8, 16, 32):
-        wrong = int((head.linear(x[:count].contiguous(), packed) != weight[:, columns[:count]].T).sum())
+        wrong = int((head_launch.linear(x[:count].contiguous(), packed) != weight[:, columns[:count]].T).sum())
         rows.append([f"logits of unit vectors that differ from the weight, {count} rows", str(wrong)])
     return rows
 
@@ -103,7 +104,9 @@ def compare(weight: torch.Tensor, packed: TwelveBits, counts: tuple[int, ...]) -
     rows = []
     for count in counts:
         x = torch.randn(count, HIDDEN, device=DEVICE).to(weight.dtype)
-        ours, dense = in_turn([lambda x=x: head.linear(x, packed), lambda x=x: torch.nn.functional.linear(x, weight)])
+        ours, dense = in_turn(
+            [lambda x=x: head_launch.linear(x, packed), lambda x=x: torch.nn.functional.linear(x, weight)]
+        )
         rates = [packed.nbytes / statistics.median(ours) / 1e3, weight.nbytes / statistics.median(dense) / 1e3]
         ratio = statistics.median(dense) / statistics.median(ours)
         rows.append([str(count), said(ours), f"{rates[0]:.0f}", said(dense), f"{rates[1]:.0f}", f"{ratio:.2f}"])
@@ -115,12 +118,12 @@ def compare_plans(packed: TwelveBits) -> list[list[str]]:
     rows = []
     for count in ROWS:
         x = torch.randn(count, HIDDEN, device=DEVICE).to(packed.dtype)
-        plans: list[head.Plan | None] = [
-            head.Plan(block, warps, tiles)
+        plans: list[head_launch.Plan | None] = [
+            head_launch.Plan(block, warps, tiles)
             for block, warps, tiles in product((8, 16, 32), (2, 4, 8), (1, 2))
             if block == 32 or block >= count
         ]
-        calls: list[Callable] = [lambda x=x, plan=plan: head.linear(x, packed, plan=plan) for plan in plans]
+        calls: list[Callable] = [lambda x=x, plan=plan: head_launch.linear(x, packed, plan=plan) for plan in plans]
         if count >= 64:
             plans.append(None)
             calls.append(lambda x=x: unpacked_linear(x, packed))
@@ -132,7 +135,7 @@ def compare_plans(packed: TwelveBits) -> list[list[str]]:
 
 def unpacked_linear(x: torch.Tensor, packed: TwelveBits) -> torch.Tensor:
     out = torch.empty(len(x), packed.rows, dtype=x.dtype, device=x.device)
-    head.linear_in_parts(x, packed, out)
+    head_launch.linear_in_parts(x, packed, out)
     return out
 
 

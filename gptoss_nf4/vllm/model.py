@@ -11,6 +11,7 @@ from vllm.model_executor.models import gpt_oss
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.residual import writes_to_stream
 from gptoss_nf4.vllm.config import GptOssNf4Config
+from gptoss_nf4.vllm.head import HeadMethod
 
 if TYPE_CHECKING:
     from vllm.lora.model_manager import LoRAModelManager
@@ -47,6 +48,8 @@ class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # vLLM looks things up by t
             refuse_unscaled_access(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.residual_scale = scale
+        if isinstance(config, GptOssNf4Config):
+            self.lm_head.quant_method = HeadMethod(vllm_config)
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.variance_epsilon *= self.residual_scale**2
