@@ -104,9 +104,8 @@ def compare(weight: torch.Tensor, packed: TwelveBits, counts: tuple[int, ...]) -
     rows = []
     for count in counts:
         x = torch.randn(count, HIDDEN, device=DEVICE).to(weight.dtype)
-        ours, dense = in_turn(
-            [lambda x=x: head_launch.linear(x, packed), lambda x=x: torch.nn.functional.linear(x, weight)]
-        )
+        calls: list[Callable] = [lambda x=x: head_launch.linear(x, packed), lambda x=x: linear(x, weight)]
+        ours, dense = in_turn(calls)
         rates = [packed.nbytes / statistics.median(ours) / 1e3, weight.nbytes / statistics.median(dense) / 1e3]
         ratio = statistics.median(dense) / statistics.median(ours)
         rows.append([str(count), said(ours), f"{rates[0]:.0f}", said(dense), f"{rates[1]:.0f}", f"{ratio:.2f}"])
