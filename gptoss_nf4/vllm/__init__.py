@@ -9,7 +9,8 @@ The life of a weight:
 4. vLLM reads the checkpoint and hands each tensor to its parameter's loader (`loading.py`). The loader takes this rank's
    rows or columns and, on a GPU, brings them into the order that the kernels read (`kernels/tiles.py`). `model.py` has
    multiplied what writes to the residual stream by `residual_scale` before.
-5. After loading, a parameter that no tensor has filled is an error.
+5. After loading, a parameter that no tensor has filled is an error. lm_head, which the checkpoint keeps dense, is packed
+   into 12 bits a weight without losing one (`head.py`, `kernels/twelve_bits.py`).
 6. In each step the method's `apply` calls one operator. On a GPU in 16 bit it is one of `ops.py`, which choose a kernel
    by the number of tokens. On the CPU the experts in use are dequantized (`experts.py`).
 

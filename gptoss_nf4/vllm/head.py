@@ -41,10 +41,10 @@ class HeadMethod(UnquantizedEmbeddingMethod):
         self.packed = None
         packed = self.reason or packed_or_reason(layer.weight.data)
         if isinstance(packed, str):
-            logger.info("gptoss_nf4: lm_head stays in 16 bits a weight: %s", packed)
+            logger.info("gptoss_nf4: lm_head stays dense: %s", packed)
             return
         sizes = packed.nbytes / 1e9, layer.weight.nbytes / 1e9
-        logger.info("gptoss_nf4: lm_head takes %.2f GB in 12 bits a weight, and %.2f in 16: the same bits", *sizes)
+        logger.info("gptoss_nf4: lm_head is kept in 12 bits a weight, exactly: %.2f GB instead of %.2f", *sizes)
         self.packed = packed
         del layer.weight
 

@@ -11,8 +11,8 @@ table covers two binades, so eight of them cover 16. Each tile of 16 rows has a 
 most frequent there. Value 0 is always in it: zeros need it.
 
 A float16 weight has to be a bfloat16 one too, as heads are that were trained in bfloat16 and cast for serving: its three
-lowest bits are 0. float16 keeps that only where it is normal, so the weight is first multiplied by a power of two, which is
-exact, and lifts even the smallest value to a normal one (`scale_of`). The kernels divide their sums by it.
+lowest bits are 0. Where float16 is subnormal, that need not be so. Therefore the weight is first multiplied by a power of
+two, which is exact and makes the smallest value a normal one (`scale_of`). The kernels divide their sums by it.
 
 What the nibble and the byte cannot say is an *escape*: stored as zero here, and listed beside it, in the order of row
 tiles, with its place and value. The kernels add its products. Of normally distributed weights 0.03 % are escapes.
