@@ -20,7 +20,7 @@ from gptoss_nf4.vllm.kernels.twelve_bits import TwelveBits, pack, unpack
 DTYPES = (torch.bfloat16, torch.float16)
 LIMITS = {"torch.bfloat16": 4e-3, "torch.float16": 1e-3}
 MAX_SHARED_BYTES = 99 * 1024  # of a program, on sm_86
-FOUR_REGISTERS = 16  # bytes; with 32 rows and two tiles, under Triton 3.9 alone: 4 to 8 of 450 instructions of the loop
+TWO_REGISTERS = 8  # bytes; with 8 rows of float16, under Triton 3.9 alone
 
 
 def normal(rows: int, inputs: int, dtype: torch.dtype) -> torch.Tensor:
@@ -173,7 +173,7 @@ def test_every_launch_fits_the_gpu(capability, dtype):
     assert {each.kernel for each in found} == {"head.product", "head.unpack", "head.unpack_escapes"}
     for each in found:
         takes = machine_code.resources(each, each.compiled(capability))
-        assert takes.spilled_bytes <= (FOUR_REGISTERS if each.arguments.get("BM") == 32 else 0), takes
+        assert takes.spilled_bytes <= TWO_REGISTERS, takes
         assert takes.static_bytes + takes.dynamic_bytes <= MAX_SHARED_BYTES, takes
 
 

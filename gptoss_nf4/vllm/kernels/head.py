@@ -45,10 +45,8 @@ def product(x, weight, out, count, blocks, R, BM: tl.constexpr, WARPS: tl.conste
     next_words = weight.words + next_tile.to(tl.int64) * weight.C * TILE
     warp = tl.arange(0, WARPS)
     ahead = _load(x, words, next_words, row_m, weight, warp, TWO)
-    # The first escapes, and what each table is, come while the products run.
+    # The first escapes come while the products run. Of two tiles' there is no room in the registers.
     listed = _escapes_from(weight, tile, tl.load(weight.starts + tile))
-    if TWO:
-        next_listed = _escapes_from(weight, next_tile, tl.load(weight.starts + next_tile))
     table = _load_table(weight, tile)
     next_table = _load_table(weight, next_tile)
     sum_wnm = tl.zeros([WARPS, 16, BM], tl.float32)
@@ -64,6 +62,7 @@ def product(x, weight, out, count, blocks, R, BM: tl.constexpr, WARPS: tl.conste
     sum_nm = _with_escapes(tl.sum(sum_wnm, axis=0), listed, x, weight, tile, row_m)
     _store(out, sum_nm * weight.unscale, row_m, tile, weight.N)
     if TWO:
+        next_listed = _escapes_from(weight, next_tile, tl.load(weight.starts + next_tile))
         next_sum_nm = _with_escapes(tl.sum(next_sum_wnm, axis=0), next_listed, x, weight, next_tile, row_m)
         _store(out, next_sum_nm * weight.unscale, row_m, next_tile, weight.N)
 
