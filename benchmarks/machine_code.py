@@ -25,10 +25,11 @@ from triton.runtime.driver import driver
 from benchmarks.tables import markdown
 from benchmarks.weights import GPT_OSS_20B
 from gptoss_nf4.format.dimensions import Dimensions
-from gptoss_nf4.vllm.kernels import launch, tiles, variants
+from gptoss_nf4.vllm.kernels import head_launch, launch, tiles, variants
 from gptoss_nf4.vllm.kernels.arguments import Packed
 from gptoss_nf4.vllm.kernels.lora import Factors, Lora
 from gptoss_nf4.vllm.kernels.plan import Gpu, settle
+from gptoss_nf4.vllm.kernels.twelve_bits import PLANES, WORDS, TwelveBits
 from gptoss_nf4.vllm.kernels.variants import META
 
 # By compute capability: A100, RTX 3090, H100.
@@ -71,6 +72,8 @@ class Launch(variants.Launch):
     @property
     def decoded(self) -> int | None:
         """Weights that a lane decodes in an iteration of the kernel's loop; None where it has no such loop."""
+        if self.kernel == "head.product":
+            return 8 * WORDS * (2 if self.arguments["TWO"] else 1)
         tiles_a_warp = TILES.get(self.kernel)
         return tiles_a_warp and 8 * self.arguments["weight"].S.value * tiles_a_warp
 
@@ -153,6 +156,26 @@ def _aligned(ids: torch.Tensor, block: int, experts: int, expert_map: torch.Tens
     return numbers, numbers, numbers[:1]
 
 
+def head_launches(d: Dimensions, dtype: torch.dtype, gpu: Gpu) -> list[Launch]:
+    """Every launch for a head in 12 bits."""
+    row_tiles, input_tiles = tiles.padded_rows(d.vocabulary) // tiles.ROWS, d.hidden // tiles.MAX_INPUTS
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device=META)
+
+    words = empty(row_tiles, input_tiles, PLANES, tiles.LANES, WORDS)
+    escapes = 1000
+    lists = empty(row_tiles + 1), empty(escapes), empty(escapes, dtype=dtype)
+    scale = 1024.0 if dtype == torch.float16 else 1.0
+    packed = TwelveBits(words, empty(row_tiles, 2), *lists, d.vocabulary, scale)
+    settle(META, gpu)
+    with variants.recorded() as found:
+        for rows in head_launch.VARIANTS:
+            head_launch.linear(empty(rows, d.hidden, dtype=dtype), packed)
+        head_launch.dequantize(packed, 0, head_launch.DENSE_ROWS)
+    return [Launch(each.function, each.arguments, each.grid) for each in found]
+
+
 def _packed(experts: int, rows: int, columns: int, dtype: torch.dtype, blocksize: int) -> Packed:
     inputs = tiles.tile_inputs(blocksize)
     row_tiles, words = rows // tiles.ROWS, inputs // tiles.ROWS
@@ -231,6 +254,7 @@ def main() -> None:
         sys.exit(f"error: benchmarks.machine_code: compute capability: got {capability}, expected one of {known}")
     rows, gpu = [], GPUS[capability]
     found = [launches(GPT_OSS_20B, torch.bfloat16, gpu, lora_rank=rank) for rank in (None, *LORA_RANKS)]
+    found += [head_launches(GPT_OSS_20B, dtype, gpu) for dtype in (torch.bfloat16, torch.float16)]
     for each in {each.label: each for each in chain(*found)}.values():
         compiled = each.compiled(capability)
         r, loop = resources(each, compiled), loop_length(disassembled(compiled, "-sass"))

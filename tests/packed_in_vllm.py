@@ -13,6 +13,7 @@ os.environ |= {"TRITON_INTERPRET": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 from whole_model import log_probabilities, whole_model
 
+import gptoss_nf4.vllm.head
 import gptoss_nf4.vllm.linear
 import gptoss_nf4.vllm.moe
 import gptoss_nf4.vllm.ops
@@ -21,7 +22,7 @@ from gptoss_nf4.engine.generate import generate
 
 
 def use_the_gpus_path() -> dict[str, str]:
-    """From now on layers pack their weights. Returns a mapping in which the dtypes of their parameters will be."""
+    """From now on layers pack their weights. Returns a mapping in which the dtypes of what they keep will be."""
     from kernel_cases import align
 
     dtypes = {}
@@ -31,8 +32,16 @@ def use_the_gpus_path() -> dict[str, str]:
         dtypes[name] = str(dtype)
         register(layer, prefix, name, shape, dtype, load)
 
+    pack_head = gptoss_nf4.vllm.head.packed_or_reason
+
+    def pack_and_note(weight):
+        packed = pack_head(weight)
+        dtypes["head"] = packed if isinstance(packed, str) else str(packed.words.dtype)
+        return packed
+
     gptoss_nf4.vllm.moe.register_parameter = register_and_note
-    for module in (gptoss_nf4.vllm.linear, gptoss_nf4.vllm.moe):
+    gptoss_nf4.vllm.head.packed_or_reason = pack_and_note
+    for module in (gptoss_nf4.vllm.head, gptoss_nf4.vllm.linear, gptoss_nf4.vllm.moe):
         module.runs_on_kernels = lambda dtype: True
     # vLLM's own operator has no CPU build.
     gptoss_nf4.vllm.ops.moe_align_block_size = lambda ids, block, experts, expert_map: align(ids, block, [*range(experts)])

@@ -117,6 +117,7 @@ def test_packed_weights_and_interpreted_kernels_agree(tmp_path):
     assert result["positions"] >= 8
     assert result["top1_agreement"] == 1
     assert result["worst_logprob_difference"] < 0.05
+    assert result["dtypes"]["head"] == "torch.int32"
     # The kernels read pairs of float16, in units of their own.
     assert result["dtypes"]["w13_absmax"] == result["dtypes"]["w2_absmax"] == "torch.float16"
 

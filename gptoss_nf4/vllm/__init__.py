@@ -12,7 +12,8 @@ The life of a weight:
    rows or columns and, on a GPU, brings them into the order that the kernels read (`kernels/tiles.py`). `model.py` has
    multiplied what writes to the residual stream by `residual_scale` before. On a GPU, threads do what is large while vLLM
    reads on (`transfer.py`).
-6. After loading, a parameter that no tensor has filled is an error.
+6. After loading, a parameter that no tensor has filled is an error. lm_head, which the checkpoint keeps dense, is packed
+   into 12 bits a weight without losing one (`head.py`, `kernels/twelve_bits.py`).
 7. In each step the method's `apply` calls one operator. On a GPU in 16 bit it is one of `ops.py`, which choose a kernel
    by the number of tokens. On the CPU the experts in use are dequantized (`experts.py`).
 

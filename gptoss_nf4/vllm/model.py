@@ -11,6 +11,7 @@ from vllm.model_executor.models import gpt_oss
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.residual import writes_to_stream
 from gptoss_nf4.vllm.config import GptOssNf4Config
+from gptoss_nf4.vllm.head import HeadMethod
 from gptoss_nf4.vllm.router import use_kernel
 from gptoss_nf4.vllm.transfer import GROUP_BYTES, Transfer
 
@@ -55,6 +56,7 @@ class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # vLLM looks things up by t
         self.residual_scale = scale
         if isinstance(config, GptOssNf4Config):
             use_kernel(self)
+            self.lm_head.quant_method = HeadMethod(vllm_config)
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.variance_epsilon *= self.residual_scale**2

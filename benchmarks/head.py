@@ -1,0 +1,169 @@
+"""The head in 12 bits against dense weights and cuBLAS, at gpt-oss-20b's size: the same bits, and how fast.
+
+    python -m benchmarks.head            less than a minute on one GPU
+    python -m benchmarks.head --plans    in addition every plan of the kernel, at each number of rows
+
+Weights are normally distributed, in bfloat16, and the same cast to float16. Either form is larger than any GPU's L2 cache.
+Contenders take turns, each a CUDA graph of several launches. Times are medians, smallest and largest in brackets.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from itertools import product
+
+import torch
+from torch.nn.functional import linear
+
+from benchmarks.tables import markdown
+from benchmarks.weights import GPT_OSS_20B
+from gptoss_nf4.vllm.kernels import head_launch
+from gptoss_nf4.vllm.kernels.twelve_bits import TwelveBits, pack
+
+VOCABULARY, HIDDEN = GPT_OSS_20B.vocabulary, GPT_OSS_20B.hidden
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16)
+DEVICE = torch.device("cuda")
+SAMPLED = 4096  # rows of the weight that are compared with float64
+ROUNDS = 15
+LAUNCHES = 4  # of a graph
+RARE = 0.003  # share of the weights that are made too small for 12 bits, in the table's last rows
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(prog="benchmarks.head")
+    arguments.add_argument("--plans", action="store_true", help="measure every plan of the kernel")
+    every_plan = arguments.parse_args().plans
+    if not torch.cuda.is_available():
+        sys.exit("error: benchmarks.head: no NVIDIA GPU: got none, expected Ampere or newer; run it on such a machine")
+    print(torch.cuda.get_device_name(), torch.__version__, "\n")
+    torch.manual_seed(0)
+    checks, times, plans = [], [], []
+    for dtype in DTYPES:
+        weight = (torch.randn(VOCABULARY, HIDDEN, device=DEVICE) * 0.02).bfloat16().to(dtype)
+        packed, seconds = packed_in(weight)
+        checks += [[str(dtype), *row] for row in check(weight, packed, seconds)]
+        times += [[str(dtype), *row] for row in compare(weight, packed, ROWS)]
+        if every_plan:
+            plans += [[str(dtype), *row] for row in compare_plans(packed)]
+    rare = torch.rand(weight.shape, dtype=dtype, device=DEVICE) < RARE
+    weight[rare] *= 2.0**-14
+    del rare
+    packed, _ = packed_in(weight)
+    share = f"{dtype}, {len(packed.places) / weight.numel():.2%} escapes"
+    times += [[share, *row] for row in compare(weight, packed, (1, 8, 32))]
+    print(markdown(["dtype", "what", "result"], checks))
+    print(markdown(["weights", "rows", "12 bits us", "GB/s", "dense us", "GB/s", "dense / 12 bits"], times))
+    if plans:
+        print(markdown(["dtype", "rows", "plan", "us", "GB/s"], plans))
+
+
+def packed_in(weight: torch.Tensor) -> tuple[TwelveBits, float]:
+    """The weight packed, and in how many seconds."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    packed = pack(weight)
+    torch.cuda.synchronize()
+    if isinstance(packed, str):
+        sys.exit(f"error: benchmarks.head: random weights were not packed: {packed}")
+    return packed, time.perf_counter() - start
+
+
+def check(weight: torch.Tensor, packed: TwelveBits, seconds: float) -> list[list[str]]:
+    """The rows of the table of results."""
+    wrong = int((head_launch.dequantize(packed).view(torch.int16) != weight.view(torch.int16)).sum())
+    rows = [
+        ["size", f"{packed.nbytes / 1e6:.1f} MB, dense {weight.nbytes / 1e6:.1f} MB"],
+        ["packed in", f"{seconds:.2f} s"],
+        ["escapes", f"{len(packed.places)}, at most {int(packed.starts.diff().max())} in a row tile"],
+        ["weights whose bits differ when unpacked", str(wrong)],
+    ]
+    sampled = torch.randperm(VOCABULARY, device=DEVICE)[:SAMPLED]
+    for count in ROWS:
+        x = torch.randn(count, HIDDEN, device=DEVICE).to(weight.dtype)
+        expected = x.double() @ weight[sampled].double().T
+        ours, dense = (relative(out[:, sampled], expected) for out in (head_launch.linear(x, packed), x @ weight.T))
+        rows.append([f"error against float64, {count} rows", f"{ours:.2e}, dense {dense:.2e}"])
+    columns = torch.linspace(0, HIDDEN - 1, 32, device=DEVICE).long()  # one 1 a row: the product is the weight itself
+    x = torch.zeros(32, HIDDEN, dtype=weight.dtype, device=DEVICE)
+    x[torch.arange(32, device=DEVICE), columns] = 1
+    for count in (8, 16, 32):
+        wrong = int((head_launch.linear(x[:count].contiguous(), packed) != weight[:, columns[:count]].T).sum())
+        rows.append([f"logits of unit vectors that differ from the weight, {count} rows", str(wrong)])
+    return rows
+
+
+def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((result.double() - expected).norm() / expected.norm())
+
+
+def compare(weight: torch.Tensor, packed: TwelveBits, counts: tuple[int, ...]) -> list[list[str]]:
+    """Times of both forms for each number of rows of activations."""
+    rows = []
+    for count in counts:
+        x = torch.randn(count, HIDDEN, device=DEVICE).to(weight.dtype)
+        calls: list[Callable] = [lambda x=x: head_launch.linear(x, packed), lambda x=x: linear(x, weight)]
+        ours, dense = in_turn(calls)
+        rates = [packed.nbytes / statistics.median(ours) / 1e3, weight.nbytes / statistics.median(dense) / 1e3]
+        ratio = statistics.median(dense) / statistics.median(ours)
+        rows.append([str(count), said(ours), f"{rates[0]:.0f}", said(dense), f"{rates[1]:.0f}", f"{ratio:.2f}"])
+    return rows
+
+
+def compare_plans(packed: TwelveBits) -> list[list[str]]:
+    """Times of all plans that suit a number of rows."""
+    rows = []
+    for count in ROWS:
+        x = torch.randn(count, HIDDEN, device=DEVICE).to(packed.dtype)
+        plans: list[head_launch.Plan | None] = [
+            head_launch.Plan(block, warps, tiles)
+            for block, warps, tiles in product((8, 16, 32), (2, 4, 8), (1, 2))
+            if block == 32 or block >= count
+        ]
+        calls: list[Callable] = [lambda x=x, plan=plan: head_launch.linear(x, packed, plan=plan) for plan in plans]
+        if count >= 64:
+            plans.append(None)
+            calls.append(lambda x=x: unpacked_linear(x, packed))
+        for plan, times in zip(plans, in_turn(calls), strict=True):
+            name = "parts unpacked, cuBLAS" if plan is None else f"{plan.rows} rows, {plan.warps} warps, {plan.tiles} tiles"
+            rows.append([str(count), name, said(times), f"{packed.nbytes / statistics.median(times) / 1e3:.0f}"])
+    return rows
+
+
+def unpacked_linear(x: torch.Tensor, packed: TwelveBits) -> torch.Tensor:
+    out = torch.empty(len(x), packed.rows, dtype=x.dtype, device=x.device)
+    head_launch.linear_in_parts(x, packed, out)
+    return out
+
+
+def in_turn(calls: list[Callable]) -> list[list[float]]:
+    """Microseconds of each call, `ROUNDS` times, one call after the other in each round."""
+    graphs = []
+    for call in calls:
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(LAUNCHES):
+                call()
+        graphs.append(graph)
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(ROUNDS + 1):
+        for graph, mine in zip(graphs, times, strict=True):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            mine.append(start.elapsed_time(end) * 1e3 / LAUNCHES)
+    return [mine[1:] for mine in times]
+
+
+def said(times: list[float]) -> str:
+    return f"{statistics.median(times):.0f} ({min(times):.0f}-{max(times):.0f})"
+
+
+if __name__ == "__main__":
+    main()
