@@ -113,7 +113,8 @@ def experts_of_logits(
 
     Args:
         logits: [tokens, num_experts], contiguous. A token goes to the `top_k` largest, weighted by their softmax.
-        is_padding: bool [tokens or more]: tokens that do not exist; their rows are 0. None: all exist.
+        is_padding: bool [tokens or more]: tokens that do not exist. Nobody reads their rows, so computing them is a waste.
+        None: all exist.
         expert_map: int32 [num_experts] from global to local number, -1 for another rank's; None where all are here.
         plan: in place of what `plan_experts` chooses.
         The others: as in `experts`.
@@ -127,7 +128,8 @@ def experts_of_logits(
     if routes(tokens, num_experts):
         routed = route(logits, top_k, plan.rows, expert_map, is_padding, early=early)
         return experts(x, top_k, *routed, w13, w2, plan)
-    weights, ids = choose(logits, top_k, is_padding, early=early)
+    # Not every vLLM's sorting knows an expert -1: here tokens that do not exist are computed as others are.
+    weights, ids = choose(logits, top_k, early=early)
     return experts(x, top_k, weights, ids, Routing(*align(ids, plan.rows, num_experts, expert_map)), w13, w2, plan)
 
 
@@ -158,8 +160,10 @@ def routed_experts(
     if tokens == 1 and isinstance(plan, Small):  # each slot its own block: nothing to sort
         routing = Routing(None, local_experts(topk_ids, expert_map), None)
     else:
-        sort = sort_slots if fits(topk_ids.numel(), num_experts) else align
-        routing = Routing(*sort(topk_ids, plan.rows, num_experts, expert_map))
+        if fits(topk_ids.numel(), num_experts):
+            routing = Routing(*sort_slots(topk_ids, plan.rows, num_experts, expert_map))
+        else:  # not every vLLM's sorting knows an expert -1; the sum leaves its slots out all the same
+            routing = Routing(*align(topk_ids.clamp(min=0), plan.rows, num_experts, expert_map))
     return experts(x, top_k, topk_weights, topk_ids, routing, w13, w2, plan, out, w13_factors, w2_factors)
 
 

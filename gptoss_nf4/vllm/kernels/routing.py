@@ -95,7 +95,6 @@ def _store_choices(topk_weights, topk_ids, is_padding, rank_te, weight_te, token
 @triton.jit(do_not_specialize=["tokens"])
 def _choose(
     logits,
-    is_padding,
     topk_weights,
     topk_ids,
     tokens,
@@ -108,17 +107,14 @@ def _choose(
     start_early(EARLY)
     token, logit_te = _logits_of(logits, tokens, tl.program_id(0) * TOKENS, E, TOKENS, EXPERTS)
     rank_te, weight_te = _top(logit_te, TOP_K)
-    _store_choices(topk_weights, topk_ids, is_padding, rank_te, weight_te, token, tokens, TOP_K)
+    _store_choices(topk_weights, topk_ids, None, rank_te, weight_te, token, tokens, TOP_K)
 
 
-def choose(
-    logits: torch.Tensor, top_k: int, is_padding: torch.Tensor | None = None, *, early: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def choose(logits: torch.Tensor, top_k: int, *, early: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """The top k of each token.
 
     Args:
         logits: [tokens, experts], contiguous, float32 or 16 bits.
-        is_padding: bool [tokens] or more; tokens that do not exist choose -1.
         early: this kernel may start before the one in front of it has ended, see `ahead`.
 
     Returns:
@@ -130,7 +126,6 @@ def choose(
     if tokens:
         _choose[(triton.cdiv(tokens, TOKENS.value),)](
             logits,
-            is_padding,
             weights,
             ids,
             tokens,
@@ -206,6 +201,7 @@ def route(
 
     Args:
         expert_map: int32 [experts] from global to local number, -1 for another rank's; None where all are here.
+        is_padding: bool [tokens] or more; tokens that do not exist choose -1. None: all exist.
 
     Returns:
         topk_weights and topk_ids as `choose`, and the routing. What lies behind its padded_count is not set.
