@@ -3,7 +3,7 @@
 import os
 import time
 
-from common import METRICS, engine_of, model_of, stage
+from common import METRICS, PLOTS, engine_of, model_of, stage
 from omegaconf import DictConfig
 
 from gptoss_nf4.engine.measure import PeakMemory, measure_batch
@@ -35,6 +35,7 @@ def main(cfg: DictConfig) -> str:
         "batches": batches,
     }
     write_json(METRICS / "benchmark.json", {"model": model.name, "dtype": cfg.dtype, "engine": cfg.engine.name, **result})
+    write_json(PLOTS / "speed/benchmark.json", batches)
     for row in batches:
         print(
             f"benchmark: batch {row['batch']}: {row['output_tokens_per_second']:.1f} tokens/s, "

@@ -34,8 +34,10 @@ from gptoss_nf4.errors import UserError, printable  # noqa: E402
 from gptoss_nf4.format.dimensions import Dimensions  # noqa: E402
 from gptoss_nf4.source.model import AdapterSource, Model  # noqa: E402
 from gptoss_nf4.storage.artifacts import Artifacts  # noqa: E402
+from gptoss_nf4.storage.writing import write_json  # noqa: E402
 
 METRICS = Path("metrics")
+PLOTS = Path("plots")  # a directory for each plot of dvc.yaml
 
 
 def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
@@ -52,7 +54,9 @@ def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
             line = function(cfg)
         except UserError as error:
             sys.exit(f"error: {error}")
-        print(f"{name}: {line}, {time.monotonic() - started:.1f} s\n", end="", flush=True)  # one write: others print too
+        seconds = time.monotonic() - started
+        print(f"{name}: {line}, {seconds:.1f} s\n", end="", flush=True)  # one write: others print too
+        write_json(Artifacts.of(cfg.model.name).seconds(name, cfg.layer), {"seconds": seconds})
 
     run = hydra.main(version_base="1.3", config_path="../conf", config_name="stage")(report)
 
