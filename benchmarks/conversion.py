@@ -223,7 +223,7 @@ def main() -> None:
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     for plot, points in plotted(result["growth"]).items():
-        (ROOT / f"plots/{plot}/conversion.json").write_text(json.dumps(points, indent=2) + "\n")
+        (ROOT / f"plots/{plot}/points.json").write_text(json.dumps(points, indent=2) + "\n")
 
 
 if __name__ == "__main__":

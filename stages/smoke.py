@@ -4,9 +4,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import METRICS, PLOTS, engine_of, model_of, stage
+from common import METRICS, engine_of, model_of, stage
 from merging import merge_of
 from omegaconf import DictConfig
+from plotting import draw
 
 from gptoss_nf4.adapters.adapter import Adapter
 from gptoss_nf4.check import reference
@@ -148,7 +149,7 @@ def main(cfg: DictConfig) -> str:
             without, result = compare(source, generations, merge.adapter, generations)
             without.pop("by_position", None)
             result = {**result, "without_adapter": without}
-    write_json(PLOTS / "logprobs/smoke.json", result.pop("by_position", []))
+    write_json(artifacts.logprobs, result.pop("by_position", []))
     write_json(
         METRICS / "smoke.json",
         {
@@ -163,6 +164,7 @@ def main(cfg: DictConfig) -> str:
             ],
         },
     )
+    draw(cfg)
     for generation in generations:
         print(f"smoke: {generation.prompt!r} -> {generation.text!r}")
     check(result, dtype, cfg)

@@ -86,6 +86,7 @@ def line_chart(
     if not found:
         return None
     first, last = min(x for x, _ in found), max(x for x, _ in found)
+    whole = all(float(x).is_integer() for x, _ in found)
     across = _Scale(first, last, LEFT, WIDTH - RIGHT)
     y_values = _ticks(0, max(y for _, y in found))
     up = _Scale(0, y_values[-1], HEIGHT - BOTTOM, TOP)
@@ -98,7 +99,7 @@ def line_chart(
         )
         for number, each in enumerate(series)
     ]
-    x_ticks = [Tick(across(value), number_text(value)) for value in _ticks(first, last) if first <= value <= last]
+    x_ticks = [Tick(across(value), number_text(value)) for value in _ticks(first, last, whole) if first <= value <= last]
     return _chart(key, title, x_label, y_label, x_ticks, y_values, up, drawn, series)
 
 
@@ -190,11 +191,12 @@ class _Scale:
         return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 2)
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Round values from `low` or below to `high` or above: steps of 1, 2 or 5 times a power of ten."""
+def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """Round values from `low` or below to `high` or above, steps of 1, 2 or 5 times a power of ten; `whole` ones if asked."""
     span = high - low or abs(high) or 1.0
     rough = span / TICKS
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    step = max(step, 1.0) if whole else step
     begin, end = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{index * step:.10g}") for index in range(begin, max(end, begin + 1) + 1)]

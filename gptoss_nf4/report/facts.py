@@ -11,6 +11,14 @@ from gptoss_nf4.storage.reading import read_json_object
 
 
 @dataclass(frozen=True)
+class Missing:
+    """What the report cannot tell, and the stage that finds it."""
+
+    what: str
+    stage: str
+
+
+@dataclass(frozen=True)
 class AdapterFacts:
     """What stages adapter and smoke-adapter found in one adapter; None where they have not run."""
 
@@ -40,8 +48,7 @@ class Facts:
     positions: list[dict] = field(default_factory=list)
     layer_seconds: list[dict] = field(default_factory=list)
     stage_seconds: dict[str, float] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    """A line for each stage that has not run."""
+    missing: list[Missing] = field(default_factory=list)
 
     @property
     def proved(self) -> bool:
@@ -49,19 +56,19 @@ class Facts:
         return bool(self.exactness and self.digests)
 
 
-def gather(artifacts: Artifacts, metrics: Path, logprobs: Path, layers: int, adapters: list[str]) -> Facts:
+def gather(artifacts: Artifacts, metrics: Path, layers: int, adapters: list[str]) -> Facts:
     """Read what is there of the model with `layers` layers and `adapters`. UserError for a damaged file.
 
-    `metrics` is the directory of metrics, `logprobs` the file with smoke's differences by position. Metrics of another
-    model, which was converted here before, count as missing.
+    `metrics` is the directory of metrics. Those of another model, which was converted here before, count as missing.
     """
-    name, missing = artifacts.root.name, []
+    name = artifacts.root.name
+    missing: list[Missing] = []
 
     def read(path: Path, stage: str, what: str) -> dict | None:
         found = read_json_object(path) if path.exists() else None
         if found is not None and found.get("model", name) == name:
             return found
-        missing.append(f"{what}: stage {stage} has not run for this model (`dvc repro {stage}`)")
+        missing.append(Missing(what, stage))
         return None
 
     def metric(file: str, stage: str, what: str) -> dict | None:
@@ -70,7 +77,7 @@ def gather(artifacts: Artifacts, metrics: Path, logprobs: Path, layers: int, ada
     manifest = read(artifacts.manifest, "fetch", "The source")
     converted = all(artifacts.report(k).exists() and artifacts.layer_weights(k).exists() for k in range(layers))
     if not converted:
-        missing.append("Sizes and absmax: stage requant has not run for every layer (`dvc repro requant`)")
+        missing.append(Missing("Size and absmax of each layer", "requant"))
     dtypes = metric("dtypes.json", "normalize", "The dtypes")
     config = read(artifacts.checkpoint / "config.json", "assemble", "The settings of the result")
     index = artifacts.checkpoint / INDEX_FILE
@@ -98,7 +105,7 @@ def gather(artifacts: Artifacts, metrics: Path, logprobs: Path, layers: int, ada
         adapters=found,
         sizes=series.sizes(artifacts, layers) if converted else [],
         absmax=series.absmax(series.reports_of(artifacts, layers)) if converted else [],
-        positions=series.read(logprobs) if smoke else [],
+        positions=series.read(artifacts.logprobs) if smoke else [],
         layer_seconds=series.seconds(artifacts, layers),
         stage_seconds=series.stage_seconds(artifacts),
         missing=missing,

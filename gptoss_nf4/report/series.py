@@ -13,6 +13,19 @@ from gptoss_nf4.storage.tensor_reader import read_header
 LAYER_STAGES = ("dequant", "requant")
 
 
+def plotted(
+    seconds: list[dict], sizes: list[dict], absmax: list[dict], positions: list[dict], benchmark: dict | None
+) -> dict[str, list[dict]]:
+    """The points of each plot that a conversion has in dvc.yaml, by its directory below plots/."""
+    return {
+        "seconds": seconds,
+        "size": sizes,
+        "absmax": absmax,
+        "logprobs": positions,
+        "speed": (benchmark or {}).get("batches", []),
+    }
+
+
 def sizes(artifacts: Artifacts, layers: int) -> list[dict]:
     """Megabytes of each 4-bit module of the result: codes, absmax and codebook."""
     found: dict[tuple[int, str], int] = {}
@@ -37,7 +50,7 @@ def seconds(artifacts: Artifacts, layers: int) -> list[dict]:
     """Seconds that each layer's stages took when they last ran on this machine. What came from DVC's cache has none."""
     measured = {(stage, layer): artifacts.seconds(stage, layer) for stage in LAYER_STAGES for layer in range(layers)}
     return [
-        {"layer": layer, "series": f"{stage}, {artifacts.root.name}", "seconds": read_json_object(file)["seconds"]}
+        {"layer": layer, "series": stage, "seconds": read_json_object(file)["seconds"]}
         for (stage, layer), file in measured.items()
         if file.exists()
     ]

@@ -79,6 +79,11 @@ class Artifacts:
         return self.root / "seconds" / f"{stage}{'' if layer is None else f'-{layer}'}.json"
 
     @property
+    def logprobs(self) -> Path:
+        """By how much vLLM and transformers differ at each position: see `check.agreement.Agreement.by_position`."""
+        return self.root / "logprobs.json"
+
+    @property
     def card(self) -> Path:
         """The model card. A copy of it lies in the checkpoint: see `checkpoint_card`."""
         return self.root / CARD

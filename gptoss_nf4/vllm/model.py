@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models import gpt_oss
 
+from gptoss_nf4.check.fitting import fitting
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.residual import writes_to_stream
 from gptoss_nf4.vllm.config import GptOssNf4Config
@@ -65,6 +66,9 @@ class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # vLLM looks things up by t
             attach(manager, self.vllm_config, self.residual_scale)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        config = self.vllm_config.quant_config
+        if isinstance(config, GptOssNf4Config) and config.expected is not None:
+            weights = fitting(weights, config.expected, self.vllm_config.model_config.model)
         return super().load_weights((name, self._scaled(name, tensor)) for name, tensor in weights)
 
     def _scaled(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
