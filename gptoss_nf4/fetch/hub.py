@@ -19,9 +19,8 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
     manifest can record what was read. An interrupted download goes on where it stopped. The digest of every file is
     compared with the hub's: SHA-256 for large files, git's blob SHA-1 for small ones. UserError where any of this fails.
     """
-    from httpx import HTTPError
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
@@ -35,7 +34,7 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
             expected="a repository that you may read",
             next_step="check the name and the revision, or run `hf auth login`",
         ) from None
-    except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             "download failed",
             where=repository,

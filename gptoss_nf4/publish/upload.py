@@ -77,9 +77,8 @@ def uploaded_files(artifacts: Artifacts) -> dict[str, Path]:
 
 
 def _commit(files: dict[str, Path], repository: str, private: bool) -> "CommitInfo":
-    from httpx import HTTPError
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
 
     api = HfApi()
     try:
@@ -94,11 +93,13 @@ def _commit(files: dict[str, Path], repository: str, private: bool) -> "CommitIn
             commit_message="Upload a checkpoint converted by gptoss-nf4",
         )
         _require_same(api, repository, commit.oid, files)
-    except (HfHubHTTPError, HTTPError, OSError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:
+        # RuntimeError: huggingface_hub's for one file, with the reason as its cause.
+        reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise UserError(
             "upload failed",
             where=repository,
-            got=first_line(error),
+            got=first_line(reason),
             expected="a repository that you may write to",
             next_step="check the name and the network, run `hf auth login`, and publish again; files that arrived are kept",
         ) from None

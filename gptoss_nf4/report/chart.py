@@ -192,7 +192,7 @@ class _Scale:
 
 
 def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    """Round values from `low` or below to `high` or above, steps of 1, 2 or 5 times a power of ten; `whole` ones if asked."""
+    """Round values from `low` or below to `high` or above, by 1, 2 or 5 times a power of ten; `whole` ones if asked for."""
     span = high - low or abs(high) or 1.0
     rough = span / TICKS
     power = 10.0 ** math.floor(math.log10(rough))

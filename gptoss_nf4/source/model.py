@@ -136,13 +136,12 @@ def hub_snapshot(repository: str, commit: str) -> Path:
 
 def hub_config(repository: str, revision: str | None) -> Path:
     """Download the repository's config.json into the hub's cache and return its path. UserError where that fails."""
-    from httpx import HTTPError
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(repository, "config.json", revision=revision))
-    except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             "cannot read the repository's config.json",
             where="Hugging Face",
