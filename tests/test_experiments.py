@@ -49,11 +49,11 @@ def test_an_experiment_changes_what_is_named_and_can_be_compared(project):
     assert of(found, "metrics", "metrics/dtypes.json")["dtype"] == "bfloat16"
     params = json.loads(run(project, "dvc", "params", "diff", "--json"))
     assert params == {"params.yaml": {"dtype": {"old": "float16", "new": "bfloat16"}}}
-    metrics = json.loads(run(project, "dvc", "metrics", "diff", "--json"))["diff"]["metrics/dtypes.json"]
+    metrics = json.loads(run(project, "dvc", "metrics", "diff", "--json"))["metrics/dtypes.json"]
     assert metrics["scaling.residual_scale"] == {"old": 2**-6, "new": 1.0, "diff": 1 - 2**-6}
     table = run(project, "dvc", "exp", "show", "--csv")
     assert "metrics/dtypes.json:dtype" in table.splitlines()[0]
-    assert len(table.splitlines()[0].split(",")) < 120, "a column for each tensor"
+    assert "by_tensor" not in table.splitlines()[0], "a column for each tensor"
     run(project, "git", "checkout", "-q", "--", "params.yaml", "dvc.lock")
     run(project, "dvc", "checkout", "-q", "--force")
 
