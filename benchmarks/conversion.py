@@ -163,12 +163,23 @@ def growth(project: Path, args: argparse.Namespace) -> list[dict]:
 
 
 def growth_row(layers: int, converted: dict, copied: dict) -> dict:
-    """A point of the two plots in dvc.yaml, from two `Run`s."""
+    """A row of the table of growth, from two `Run`s."""
     return {
         "layers": layers,
         "seconds": converted["seconds"],
         "peak_gib": converted["peak_bytes"] / 2**30,
         "copy_seconds": copied["seconds"],
+    }
+
+
+def plotted(rows: list[dict]) -> dict[str, list[dict]]:
+    """The points of two plots in dvc.yaml, by the directory below plots/."""
+    curves = {"conversion": "seconds", "cp + md5sum": "copy_seconds"}
+    return {
+        "conversion": [
+            {"layers": row["layers"], "series": name, "seconds": row[key]} for name, key in curves.items() for row in rows
+        ],
+        "memory": [{"layers": row["layers"], "peak_gib": row["peak_gib"]} for row in rows],
     }
 
 
@@ -211,6 +222,8 @@ def main() -> None:
     out = Path("metrics/conversion.json")
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
+    for plot, points in plotted(result["growth"]).items():
+        (ROOT / f"plots/{plot}/points.json").write_text(json.dumps(points, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from common import model_of, stage
 from merging import merge_of
 from omegaconf import DictConfig
+from plotting import draw
 
 from gptoss_nf4.check.audit import audit
 from gptoss_nf4.convert.assemble import assemble
@@ -18,6 +19,7 @@ def main(cfg: DictConfig) -> str:
     source = open_source(model, artifacts)
     assemble(source, artifacts, options, cfg.dtype, cfg.residual_scale, merge_of(cfg, source, artifacts))
     floating = audit(Checkpoint(artifacts.checkpoint), cfg.dtype)
+    draw(cfg)
     return f"{artifacts.checkpoint}, {sum(floating.values())} tensors in {cfg.dtype}"
 
 

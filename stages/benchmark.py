@@ -5,6 +5,7 @@ import time
 
 from common import METRICS, engine_of, model_of, stage
 from omegaconf import DictConfig
+from plotting import draw
 
 from gptoss_nf4.engine.measure import PeakMemory, measure_batch
 from gptoss_nf4.storage.writing import write_json
@@ -35,6 +36,7 @@ def main(cfg: DictConfig) -> str:
         "batches": batches,
     }
     write_json(METRICS / "benchmark.json", {"model": model.name, "dtype": cfg.dtype, "engine": cfg.engine.name, **result})
+    draw(cfg)
     for row in batches:
         print(
             f"benchmark: batch {row['batch']}: {row['output_tokens_per_second']:.1f} tokens/s, "

@@ -1,7 +1,9 @@
 """What all stage scripts share: how a stage starts, and its settings as the library's types."""
 
+import fcntl
 import functools
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,10 +34,12 @@ from yaml import YAMLError  # noqa: E402
 
 from gptoss_nf4.errors import UserError, printable  # noqa: E402
 from gptoss_nf4.format.dimensions import Dimensions  # noqa: E402
-from gptoss_nf4.source.model import AdapterSource, Model  # noqa: E402
+from gptoss_nf4.source.model import SAMPLE_KINDS, AdapterSource, Model  # noqa: E402
 from gptoss_nf4.storage.artifacts import Artifacts  # noqa: E402
+from gptoss_nf4.storage.writing import write_json  # noqa: E402
 
 METRICS = Path("metrics")
+PLOTS = Path("plots")  # a directory for each plot of dvc.yaml
 
 
 def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
@@ -52,7 +56,9 @@ def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
             line = function(cfg)
         except UserError as error:
             sys.exit(f"error: {error}")
-        print(f"{name}: {line}, {time.monotonic() - started:.1f} s\n", end="", flush=True)  # one write: others print too
+        seconds = time.monotonic() - started
+        print(f"{name}: {line}, {seconds:.1f} s\n", end="", flush=True)  # one write: others print too
+        write_json(Artifacts.of(cfg.model.name).seconds(name, cfg.layer), {"seconds": seconds})
 
     run = hydra.main(version_base="1.3", config_path="../conf", config_name="stage")(report)
 
@@ -74,7 +80,23 @@ def model_of(cfg: DictConfig) -> tuple[Model, Artifacts]:
     fields = {key: cfg.model[key] for key in ("name", "kind", "path", "repository", "revision", "expected")}
     if cfg.model.kind == "synthetic":
         fields["dimensions"] = Dimensions(layers=len(cfg.model.layers), **cfg.model.dimensions)
-    return Model(**fields), Artifacts.of(cfg.model.name)
+    model, artifacts = Model(**fields), Artifacts.of(cfg.model.name)
+    if model.kind in SAMPLE_KINDS and artifacts.manifest.exists() and Path(sys.argv[0]).stem != "fetch":
+        _bring_sample(artifacts)
+    return model, artifacts
+
+
+def _bring_sample(artifacts: Artifacts) -> None:
+    """Have stage fetch write a sample again that is gone, though its description is there.
+
+    DVC brings the description from its cache, into a queued experiment's directory or another clone. A sample is no output:
+    the synthetic one would be kept twice. Other sources lie where every directory finds them.
+    """
+    artifacts.root.mkdir(parents=True, exist_ok=True)
+    with (artifacts.root / ".sample.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the stages of several layers may start at once
+        if not (artifacts.source / "config.json").exists():
+            subprocess.run([sys.executable, str(ROOT / "stages/fetch.py"), *sys.argv[1:]], check=True)
 
 
 def adapters_of(cfg: DictConfig) -> list[AdapterSource]:

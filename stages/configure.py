@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
-from common import ROOT
+from common import METRICS, ROOT
 from given import adapter_as_model, adapter_entry, adapter_typed, adapters_typed, unquoted
 from hydra import compose, initialize_config_dir
 from merging import merge_input, suffix_of
@@ -43,6 +43,9 @@ ONLY_FOR = {
     "model.kind": (),
     "model.defined_by": (),
 }
+
+# Settings that follow from others -> what the user gives instead.
+DERIVED = {"merge_input": "requant.merge=NAME", "adapter_reports": "adapters.NAME=DIRECTORY"}
 
 
 def composed(typed: Sequence[str], current: dict | None = None) -> DictConfig:
@@ -94,6 +97,7 @@ def composed(typed: Sequence[str], current: dict | None = None) -> DictConfig:
     for name, entry in settings["adapters"].items():
         require_own_adapter(name, entry, artifacts)
     settings["merge_input"] = merge_input(settings["requant"], settings["adapters"], artifacts)
+    settings["adapter_reports"] = str(METRICS / "adapters") if settings["adapters"] else "stages/report.py"
     require_writable("params.yaml", settings)
     return OmegaConf.create(settings)
 
@@ -152,9 +156,10 @@ def _group_of(model: dict) -> str:
 
 
 def _require_meaning(given: dict[str, str], settings: dict) -> None:
-    """UserError for a key that would be ignored: one of `model` that the chosen model has no use for, or `merge_input`."""
-    if "merge_input" in given:
-        raise bad("merge_input", given["merge_input"], "requant.merge=NAME, which sets it too")
+    """UserError for a key that would be ignored: one of `model` that the chosen model has no use for, or a derived one."""
+    for key, sets_it in DERIVED.items():
+        if key in given:
+            raise bad(key, given[key], f"{sets_it}, which sets it too")
     group = _group_of(settings["model"])
     for key in given.keys() & ONLY_FOR.keys():
         if group not in ONLY_FOR[key]:

@@ -20,6 +20,15 @@ def merge_of(cfg: DictConfig, source: Source, artifacts: Artifacts) -> "Merge | 
     """The adapter on its base `source`; None where none is merged. Only where one is, torch is imported."""
     if cfg.requant.merge is None:
         return None
+    expected = merge_input(cfg.requant, cfg.adapters, artifacts)
+    if cfg.merge_input != expected:  # an experiment, or a hand, set the one without the other
+        raise UserError(
+            "bad setting",
+            where="requant.merge",
+            got=f"{cfg.requant.merge} with merge_input={cfg.merge_input}",
+            expected=f"merge_input={expected}, without which a changed adapter is not merged again",
+            next_step=f"run `python stages/configure.py requant.merge={cfg.requant.merge}`, which sets both and the name",
+        )
     from gptoss_nf4.adapters.adapter import Adapter
     from gptoss_nf4.convert.merge import Merge
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from common import METRICS, engine_of, model_of, stage
 from merging import merge_of
 from omegaconf import DictConfig
+from plotting import draw
 
 from gptoss_nf4.adapters.adapter import Adapter
 from gptoss_nf4.check import reference
@@ -82,7 +83,10 @@ def generated(checkpoint: Path, prompts: list[str], max_tokens: int, engine_args
 def compare(
     source: Source, base: list[Generation], adapter: Adapter | None = None, adapted: Sequence[Generation] = ()
 ) -> tuple[dict, dict]:
-    """Agreement of `base` and of `adapted` with the reference; where there is too little memory, what is left out."""
+    """Agreement of `base` and of `adapted` with the reference; where there is too little memory, what is left out.
+
+    An agreement also has `by_position`, for the plot: metrics are the figures without it.
+    """
     longest = max(len(generation.token_ids) for generation in (*base, *adapted))
     needed, free = reference.peak_bytes(source.dimensions, longest, adapter is not None), available_memory()
     if needed > free:
@@ -90,7 +94,7 @@ def compare(
         left_out = {"left_out": f"the comparison, whose reference {sizes}"}
         return left_out, left_out
     one, other = reference.agreements(source, base, adapter, adapted)
-    return one.as_dict(), other.as_dict()
+    return one.as_dict() | {"by_position": one.by_position}, other.as_dict() | {"by_position": other.by_position}
 
 
 def summary(result: dict) -> str:
@@ -143,7 +147,9 @@ def main(cfg: DictConfig) -> str:
         else:
             # Against the base with the adapter beside it; and against the base alone, which says how much of it is left.
             without, result = compare(source, generations, merge.adapter, generations)
+            without.pop("by_position", None)
             result = {**result, "without_adapter": without}
+    write_json(artifacts.logprobs, result.pop("by_position", []))
     write_json(
         METRICS / "smoke.json",
         {
@@ -158,6 +164,7 @@ def main(cfg: DictConfig) -> str:
             ],
         },
     )
+    draw(cfg)
     for generation in generations:
         print(f"smoke: {generation.prompt!r} -> {generation.text!r}")
     check(result, dtype, cfg)

@@ -35,6 +35,8 @@ def main(cfg: DictConfig) -> str:
         base, adapted = generate_with(artifacts.checkpoint, served, prompts, cfg.smoke.max_tokens, engine_args)
         require_finite([*base, *adapted], artifacts.checkpoint)
         found = dict(zip(("base", "adapter"), compare(source, base, adapter, adapted), strict=True))
+        for result in found.values():
+            result.pop("by_position", None)
     texts = [{"prompt": g.prompt, "text": g.text, "base": b.text} for g, b in zip(adapted, base, strict=True)]
     dtype = engine_args["dtype"]
     settings = {"model": model.name, "adapter": entry.name, "dtype": dtype, "engine": cfg.engine.name}

@@ -24,9 +24,11 @@ STAGES = (
     "adapter",
     "smoke-adapter",
     "benchmark",
+    "card",
+    "report",
 )
-# These compute with packages whose versions may matter; assemble writes JSON alone.
-COMPUTING = set(STAGES) - {"assemble"}
+# These compute with packages whose versions may matter; the others write texts of what they found.
+COMPUTING = set(STAGES) - {"assemble", "card", "report"}
 sys.path.insert(0, str(ROOT / "stages"))
 
 
@@ -49,6 +51,59 @@ def test_every_model_and_engine_composes(model, engine):
     cfg = composed([f"model={model}", f"engine={engine}"])
     assert cfg.model.name == model
     assert len(cfg.model.layers) == {"tiny": 2, "massive": 3, "20b": 24, "120b": 36}[model.rsplit("_", 1)[-1]]
+
+
+def experiment(directory, params, *overrides):
+    """What `dvc exp run -S ...` composes in a directory whose params.yaml holds `params`: as dvc/utils/hydra.py does."""
+    script = """
+import sys
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+with initialize_config_dir(sys.argv[1], version_base=None):
+    cfg = compose("experiment", overrides=sys.argv[2:])
+OmegaConf.resolve(cfg)
+print(OmegaConf.to_yaml(cfg))
+"""
+    (directory / "params.yaml").write_text(yaml.safe_dump(params))
+    command = [sys.executable, "-W", "ignore", "-c", script, str(ROOT / "conf"), *overrides]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+    return yaml.safe_load(done.stdout) if done.returncode == 0 else done.stderr
+
+
+def test_an_experiment_starts_from_the_chosen_settings(tiny, tmp_path):
+    from configure import composed
+    from omegaconf import OmegaConf
+
+    chosen = OmegaConf.to_container(composed(["model=local", f"model.path={tiny}", "smoke.max_tokens=7"]))
+    assert experiment(tmp_path, chosen) == chosen
+    changed = experiment(tmp_path, chosen, "dtype=bfloat16", "requant.mode=nf4")
+    assert changed == chosen | {"dtype": "bfloat16", "requant": chosen["requant"] | {"mode": "nf4"}}
+    other = experiment(tmp_path, chosen, "model=tiny_massive", "engine=gpu")
+    expected = OmegaConf.to_container(composed(["model=tiny_massive", "engine=gpu", "smoke.max_tokens=7"]))
+    assert {key: other["model"][key] for key in expected["model"]} == expected["model"]
+    assert other["engine"]["name"] == "gpu"
+    assert other["smoke"]["max_tokens"] == 7
+    assert "Could not override 'dtpye'" in experiment(tmp_path, chosen, "dtpye=bfloat16")
+
+
+def test_dvc_composes_experiments():
+    from configparser import ConfigParser
+
+    config = ConfigParser()
+    config.read(ROOT / ".dvc/config")
+    assert dict(config["hydra"]) == {"enabled": "true", "config_name": "experiment"}
+    assert (ROOT / "conf/experiment.yaml").exists()
+
+
+def test_every_plot_has_a_directory_that_git_keeps_and_a_template_that_is_there():
+    """DVC says that it failed to load a plot whose file is not made yet, and nothing of an empty directory."""
+    plots = yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"]
+    tracked = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).split()
+    for plot in plots:
+        ((directory, properties),) = plot.items()
+        assert f"{directory}/.gitignore" in tracked
+        template = properties.get("template")
+        assert template is None or (ROOT / f".dvc/plots/{template}.json").exists()
 
 
 @pytest.mark.parametrize(("model", "key"), [("local", "path"), ("hub", "repository")])
@@ -142,9 +197,15 @@ def test_a_stage_depends_on_every_project_file_that_it_imports(stage):
     """A missing one is DVC's worst failure: a stale result that says it is up to date."""
     needed = {file for file in project_files(ROOT / f"stages/{stage.replace('-', '_')}.py") if holds_code(file)}
     code = {dep for dep in dependencies_of(stage) if dep.startswith(("gptoss_nf4", "stages"))}
+    code -= {dep for dep in code if dep.endswith("/templates")}  # which jinja2 reads: see the next test
     covered = {dep: {file for file in needed if file == dep or file.startswith(f"{dep}/")} for dep in code}
     assert needed == set().union(*covered.values())
     assert all(covered.values()), "a dependency that nothing needs"
+
+
+@pytest.mark.parametrize(("stage", "room"), [("card", "publish"), ("report", "report")])
+def test_a_stage_depends_on_its_templates(stage, room):
+    assert {f"gptoss_nf4/{room}", f"gptoss_nf4/{room}/templates"} & set(dependencies_of(stage))
 
 
 @pytest.mark.parametrize("stage", ["smoke", "smoke-adapter", "benchmark"])

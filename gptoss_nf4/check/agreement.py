@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -33,22 +33,29 @@ class Agreement:
     """How an engine agrees with the reference, over `positions` token positions.
 
     `agreeing` counts equal top-1 choices. `worst_difference` is the largest difference in log-probability over all
-    candidates that the engine listed.
+    candidates that the engine listed. `by_position` has that of each position.
     """
 
     positions: int = 0
     agreeing: int = 0
     worst_difference: float = 0.0
+    by_position: list[dict] = field(default_factory=list)
 
     def add(self, generation: Generation, reference: Iterable[torch.Tensor]) -> None:
         """Count one generation. `reference`: rows of log-probabilities, float32 [vocabulary], row i of token i + 1."""
-        for engine, expected in zip(generation.logprobs[1:], reference, strict=False):  # the last row is of no token
+        pairs = zip(generation.logprobs[1:], reference, strict=False)  # the last row is of no token
+        for position, (engine, expected) in enumerate(pairs, start=1):
             if not engine:
                 continue
             self.positions += 1
-            self.agreeing += max(engine, key=lambda token: engine[token]) == int(expected.argmax())
+            agrees = max(engine, key=lambda token: engine[token]) == int(expected.argmax())
+            self.agreeing += agrees
             differences = [abs(value - float(expected[token])) for token, value in engine.items() if value > -math.inf]
-            self.worst_difference = max(self.worst_difference, *differences)
+            worst = max(differences, default=0.0)
+            self.worst_difference = max(self.worst_difference, worst)
+            self.by_position.append(
+                {"prompt": generation.prompt, "position": position, "difference": worst, "same_choice": agrees}
+            )
 
     def as_dict(self) -> dict:
         return {

@@ -81,9 +81,9 @@ def normalize(
         "overflow": total.overflow,
         "underflow": total.underflow,
         "non_finite": total.non_finite,
-        "underflow_by_tensor": {
-            name: {"values": c.values, "underflow": c.underflow} for name, c in counts.items() if c.underflow
-        },
+        "underflow_by_tensor": [
+            {"tensor": name, "values": c.values, "underflow": c.underflow} for name, c in counts.items() if c.underflow
+        ],
         "dequantized": [tensor.name for tensor in dense if any(origin.dequantized for origin in tensor.origins)],
         "joined_dense": [target.name for target in targets if isinstance(target, DenseTarget) and target.joined],
         "scaling": residual.report(losses, scale),

@@ -75,6 +75,7 @@ def requant(
     quantized = [target for target in targets if isinstance(target, QuantizedTarget)]
     absmax = _read_absmax(artifacts, layer)
     errors: dict[str, AddedError] = {}
+    spread: dict[str, dict] = {}
     handled: dict[str, list[str]] = {}
     declared = [tensor for target in quantized for tensor in _declared(target)]
     with writing_tensors(artifacts.layer_weights(layer), declared) as out:
@@ -94,12 +95,15 @@ def requant(
                 out.append(target.weight, codes[order])
                 scales.append(scale[order])
             out.append(f"{target.weight}.absmax", *scales)
+            spread[target.name] = _spread(scales)
             out.append(f"{target.weight}.quant_map", CODEBOOKS[target.quant_type])
     source.forget(layer)
     report: dict = {"layer": layer, "mode": options.mode}
     if options.merge:
         report |= {"merge": options.merge, "modules": handled}
-    report["targets"] = {target.name: _describe(target, errors.get(target.name)) for target in targets}
+    report["targets"] = {
+        target.name: _describe(target, errors.get(target.name), spread.get(target.name)) for target in targets
+    }
     write_json(artifacts.report(layer), report)
     return out.size
 
@@ -171,10 +175,20 @@ def _float32_weight(
     return merged(weight, delta) if delta else weight
 
 
-def _describe(target: Target, error: AddedError | None) -> dict:
+def _spread(scales: list[np.ndarray]) -> dict:
+    """Smallest, mean and largest absmax of a module, whose parts have the float32 arrays `scales`. Means in float64."""
+    blocks = sum(scale.size for scale in scales)
+    return {
+        "smallest": min(float(scale.min()) for scale in scales),
+        "mean": sum(float(scale.sum(dtype=np.float64)) for scale in scales) / blocks,
+        "largest": max(float(scale.max()) for scale in scales),
+    }
+
+
+def _describe(target: Target, error: AddedError | None, absmax: dict | None) -> dict:
     described: dict = {"shape": target.shape, "quant_type": None, "blocksize": None}
     if isinstance(target, QuantizedTarget):
-        described |= {"quant_type": target.quant_type, "blocksize": target.blocksize}
+        described |= {"quant_type": target.quant_type, "blocksize": target.blocksize, "absmax": absmax}
     if isinstance(target, DenseTarget):
         described["joined_dense"] = target.joined
     return described | ({"added_error": error.as_dict()} if error else {})

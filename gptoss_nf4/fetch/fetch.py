@@ -9,6 +9,7 @@ from pathlib import Path
 from gptoss_nf4.errors import COPY_AGAIN, UserError
 from gptoss_nf4.fetch import hub
 from gptoss_nf4.fetch.budget import WORK_BY_HASHING, budget, synthetic_bytes
+from gptoss_nf4.fetch.licence import licence
 from gptoss_nf4.fetch.owner import claim, require_own
 from gptoss_nf4.fetch.tensor_digests import Described, describe
 from gptoss_nf4.format.config_fields import ignored_keys
@@ -59,6 +60,7 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
     manifest = {
         "model": model.name,
         "source": origin,
+        **licence(directory),
         "layout": source.layout,
         "notes": notes,
         "dimensions": source.dimensions.as_dict(),

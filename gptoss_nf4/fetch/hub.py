@@ -1,13 +1,12 @@
 """Downloading a repository into huggingface_hub's own cache, and checking what came."""
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_nf4.errors import UserError, first_line
 from gptoss_nf4.source.model import HUB_PATTERNS
 from gptoss_nf4.storage.machine import require_disk
-from gptoss_nf4.storage.writing import CHUNK_BYTES, sha256_of
+from gptoss_nf4.storage.writing import git_blob_sha1, sha256_of
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -21,7 +20,7 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
     compared with the hub's: SHA-256 for large files, git's blob SHA-1 for small ones. UserError where any of this fails.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
@@ -35,7 +34,7 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
             expected="a repository that you may read",
             next_step="check the name and the revision, or run `hf auth login`",
         ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             "download failed",
             where=repository,
@@ -60,15 +59,6 @@ def _require_room(info: "ModelInfo", repository: str) -> None:
     }
     needed = sum(f.size for f in wanted if f.rfilename not in there)
     require_disk(needed, Path(constants.HF_HUB_CACHE), f"the download of {repository}")
-
-
-def git_blob_sha1(path: Path) -> str:
-    """git's blob id of a file, in hex. The hub reports it for files outside LFS."""
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check(path: Path, sha256: str | None, blob_id: str | None) -> None:

@@ -127,8 +127,10 @@ def report(losses: Mapping[str, ScalingLoss], scale: float) -> dict:
         "became_subnormal": total.became_subnormal,
         "became_zero": total.became_zero,
         "largest_relative_error": max((loss.relative_error for loss in losses.values()), default=0.0),
-        "by_tensor": {
-            name: {
+        # A list: of a mapping DVC would make a column for each tensor.
+        "by_tensor": [
+            {
+                "tensor": name,
                 "values": loss.values,
                 "became_subnormal": loss.became_subnormal,
                 "became_zero": loss.became_zero,
@@ -136,5 +138,5 @@ def report(losses: Mapping[str, ScalingLoss], scale: float) -> dict:
             }
             for name, loss in losses.items()
             if loss.became_subnormal or loss.became_zero
-        },
+        ],
     }

@@ -10,7 +10,7 @@ from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.source.side_files import TEMPLATE, TEMPLATE_DIRECTORY
-from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.artifacts import CARD, Artifacts
 from gptoss_nf4.storage.reading import read_json_object
 
 EMBEDDED_KINDS = ("embedded", "embedded_massive")
@@ -20,8 +20,9 @@ NEEDED = {"local": "path", "hub": "repository", "synthetic": "dimensions"}  # ki
 
 MAX_NAME_BYTES = 200  # a file system takes 255
 
-# The files of a repository that a conversion reads. Pickled weights and code are never downloaded.
-HUB_PATTERNS = ("*.safetensors", "*.json", TEMPLATE, f"{TEMPLATE_DIRECTORY}/*.jinja")
+# The files of a repository that a conversion reads, and its card, which names the licence. Pickled weights and code are
+# never downloaded.
+HUB_PATTERNS = ("*.safetensors", "*.json", TEMPLATE, f"{TEMPLATE_DIRECTORY}/*.jinja", CARD)
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,11 @@ def hub_snapshot(repository: str, commit: str) -> Path:
 def hub_config(repository: str, revision: str | None) -> Path:
     """Download the repository's config.json into the hub's cache and return its path. UserError where that fails."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(repository, "config.json", revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             "cannot read the repository's config.json",
             where="Hugging Face",

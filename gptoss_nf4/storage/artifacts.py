@@ -5,6 +5,8 @@ from pathlib import Path
 
 from gptoss_nf4.errors import UserError
 
+CARD = "README.md"  # the name by which the Hub finds a model card
+
 
 @dataclass(frozen=True)
 class Artifacts:
@@ -72,9 +74,32 @@ class Artifacts:
     def layer_weights(self, layer: int) -> Path:
         return self.checkpoint / f"layer-{layer}.safetensors"
 
+    def seconds(self, stage: str, layer: int | None = None) -> Path:
+        """How long a stage took when it last ran. It is no output: two runs of one conversion would have other outputs."""
+        return self.root / "seconds" / f"{stage}{'' if layer is None else f'-{layer}'}.json"
+
+    @property
+    def logprobs(self) -> Path:
+        """By how much vLLM and transformers differ at each position: see `check.agreement.Agreement.by_position`."""
+        return self.root / "logprobs.json"
+
+    @property
+    def card(self) -> Path:
+        """The model card. A copy of it lies in the checkpoint: see `checkpoint_card`."""
+        return self.root / CARD
+
+    @property
+    def checkpoint_card(self) -> Path:
+        return self.checkpoint / CARD
+
+    @property
+    def page(self) -> Path:
+        """The report for people, one HTML file."""
+        return self.root / "report.html"
+
     @property
     def digest_list(self) -> Path:
-        """SHA-256 of every file of the checkpoint, as `sha256sum` writes and checks them."""
+        """SHA-256 of every file of the checkpoint but its card, as `sha256sum` writes and checks them."""
         return self.root / "checkpoint.sha256"
 
     @property

@@ -91,6 +91,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def git_blob_sha1(path: Path) -> str:
+    """git's blob id of a file, in hex. The hub reports it for files outside LFS."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def describe_file(path: Path) -> dict:
     """Name, size and digest of a file, as manifests and reports record it."""
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}

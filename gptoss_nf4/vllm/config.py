@@ -11,11 +11,12 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from gptoss_nf4.errors import UserError, first_line
-from gptoss_nf4.format.result import QUANT_METHOD
+from gptoss_nf4.format.result import QUANT_METHOD, Expected
 from gptoss_nf4.vllm.settings import Settings
 from gptoss_nf4.vllm.transfer import Transfer
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm.model_executor.models.utils import WeightsMapper
 
 # Checkpoint name -> parameter name; None drops the tensor. The names `.w13_weight`, `.w2_weight`, `.w13_bias` and
@@ -41,6 +42,8 @@ class GptOssNf4Config(QuantizationConfig):
         super().__init__()
         self.settings = settings
         self.transfer = Transfer()
+        # What has to come while loading, where no file was checked before: from the Hub, or from a cloud store.
+        self.expected: dict[str, Expected] | None = None
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -65,16 +68,24 @@ class GptOssNf4Config(QuantizationConfig):
         warn_if_untested(vllm.__version__)
         return cls(Settings.of(config))
 
-    def maybe_update_config(self, model_name: str, hf_config: object = None, revision: str | None = None) -> None:
-        """UserError for a local checkpoint with a tensor that is missing or does not fit, before anything is allocated.
+    def maybe_update_config(
+        self, model_name: str, hf_config: "PretrainedConfig | None" = None, revision: str | None = None
+    ) -> None:
+        """UserError for a checkpoint with a tensor that is missing or does not fit, before anything is allocated.
 
         vLLM's own check skips quantized models, so a bias or router that is missing would stay uninitialised memory.
+        What comes from elsewhere than a local directory is checked once more while it is loaded: see `expected`.
         """
         from gptoss_nf4.check.fitting import require_fitting
+        from gptoss_nf4.format.result import expected_tensors
         from gptoss_nf4.storage.checkpoint import INDEX_FILE, Checkpoint
+        from gptoss_nf4.vllm.places import directory_of
 
-        if (Path(model_name) / INDEX_FILE).is_file():
-            require_fitting(Checkpoint(Path(model_name)))
+        directory = directory_of(model_name, revision)
+        if directory is not None:
+            require_fitting(Checkpoint(directory))
+        if hf_config is not None and not (Path(model_name) / INDEX_FILE).is_file():
+            self.expected = expected_tensors(hf_config.to_dict(), Path(model_name))
 
     def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
         from vllm.model_executor.models.utils import WeightsMapper

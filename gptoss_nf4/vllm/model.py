@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models import gpt_oss
 
+from gptoss_nf4.check.fitting import fitting
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.residual import writes_to_stream
 from gptoss_nf4.vllm.config import GptOssNf4Config
@@ -78,6 +79,8 @@ class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # vLLM looks things up by t
         config = self.vllm_config.quant_config
         if not isinstance(config, GptOssNf4Config):
             return super().load_weights(weights)
+        if config.expected is not None:
+            weights = fitting(weights, config.expected, self.vllm_config.model_config.model)
         gpus = (parameter.device for parameter in self.parameters() if parameter.device.type != "cpu")
         with config.transfer.opened(next(gpus, torch.device("cpu"))):
             return super().load_weights(self._arriving(weights, config.transfer))

@@ -1,0 +1,33 @@
+"""What a source's own model card says of its licence and of the model that it was made from."""
+
+import re
+from pathlib import Path
+
+from gptoss_nf4.storage.artifacts import CARD
+from gptoss_nf4.storage.repository import OWNER_AND_NAME
+
+MAX_CARD_BYTES = 1 << 20  # cards have some kilobytes; this one is a stranger's
+IDENTIFIER = re.compile(r"[\w.+-]{1,64}")  # of a licence: apache-2.0, llama3.1
+
+
+def licence(directory: Path) -> dict:
+    """`license` and `base_model` of the card in `directory`, None for what it does not say in a form that the Hub knows."""
+    fields = _front_matter(directory / CARD)
+    license_, base = fields.get("license"), fields.get("base_model")
+    return {
+        "license": license_ if isinstance(license_, str) and IDENTIFIER.fullmatch(license_) else None,
+        "base_model": base if isinstance(base, str) and OWNER_AND_NAME.fullmatch(base) else None,
+    }
+
+
+def _front_matter(card: Path) -> dict:
+    """The YAML at the start of a card; empty where there is none that can be read."""
+    if not card.is_file() or card.stat().st_size > MAX_CARD_BYTES:
+        return {}
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    try:
+        return metadata_load(card) or {}
+    except (OSError, ValueError, YAMLError, RecursionError):  # ValueError: not UTF-8, or no mapping
+        return {}

@@ -1,0 +1,291 @@
+"""Publishing: the model card, and huggingface_hub's own client against a stand-in of the hub."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import hub_stand_in
+import pytest
+from hub_stand_in import TOKEN
+from huggingface_hub import ModelCard, metadata_load
+from project_imports import ROOT
+
+from gptoss_nf4.convert.normalize import normalize
+from gptoss_nf4.convert.plan import RequantOptions
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.fetch.licence import MAX_CARD_BYTES, licence
+from gptoss_nf4.flow import convert
+from gptoss_nf4.publish.card import card, write_card
+from gptoss_nf4.publish.upload import require_proved_checkpoint, uploaded_files
+from gptoss_nf4.source.model import Model, open_source
+from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.digests import verify, write_digests
+from gptoss_nf4.storage.reading import read_json_object
+from gptoss_nf4.storage.writing import write_json
+
+REPOSITORY = "someone/my-finetune"
+
+
+@pytest.fixture(scope="module")
+def published_model(tiny, tmp_path_factory) -> Path:
+    """A project directory with a model converted from a directory that names its licence, and its metrics. Do not write."""
+    root = tmp_path_factory.mktemp("project")
+    source = shutil.copytree(tiny, root / "my-finetune")
+    (source / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: openai/gpt-oss-20b\n---\n# mine\n")
+    model, artifacts = Model(name="mine", kind="local", path=str(source)), Artifacts(root / "artifacts/mine")
+    options = RequantOptions()
+    found = convert(model, artifacts, options, "float16")
+    dtypes = normalize(open_source(model, artifacts), artifacts, options, "float16")
+    write_json(root / "metrics/exactness.json", {"model": "mine", "mode": "exact", "dtype": "float16"} | found)
+    write_json(root / "metrics/dtypes.json", {"model": "mine"} | dtypes)
+    write_digests(artifacts.checkpoint, artifacts.digest_list)
+    return root
+
+
+@pytest.fixture
+def project(published_model, tmp_path) -> Path:
+    """A copy of it, in which stages run."""
+    root = Path(shutil.copytree(published_model, tmp_path / "project"))
+    done = run(root, "configure.py", "model=local", f"model.path={published_model / 'my-finetune'}", "model.name=mine")
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def run(project: Path, script: str, *overrides: str, environment: dict | None = None) -> subprocess.CompletedProcess:
+    import os
+
+    command = [sys.executable, ROOT / "stages" / script, *overrides]
+    return subprocess.run(
+        command, cwd=project, capture_output=True, text=True, timeout=120, env=os.environ | (environment or {})
+    )
+
+
+def artifacts_of(project: Path) -> Artifacts:
+    return Artifacts(project / "artifacts/mine")
+
+
+# The card
+
+
+def test_a_card_tells_what_was_found(published_model):
+    artifacts = artifacts_of(published_model)
+    text = card(artifacts, published_model / "metrics", REPOSITORY)
+    fields = ModelCard(text).data.to_dict()
+    assert fields["license"] == "apache-2.0"
+    assert (fields["base_model"], fields["base_model_relation"]) == ("openai/gpt-oss-20b", "quantized")
+    assert "float16" in fields["tags"]
+    found = read_json_object(published_model / "metrics/exactness.json")
+    assert f"| values compared | {found['compared']:,} |" in text
+    assert "| different | 0 |" in text
+    assert f"vllm serve {REPOSITORY}" in text
+    assert artifacts.digest_list.read_text() in text
+    assert str(published_model) not in text, "a path of this machine is nobody else's business"
+
+
+def test_a_card_of_a_merged_adapter_says_that_weights_changed(published_model, tmp_path):
+    root = Path(shutil.copytree(published_model, tmp_path / "project"))
+    artifacts = artifacts_of(root)
+    config = read_json_object(artifacts.checkpoint / "config.json")
+    config["quantization_config"] |= {"requant_mode": "nf4", "merged_adapter": {"name": "helpful", "sha256": "ab" * 32}}
+    write_json(artifacts.checkpoint / "config.json", config)
+    figures = {"kind": "w13", "relative_delta": 0.05, "relative_rms_error": 0.08, "delta_kept": 0.39}
+    exactness = read_json_object(root / "metrics/exactness.json") | {"merge": {"kinds": [figures]}}
+    write_json(root / "metrics/exactness.json", exactness)
+    text = card(artifacts, root / "metrics")
+    assert "no weight was changed" not in " ".join(text.split())
+    assert f"| merged adapter | helpful, SHA-256 `{'ab' * 32}` |" in text
+    assert "| w13 | 5.00% | 8.00% | 39% |" in text
+
+
+def test_a_card_in_the_checkpoint_changes_neither_digests_nor_the_proof_of_them(project):
+    artifacts = artifacts_of(project)
+    count = verify(artifacts.checkpoint, artifacts.digest_list, "")
+    write_card(artifacts, project / "metrics")
+    metadata_load(artifacts.checkpoint_card)
+    assert verify(artifacts.checkpoint, artifacts.digest_list, "") == count
+    before = artifacts.digest_list.read_text()
+    write_digests(artifacts.checkpoint, artifacts.digest_list)
+    assert artifacts.digest_list.read_text() == before
+    artifacts.checkpoint_card.write_text("improved by its owner")
+    assert verify(artifacts.checkpoint, artifacts.digest_list, "") == count
+
+
+def test_a_list_that_names_a_card_has_it_checked(published_model):
+    """`sha256sum *` in a source lists its card."""
+    import hashlib
+
+    source, recorded = published_model / "my-finetune", published_model.parent / "expected.sha256"
+    lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in sorted(source.iterdir())]
+    recorded.write_text("".join(lines))
+    assert verify(source, recorded, "") == len(lines)
+    recorded.write_text("".join(lines).replace("  README.md", "  readme.md"))
+    with pytest.raises(UserError, match=r"readme\.md: got no such file"):
+        verify(source, recorded, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "license_"),
+    [
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense: [mit, gpl]\n---\n", None),
+        ("---\nlicense: 'mit\n---\n", None),
+        ("---\n- license\n---\n", None),
+        ("---\nlicense: |\n  mit\n  | different | 0 |\n---\n", None),
+        ("---\nlicense: !!python/object/apply:os.system ['true']\n---\n", None),
+        ("# no front matter\n", None),
+        ("---\n" + "[" * 5000 + "\n---\n", None),
+        ("---\nlicense: mit\n---\n" + " " * MAX_CARD_BYTES, None),
+        (b"---\nlicense: m\xff\n---\n", None),
+    ],
+)
+def test_a_licence_is_taken_in_the_hubs_form_only(tmp_path, text, license_):
+    (tmp_path / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert licence(tmp_path)["license"] == license_
+
+
+def test_a_source_without_a_card_has_no_licence(tmp_path):
+    assert licence(tmp_path) == {"license": None, "base_model": None}
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda a, m: a.digest_list.unlink(), "stage prove.*dvc repro prove"),
+        (lambda a, m: (m / "exactness.json").unlink(), "stage prove.*dvc repro prove"),
+        (lambda a, m: _edit(m / "exactness.json", different=3), "not proved.*3 different values"),
+        (lambda a, m: _edit(m / "exactness.json", model="tiny"), "metrics of another model.*tiny"),
+        (lambda a, m: _flip_a_bit(a.checkpoint / "layer-1.safetensors"), r"checkpoint changed.*layer-1\.safetensors"),
+        (lambda a, m: (a.checkpoint / "notes.txt").write_text("mine"), r"checkpoint changed.*notes\.txt"),
+    ],
+)
+def test_what_was_not_proved_is_not_published(project, spoil, told):
+    artifacts = artifacts_of(project)
+    require_proved_checkpoint(artifacts, project / "metrics")
+    spoil(artifacts, project / "metrics")
+    with pytest.raises(UserError, match=told):
+        require_proved_checkpoint(artifacts, project / "metrics")
+    with hub_stand_in.hub() as hub:
+        done = run(
+            project,
+            "publish.py",
+            f"repository={REPOSITORY}",
+            environment=hub_stand_in.environment(hub, project / "hf"),
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ")
+        assert hub.repositories == {}
+
+
+def _edit(file: Path, **fields: object) -> None:
+    write_json(file, read_json_object(file) | fields)
+
+
+def _flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.unlink()
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["my-finetune", "", "a/b/c", "../x", "http://example.com/x"])
+def test_a_repository_has_an_owner_and_a_name(project, name):
+    done = run(project, "publish.py", f"repository={name}")
+    assert done.returncode == 1
+    assert "error: bad setting: repository" in done.stderr
+
+
+# Uploading
+
+
+def publish(project: Path, hub, *more: str, token: str | None = TOKEN) -> subprocess.CompletedProcess:
+    environment = hub_stand_in.environment(hub, project / "hf", token)
+    return run(project, "publish.py", f"repository={REPOSITORY}", *more, environment=environment)
+
+
+def test_what_is_published_is_what_was_proved(project):
+    with hub_stand_in.hub() as hub:
+        done = publish(project, hub)
+        assert done.returncode == 0, done.stderr
+        repository = hub.repositories[REPOSITORY]
+        assert repository.private
+        artifacts = artifacts_of(project)
+        expected = {name: path.read_bytes() for name, path in uploaded_files(artifacts).items()}
+        assert {n: d for n, d in repository.files.items() if n != ".gitattributes"} == expected
+        assert f"vllm serve {REPOSITORY}".encode() in repository.files["README.md"]
+        assert f"{hub.url}/{REPOSITORY}/commit/{repository.commits[-1]}" in done.stdout
+        # Nothing is sent twice.
+        received = list(hub.received)
+        assert len(received) == 3
+        assert publish(project, hub).returncode == 0
+        assert hub.received == received
+
+
+def test_an_upload_goes_on_where_it_stopped(project):
+    with hub_stand_in.hub() as hub:
+        hub.uploads_left = 1
+        done = publish(project, hub)
+        assert done.returncode == 1
+        assert "error: upload failed" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert hub.repositories[REPOSITORY].files.keys() == {".gitattributes"}, "half a checkpoint"
+        first = list(hub.received)
+        hub.uploads_left = None
+        assert publish(project, hub).returncode == 0
+        assert hub.received[: len(first)] == first
+        assert len(hub.received) == len(set(hub.received)) == 3
+
+
+def test_what_an_engine_would_read_besides_is_deleted(project):
+    """A template that an older version left would win over the one in tokenizer_config.json."""
+    with hub_stand_in.hub() as hub:
+        left = {"layer-9.safetensors": b"old", "chat_template.jinja": b"old", "picture.png": b"kept", ".gitattributes": b""}
+        hub.add(REPOSITORY, left)
+        assert publish(project, hub).returncode == 0
+        files = hub.repositories[REPOSITORY].files
+        assert "layer-9.safetensors" not in files
+        assert "chat_template.jinja" not in files
+        assert "picture.png" in files
+        assert not hub.repositories[REPOSITORY].private, "an existing repository stays as it is"
+
+
+def test_a_file_that_arrived_otherwise_is_told(project):
+    with hub_stand_in.hub() as hub:
+        hub.lie_about = "layer-0.safetensors"
+        done = publish(project, hub)
+        assert done.returncode == 1
+        assert "upload is not the checkpoint" in done.stderr
+        assert "layer-0.safetensors" in done.stderr
+
+
+def test_a_public_repository_is_asked_for(project):
+    with hub_stand_in.hub() as hub:
+        assert publish(project, hub, "private=false").returncode == 0
+        assert not hub.repositories[REPOSITORY].private
+        done = publish(project, hub, "private=maybe")
+        assert "error: bad setting: private" in done.stderr
+
+
+@pytest.mark.parametrize("token", [None, "hf_of_another"])
+def test_without_a_token_nothing_is_uploaded(project, token):
+    with hub_stand_in.hub() as hub:
+        done = publish(project, hub, token=token)
+        assert done.returncode == 1
+        assert "error: upload failed" in done.stderr
+        assert "hf auth login" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_hub_that_does_not_answer_is_one_line(project):
+    with hub_stand_in.hub() as hub:
+        pass
+    done = publish(project, replace(hub, url="http://127.0.0.1:9"))
+    assert done.returncode == 1
+    assert "error: upload failed" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((project / "metrics/exactness.json").read_text())["different"] == 0
