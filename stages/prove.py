@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> str:
     if merge := merge_of(cfg, source, artifacts):
         recorded, changed = merge.recorded(cfg.requant.merge), changed_weights(source, merge, options)
         asked = replace(asked, merged_adapter=recorded, changed=changed)
-    found = prove(directory, checkpoint, asked, say=lambda line: print(f"prove: {line}", flush=True))
+    found = prove(directory, checkpoint, asked)
     described = {"model": model.name, "mode": asked.mode, "dtype": asked.dtype} | found.as_dict()
     if merge:
         lost = losses(source, Checkpoint(checkpoint), merge, options, cfg.dtype)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from project_imports import ROOT
 
-from gptoss_nf4.fetch.hub import git_blob_sha1
 from gptoss_nf4.source.model import HUB_PATTERNS
+from gptoss_nf4.storage.writing import git_blob_sha1
 
 REPOSITORY, COMMIT = "someone/tiny-gpt-oss", "0123456789abcdef0123456789abcdef01234567"
 SCRIPT = """
