@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gptoss_nf4.format import names
 from gptoss_nf4.format.dimensions import Dimensions
-from gptoss_nf4.format.dtypes import ITEM_BYTES
+from gptoss_nf4.format.dtypes import ITEM_BYTES, SAFETENSORS_NAMES
 from gptoss_nf4.source.interface import INPUTS, Source
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.machine import available_memory, cores, free_disk
@@ -44,10 +44,21 @@ def budget(source: Source, artifacts: Artifacts) -> Budget:
         missing += (not artifacts.layer_weights(layer).exists()) * (codes + absmax)
         missing += (not artifacts.dense_weights.exists()) * dense
         largest = max(largest, 2 * absmax)
-    outside = sum(_bytes(source, name) for name in names.outside_shapes(source.dimensions))
-    missing += (not artifacts.dense_weights.exists()) * outside
+    missing += (not artifacts.dense_weights.exists()) * _outside_bytes(source)
     largest = max(largest, QUANTIZING * _quantized_anew(source))
     return Budget(int(missing * MARGIN), largest + (400 << 20))  # 400 MiB: Python with torch
+
+
+def stage_bytes(source: Source, stage: str, dtype: str) -> int:
+    """About what `stage`, such as "requant@3" or "normalize", writes: what a progress bar goes up to."""
+    kind, _, layer = stage.partition("@")
+    if kind == "normalize":
+        layers = range(source.dimensions.layers)
+        dense = sum(_layer_sizes(source, each)[2] for each in layers) + _outside_bytes(source)
+        return dense * ITEM_BYTES[SAFETENSORS_NAMES[dtype]] // ITEM_BYTES["BF16"]  # as nearly all sources have it
+    codes, blocks, _ = _layer_sizes(source, int(layer))
+    absmax = blocks * ITEM_BYTES["F32"]
+    return absmax if kind == "dequant" else codes + absmax
 
 
 def plan_line(plan: Budget, size: int, root: Path, hashing_speed: float | None) -> str:
@@ -89,6 +100,11 @@ def _layer_sizes(source: Source, layer: int) -> tuple[int, int, int]:
                 codes += module.state.elements // 2
                 blocks += module.state.blocks
     return codes, blocks, dense
+
+
+def _outside_bytes(source: Source) -> int:
+    """Bytes of what is in no layer: embeddings, norm and head."""
+    return sum(_bytes(source, name) for name in names.outside_shapes(source.dimensions))
 
 
 def _bytes(source: Source, name: str) -> int:
