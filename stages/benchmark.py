@@ -7,6 +7,7 @@ from common import METRICS, engine_of, model_of, stage
 from omegaconf import DictConfig
 
 from gptoss_nf4.engine.measure import PeakMemory, measure_batch
+from gptoss_nf4.engine.noise import leave_out_noise
 from gptoss_nf4.storage.writing import write_json
 
 
@@ -17,6 +18,7 @@ def main(cfg: DictConfig) -> str:
     artifacts.require(artifacts.checkpoint / "config.json", "assemble")
     memory = PeakMemory(os.getpid())
     memory.start()
+    leave_out_noise()
     from vllm import LLM
 
     started = time.monotonic()

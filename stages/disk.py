@@ -1,7 +1,7 @@
 """What results take on the disk, and freeing it: python stages/disk.py [--free]
 
---free runs `dvc gc --workspace`: it deletes from DVC's cache what dvc.lock does not name. Links to the cache take no room of
-their own, so the files of results are in the cache and in artifacts/ at once.
+--free runs `dvc gc --workspace`: it deletes from DVC's cache what dvc.lock does not name. Links to the cache take no room
+of their own, so the files of results are in the cache and in artifacts/ at once.
 """
 
 import subprocess

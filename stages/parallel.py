@@ -24,6 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from common import model_of
+from omegaconf import OmegaConf
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.fetch.budget import stage_bytes
+from gptoss_nf4.source.model import open_source
+from gptoss_nf4.storage.progress import Progress, show_elsewhere, size_text
 
 # Kinds of stages, by their names in dvc.yaml. Those of LAYER_KINDS run in this order, each for all layers side by side.
 LAYER_KINDS, NORMALIZE = ("dequant", "requant"), "normalize"
@@ -59,7 +66,6 @@ def run_script(arguments: list[str], written: Any) -> None:
 
     `written`, an integer that the processes share, counts the bytes. What a layer's stage prints is left out.
     """
-    from gptoss_nf4.storage.progress import show_elsewhere
 
     def advance(count: int) -> None:
         with written.get_lock():
@@ -85,7 +91,8 @@ class Scripts:
         # Imports take as long as a layer. A server does them once and forks for each command.
         self._server = multiprocessing.get_context("forkserver")
         self._written = self._server.Value("q", 0)
-        self._server.set_forkserver_preload(["common", "gptoss_nf4.convert.requant"])
+        # Each fork imports the main script once more, which costs nothing where the server has imported it as a module.
+        self._server.set_forkserver_preload([Path(sys.argv[0]).stem, "gptoss_nf4.convert.requant"])
         # While the server imports, Ctrl-C would end it with a traceback. It inherits that it is to ignore it.
         heeded = signal.signal(signal.SIGINT, signal.SIG_IGN)
         forkserver.ensure_running()
@@ -103,8 +110,6 @@ class Scripts:
     @contextlib.contextmanager
     def showing(self, size: int, what: str) -> Iterator[None]:
         """Meanwhile a `Progress` shows the bytes that stages write, of which `size` are still to come."""
-        from gptoss_nf4.storage.progress import Progress
-
         ended, shown = threading.Event(), self.written
 
         def look() -> None:
@@ -154,8 +159,8 @@ def run_stages(kinds: dict[str, list[str]], sizes: dict[str, int], workers: int)
         with scripts.showing(sizes.get(kind, 0), f"stage {kind}"):
             done[kind] = [stage for stage, future in started.items() if future.result()]
         if kind in LAYER_KINDS and done[kind]:
-            size, seconds = (scripts.written - before) / 1e9, time.monotonic() - begun
-            print(f"{kind}: {len(done[kind])} layers, {size:.3f} GB, {seconds:.1f} s", flush=True)
+            size, seconds = size_text(scripts.written - before), time.monotonic() - begun
+            print(f"{kind}: {len(done[kind])} layers, {size}, {seconds:.1f} s", flush=True)
 
     def start(kind: str) -> dict[str, Future]:
         return {stage: scripts.start(stage) for stage in kinds.get(kind, [])}
@@ -185,12 +190,6 @@ def record(done: dict[str, list[str]], kinds: dict[str, list[str]]) -> None:
 
 def sizes_of(kinds: dict[str, list[str]], params: dict) -> dict[str, int]:
     """Bytes that the stages of `kinds` will write, by kind."""
-    from common import model_of
-    from omegaconf import OmegaConf
-
-    from gptoss_nf4.fetch.budget import stage_bytes
-    from gptoss_nf4.source.model import open_source
-
     source = open_source(*model_of(OmegaConf.create(params)))
     return {kind: sum(stage_bytes(source, stage, params["dtype"]) for stage in stages) for kind, stages in kinds.items()}
 
@@ -210,6 +209,8 @@ def repro(targets: list[str]) -> int:
 def main() -> None:
     try:
         sys.exit(repro(sys.argv[1:] or ["assemble"]))
+    except UserError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("parallel: interrupted; run the command again to go on", file=sys.stderr, flush=True)
         os._exit(130)  # without waiting for threads

@@ -11,8 +11,7 @@ from common import adapters_of, model_of
 from configure import current
 from omegaconf import DictConfig, OmegaConf
 
-from gptoss_nf4.engine.generate import ServedAdapter
-from gptoss_nf4.engine.serve import Memory, serve_arguments
+from gptoss_nf4.engine.serve import Memory, ServedAdapter, serve_arguments
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.source.model import adapter_directory
 from gptoss_nf4.storage.artifacts import Artifacts

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptoss_nf4.engine.generate import MAX_LORA_RANKS, ServedAdapter
 from gptoss_nf4.format.dimensions import Dimensions
 
+# The values that vLLM allows for max_lora_rank (vllm/config/lora.py).
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 GIB = 1 << 30
 UTILIZATION = 0.92  # vLLM's default share of a GPU's memory (vllm/config/cache.py); it ends where that much is not free
 SPARE_BYTES = GIB // 4  # for what other programs take between two looks
@@ -16,6 +17,20 @@ SPARE_BYTES = GIB // 4  # for what other programs take between two looks
 OTHER_BYTES = 3 * GIB
 CACHE_ITEM_BYTES = 2  # the KV cache has 16 bit
 PLAIN_PATH = re.compile(r"[^=,{}]+")  # others are given to --lora-modules as JSON
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """An adapter as vLLM serves it: requests call it `name`, its files are in `directory`, `rank` is its largest."""
+
+    name: str
+    directory: Path
+    rank: int
+
+
+def lora_rank(adapters: Sequence[ServedAdapter]) -> int:
+    """The smallest max_lora_rank that vLLM allows for all of `adapters`."""
+    return next(allowed for allowed in MAX_LORA_RANKS if allowed >= max(adapter.rank for adapter in adapters))
 
 
 @dataclass(frozen=True)
@@ -44,9 +59,8 @@ def serve_arguments(
     if memory is not None:
         arguments += _for_memory(checkpoint, config, weight_bytes, memory)
     if adapters:
-        rank = next(allowed for allowed in MAX_LORA_RANKS if allowed >= max(adapter.rank for adapter in adapters))
         modules = [_lora_module(adapter) for adapter in adapters]
-        arguments += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", *modules]
+        arguments += ["--enable-lora", "--max-lora-rank", str(lora_rank(adapters)), "--lora-modules", *modules]
     return arguments
 
 

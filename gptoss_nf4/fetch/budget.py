@@ -10,6 +10,7 @@ from gptoss_nf4.format.dtypes import ITEM_BYTES, SAFETENSORS_NAMES
 from gptoss_nf4.source.interface import INPUTS, Source
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.machine import available_memory, cores, free_disk
+from gptoss_nf4.storage.progress import size_text
 
 GIB = 1 << 30
 MARGIN = 1.02  # headers, JSON files, DVC's records
@@ -68,9 +69,9 @@ def plan_line(plan: Budget, size: int, root: Path, hashing_speed: float | None) 
     """
     seconds = None if hashing_speed is None else START_SECONDS + WORK_BY_HASHING * size / hashing_speed
     rough = "" if seconds is None else f"about {_duration(seconds)} on {cores()} cores, "
-    disk = f"{plan.disk_bytes / 1e9:.1f} GB of disk ({free_disk(root) / 1e9:.0f} GB are free)"
+    disk = f"{size_text(plan.disk_bytes)} of disk ({free_disk(root) / 1e9:.0f} GB are free)"
     memory = f"{plan.memory_bytes / GIB:.1f} GiB of memory ({available_memory() / GIB:.0f} GiB are free)"
-    return f"to convert and prove {size / 1e9:.1f} GB: {rough}{disk}, {memory}"
+    return f"to convert and prove {size_text(size)}: {rough}{disk}, {memory}"
 
 
 def _duration(seconds: float) -> str:

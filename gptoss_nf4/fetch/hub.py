@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gptoss_nf4.errors import UserError, first_line
 from gptoss_nf4.source.model import HUB_PATTERNS
 from gptoss_nf4.storage.machine import cores, require_disk
-from gptoss_nf4.storage.progress import Progress
+from gptoss_nf4.storage.progress import Progress, size_text
 from gptoss_nf4.storage.writing import git_blob_sha1, sha256_of
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def download(repository: str, revision: str | None, say: Callable[[str], None] =
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
         missing = _require_room(info, repository)
         if missing:
-            say(f"downloading {missing / 1e9:.1f} GB of {repository} into {constants.HF_HUB_CACHE}")
+            say(f"downloading {size_text(missing)} of {repository} into {constants.HF_HUB_CACHE}")
         directory = Path(snapshot_download(repository, revision=info.sha, allow_patterns=list(HUB_PATTERNS)))
     except RepositoryNotFoundError:
         raise UserError(

@@ -22,6 +22,11 @@ def show_elsewhere(advance: Callable[[int], None]) -> None:
     _shown_elsewhere = advance
 
 
+def size_text(count: int) -> str:
+    """`count` bytes for the user: in GB, or in MB where they are fewer."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 class Progress:
     """What is done of `total` bytes. `what` is the work, such as "hashing the source". Threads may share it.
 
@@ -64,5 +69,5 @@ class Progress:
 
     def _say(self, seconds: float) -> None:
         left = (self._total - self._done) * seconds / self._done if self._done else float("inf")
-        line = f"{self._what}: {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB, {left:.0f} s left\n"
+        line = f"{self._what}: {size_text(self._done)} of {size_text(self._total)}, {left:.0f} s left\n"
         print(line, end="", file=sys.stderr, flush=True)  # one write: others print too
