@@ -1,5 +1,6 @@
 """How far a long piece of work is, in bytes: a bar on a terminal, elsewhere a line now and then. Both go to stderr."""
 
+import shutil
 import sys
 import threading
 import time
@@ -40,9 +41,9 @@ class Progress:
         self._total, self._what = total, what
         self._done, self._said_at, self._lock = 0, 0, threading.Lock()
         self._started = self._said = time.monotonic()
-        # disable=None: no bar where stderr is no terminal.
-        disable = True if _shown_elsewhere else None
-        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, disable=disable)
+        # disable=None: no bar where stderr is no terminal. A terminal that does not know its width gets 80 columns.
+        disable, width = True if _shown_elsewhere else None, shutil.get_terminal_size().columns
+        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, disable=disable, ncols=width)
 
     def __enter__(self) -> Self:
         return self
