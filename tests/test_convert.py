@@ -22,7 +22,6 @@ from benchmarks.conversion import checkout as copy_project
 BIN = Path(sys.executable).parent
 # What libraries say that means nothing here, and every hint of DVC.
 NOISE = re.compile(r"git add|dvc push|skipping|Updating lock|Running stage|autostage|WARNING|Warning|triton|bitsandbytes")
-BAR = re.compile(rb"\r[^\r\n]*\d+%\|")
 
 
 def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -169,9 +168,6 @@ def test_a_gpu_is_found_and_a_crowded_one_gets_arguments(project, finetune, tmp_
 
 @pytest.mark.slow
 def test_a_terminal_sees_bars(project, finetune):
-    shutil.rmtree(project / "artifacts")
-    for path in (project / "dvc.lock", project / ".dvc/cache"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
     seen = []
 
     def read(fd: int) -> bytes:
@@ -182,7 +178,7 @@ def test_a_terminal_sees_bars(project, finetune):
     os.chdir(project)
     os.environ["PATH"] = f"{BIN}:{before[1]}"
     try:
-        status = pty.spawn(["make", "INSTALLED=", "convert", f"MODEL={finetune}"], read, lambda fd: b"")
+        status = pty.spawn(["make", "INSTALLED=", "convert", f"MODEL={finetune}", "NAME=watched"], read, lambda fd: b"")
     finally:
         os.chdir(before[0])
         os.environ["PATH"] = before[1]

@@ -41,9 +41,18 @@ class Progress:
         self._total, self._what = total, what
         self._done, self._said_at, self._lock = 0, 0, threading.Lock()
         self._started = self._said = time.monotonic()
-        # disable=None: no bar where stderr is no terminal. A terminal that does not know its width gets 80 columns.
-        disable, width = True if _shown_elsewhere else None, shutil.get_terminal_size().columns
-        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, disable=disable, ncols=width)
+        # disable=None: no bar where stderr is no terminal. One that does not know its size counts as 80 by 24.
+        disable, size = True if _shown_elsewhere else None, shutil.get_terminal_size()
+        self._bar = tqdm(
+            total=total,
+            desc=what,
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            disable=disable,
+            ncols=size.columns,
+            nrows=size.lines,
+        )
 
     def __enter__(self) -> Self:
         return self
