@@ -26,6 +26,7 @@ from parallel import repro
 from serve import command
 
 from gptoss_nf4.errors import UserError
+from gptoss_nf4.source.model import base_on_hub
 from gptoss_nf4.source.refused import repository_of
 
 # What a word given in capitals sets.
@@ -55,13 +56,31 @@ def split(typed: list[str]) -> tuple[dict[str, str], list[str]]:
     return {word: value for word, value in words.items() if value}, others
 
 
-def model_arguments(given: str) -> list[str]:
-    """The arguments of configure.py that choose the model. A path on this machine comes first, then conf/, then the Hub."""
+def model_arguments(words: dict[str, str]) -> tuple[list[str], list[str]]:
+    """(the arguments of configure.py that choose the model of MODEL, adapters to serve beside it).
+
+    A path on this machine comes first, then a name of conf/, then the Hub. An adapter's repository there chooses its base.
+    """
+    given = words["MODEL"]
     here = os.path.lexists(os.path.expanduser(unquoted(given)))
-    repository = None if here else repository_of(given)
     if not here and given in {path.stem for path in (ROOT / "conf/model").glob("*.yaml")} - OWN_MODELS:
-        return [f"model={given}"]
-    return repository_as_model(repository) if repository else ["model=local", f"model.path={given}"]
+        return [f"model={given}"], []
+    repository = None if here else repository_of(given)
+    if repository is None:
+        return ["model=local", f"model.path={given}"], []
+    base = base_on_hub(repository, words.get("REVISION"))
+    if base is None:
+        return repository_as_model(repository), []
+    if "REVISION" in words:
+        raise UserError(
+            "REVISION of an adapter",
+            where=repository,
+            got=words["REVISION"],
+            expected="none: it would be the base's",
+            next_step=f"pass MODEL={base} and ARGS='adapters={{mine: {{repository: {repository}, revision: ...}}}}'",
+        )
+    print(f"{repository} is an adapter; its base is converted ({words.get('BASE', base)})")
+    return model_arguments({"MODEL": words.pop("BASE", base)})[0], [repository]
 
 
 def adapter_places(given: str) -> list[str]:
@@ -82,10 +101,11 @@ def configured(typed: list[str]) -> tuple[DictConfig, bool]:
             expected="a directory, an adapter's directory or a Hub repository",
             next_step="run `make convert MODEL=/data/my-finetune`, or `make convert MODEL=tiny` for the embedded model",
         )
+    chosen, adapters = model_arguments(words)
     engine = "gpu" if shutil.which("nvidia-smi") else "cpu"
     settings = [f"{SETTINGS[word]}={value}" for word, value in words.items() if word in SETTINGS]
-    arguments = [*model_arguments(words["MODEL"]), f"engine={engine}", *settings, *others]
-    return configure(arguments, adapters=adapter_places(words.get("ADAPTER", ""))), "SMOKE" in words
+    adapters += adapter_places(words.get("ADAPTER", ""))
+    return configure([*chosen, f"engine={engine}", *settings, *others], adapters), "SMOKE" in words
 
 
 def main() -> None:

@@ -200,6 +200,17 @@ def test_a_hub_repository(project, hub):  # noqa: F811
     assert not [name for name in hub.served if name.endswith(".safetensors")]
 
 
+@pytest.mark.slow
+def test_an_adapter_on_the_hub(project, hub, adapters):  # noqa: F811
+    hub.directory = adapters[0]
+    lines = converted(project, f"MODEL={REPOSITORY}")
+    (served,) = parsed(lines[-1]).lora_modules
+    assert served.name == REPOSITORY.split("/")[1]
+    assert (Path(served.path) / "adapter_model.safetensors").read_bytes() == (
+        adapters[0] / "adapter_model.safetensors"
+    ).read_bytes()
+
+
 def test_what_cannot_be_converted_is_one_line(project, tiny, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     adapter = tmp_path / "lora"
