@@ -10,10 +10,8 @@ import pytest
 
 from gptoss_nf4.engine import noise
 from gptoss_nf4.fetch.budget import START_SECONDS, WORK_BY_HASHING, Budget, plan_line, stage_bytes
-from gptoss_nf4.fetch.tensor_digests import bytes_to_hash, describe, hashing_speed
 from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.storage import progress
-from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.progress import Progress
 
 
@@ -87,16 +85,6 @@ def test_the_plan_has_time_disk_and_memory(tmp_path):
     assert "1.0 GiB of memory (" in line
     assert "about" not in plan_line(plan, 12_000_000_000, tmp_path, hashing_speed=None)
     assert "minutes" in plan_line(plan, 12_000_000_000, tmp_path, hashing_speed=1e8)
-
-
-def test_only_what_is_new_is_hashed(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("gptoss_nf4.fetch.tensor_digests.SETTLED_SECONDS", -1e9)  # what was written just now counts
-    checkpoint, memory = Checkpoint(tiny), tmp_path / "seen.json"
-    everything = sum(info.bytes for info in checkpoint.tensors.values())
-    assert bytes_to_hash(checkpoint, memory) == everything
-    describe(checkpoint, [list(checkpoint.tensors)], memory)
-    assert bytes_to_hash(checkpoint, memory) == 0
-    assert hashing_speed(checkpoint) > 0
 
 
 def test_a_stage_writes_what_the_bar_goes_up_to(tiny, converted):
