@@ -40,8 +40,8 @@ def main() -> None:
         return
     if "--free" in sys.argv[1:]:
         before = taken(CACHE, ARTIFACTS)
-        if status := subprocess.run(DVC_GC).returncode:
-            sys.exit(status)
+        if subprocess.run(DVC_GC).returncode:
+            sys.exit("error: dvc gc failed: run `dvc gc --workspace` to see why; nothing else was deleted")
         print(f"{(before - taken(CACHE, ARTIFACTS)) / 1e9:.2f} GB freed")
     print("\n".join(lines(yaml.safe_load(PARAMS.read_text())["model"]["name"])))
 

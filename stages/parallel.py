@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import connection, forkserver
 from pathlib import Path
-from typing import Any
 
 import yaml
 from common import model_of
@@ -61,15 +60,15 @@ def kinds_of_stages(layers: list[int], changed: set[str]) -> dict[str, list[str]
     return {kind: run for kind, stages in found.items() if (run := [stage for stage in stages if stage in needed])}
 
 
-def run_script(arguments: list[str], written: Any) -> None:
+def run_script(arguments: list[str], written: connection.Connection) -> None:
     """Do what `python SCRIPT ARGUMENTS` does, in a process that has imported most modules already.
 
-    `written`, an integer that the processes share, counts the bytes. What a layer's stage prints is left out.
+    `written` gets the number of bytes of each piece that the script writes. What a layer's stage prints is left out.
     """
 
     def advance(count: int) -> None:
-        with written.get_lock():
-            written.value += count
+        with contextlib.suppress(BrokenPipeError):  # nobody looks any more
+            written.send_bytes(count.to_bytes(8, "little"))
 
     sys.argv = arguments
     show_elsewhere(advance)
@@ -90,7 +89,11 @@ class Scripts:
         self._failed, self._lock = threading.Event(), threading.Lock()
         # Imports take as long as a layer. A server does them once and forks for each command.
         self._server = multiprocessing.get_context("forkserver")
-        self._written = self._server.Value("q", 0)
+        # A pipe, since a shared integer would need a semaphore, which Python complains about after Ctrl-C.
+        self._reports, self._report_to = self._server.Pipe(duplex=False)
+        self.written = 0
+        """Bytes that all stages have written so far."""
+        threading.Thread(target=self._count, daemon=True).start()
         # Each fork imports the main script once more, which costs nothing where the server has imported it as a module.
         self._server.set_forkserver_preload([Path(sys.argv[0]).stem, "gptoss_nf4.convert.requant"])
         # While the server imports, Ctrl-C would end it with a traceback. It inherits that it is to ignore it.
@@ -102,10 +105,9 @@ class Scripts:
         """Queue `stage`. The future tells whether it ran and succeeded."""
         return self._pool.submit(self._run, stage)
 
-    @property
-    def written(self) -> int:
-        """Bytes that all stages have written so far."""
-        return self._written.value
+    def _count(self) -> None:
+        while True:
+            self.written += int.from_bytes(self._reports.recv_bytes(), "little")
 
     @contextlib.contextmanager
     def showing(self, size: int, what: str) -> Iterator[None]:
@@ -133,7 +135,7 @@ class Scripts:
             return False
         kind, _, layer = stage.partition("@")
         command = [f"stages/{kind}.py", *([f"layer={layer}"] if layer else [])]
-        process = self._server.Process(target=run_script, args=(command, self._written))
+        process = self._server.Process(target=run_script, args=(command, self._report_to))
         # start() also reaps processes that have ended. Meanwhile join() in another thread would miss one, and report 255.
         with self._lock:
             process.start()
