@@ -135,10 +135,9 @@ def test_an_adapter_is_served_beside_its_base(project, finetune, adapters):
 
 
 @pytest.mark.slow
-def test_serve_runs_that_line_with_further_arguments(project, finetune, tmp_path):
+def test_serve_runs_that_line_with_further_arguments(project, finetune):
     """vllm itself is put out of the way: what it is called with is what counts here."""
     line = converted(project, f"MODEL={finetune}")[-1]
-    called = tmp_path / "called"
     code = "import os, sys; sys.argv[1:] = ['--port', '8001']; os.execv = lambda path, full: print(path.name, *full)"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; sys.path.insert(0, 'stages'); import serve; serve.main()"],
@@ -147,7 +146,6 @@ def test_serve_runs_that_line_with_further_arguments(project, finetune, tmp_path
         text=True,
     )
     assert done.stdout.splitlines() == [f"{line} --port 8001", f"vllm {line} --port 8001"], done.stderr
-    assert not called.exists()
 
 
 @pytest.mark.slow
