@@ -12,6 +12,7 @@ import yaml
 from common import ROOT
 
 from gptoss_nf4.storage.machine import free_disk
+from gptoss_nf4.storage.progress import size_text
 
 CACHE, ARTIFACTS, PARAMS = Path(".dvc/cache"), Path("artifacts"), Path("params.yaml")
 DVC_GC = [sys.executable, "-m", "dvc", "gc", "--workspace", "--force", "--quiet"]
@@ -25,12 +26,12 @@ def taken(*directories: Path) -> int:
 
 def lines(current: str) -> list[str]:
     """What there is, for the user. `current` is the model of params.yaml."""
-    found = [f"{taken(CACHE, ARTIFACTS) / 1e9:.2f} GB in all, {free_disk(ROOT) / 1e9:.0f} GB are free on this disk"]
+    found = [f"{size_text(taken(CACHE, ARTIFACTS))} in all, {free_disk(ROOT) / 1e9:.0f} GB are free on this disk"]
     beyond = taken(CACHE, ARTIFACTS) - taken(ARTIFACTS)
-    found.append(f"{beyond / 1e9:.2f} GB only in DVC's cache: old results; `make free` deletes them")
+    found.append(f"{size_text(beyond)} only in DVC's cache: old results; `make free` deletes them")
     for directory in sorted(path for path in ARTIFACTS.glob("*") if path.is_dir()):
         what = "the model of params.yaml" if directory.name == current else f"to delete it: rm -r {directory}; make free"
-        found.append(f"{taken(directory) / 1e9:.2f} GB in {directory}: {what}")
+        found.append(f"{size_text(taken(directory))} in {directory}: {what}")
     return found
 
 
@@ -42,7 +43,7 @@ def main() -> None:
         before = taken(CACHE, ARTIFACTS)
         if subprocess.run(DVC_GC).returncode:
             sys.exit("error: dvc gc failed: run `dvc gc --workspace` to see why; nothing else was deleted")
-        print(f"{(before - taken(CACHE, ARTIFACTS)) / 1e9:.2f} GB freed")
+        print(f"{size_text(before - taken(CACHE, ARTIFACTS))} freed")
     print("\n".join(lines(yaml.safe_load(PARAMS.read_text())["model"]["name"])))
 
 

@@ -267,12 +267,12 @@ def test_clean_and_free_tell_what_they_leave(project, finetune):
     converted(project, f"MODEL={finetune}", "NAME=second")
     freed = make(project, "free")
     assert freed.returncode == 0, freed.stderr
-    assert re.search(r"GB in artifacts/first: to delete it: rm -r artifacts/first; make free", freed.stdout)
-    assert re.search(r"GB in artifacts/second: the model of params\.yaml", freed.stdout)
+    assert re.search(r"MB in artifacts/first: to delete it: rm -r artifacts/first; make free", freed.stdout)
+    assert re.search(r"MB in artifacts/second: the model of params\.yaml", freed.stdout)
     cleaned = make(project, "clean")
     assert re.search(r"keeps [\d.]+M in \.dvc/cache.*make free", cleaned.stdout)
     freed = make(project, "free")
-    assert re.match(r"0\.0[1-9] GB freed", freed.stdout), freed.stdout
+    assert float(re.match(r"([\d.]+) MB freed", freed.stdout)[1]) > 1, freed.stdout
     assert not [path for path in (project / ".dvc/cache/files").rglob("*") if path.is_file()]
 
 
