@@ -1,5 +1,5 @@
-# Two commands: `make run` converts, generates and measures the embedded model; `make test` runs all checks and tests.
-# Both first install everything into .venv.
+# `make convert MODEL=...` converts a fine-tune and says how to serve it, `make serve` serves it. `make run` converts, generates
+# and measures the embedded model; `make test` runs all checks and tests. Each first installs everything into .venv.
 PYTHON ?= python3
 VENV := .venv
 ENGINE := $(if $(shell command -v nvidia-smi),gpu,cpu)
@@ -9,7 +9,24 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: run test quick lint lock clean
+.PHONY: convert serve run test quick lint lock clean free
+
+# What `make convert` takes, from its command line alone: some systems have a NAME in the environment. `value` and := keep
+# make from reading a $ in it, and the script gets each as one argument, whatever characters are in it.
+GIVEN := $(foreach word,MODEL ADAPTER BASE DTYPE NAME REVISION SMOKE,$(if $(filter command,$(origin $(word))),$(word)))
+define taken
+override $(1) := $$(value $(1))
+export $(1)
+endef
+$(foreach word,$(GIVEN),$(eval $(call taken,$(word))))
+
+# ARGS: settings of stages/configure.py, such as ARGS="requant.mode=nf4".
+convert: $(INSTALLED)
+	@python stages/convert.py $(foreach word,$(GIVEN),"$(word)=$$$(word)") $(ARGS)
+
+# ARGS: arguments of `vllm serve`, such as ARGS="--port 8001".
+serve: $(INSTALLED)
+	@python stages/serve.py $(ARGS)
 
 run: $(INSTALLED)
 	dvc repro
@@ -57,3 +74,9 @@ lock:
 
 clean:
 	rm -rf artifacts metrics dvc.lock
+	@[ ! -d .dvc/cache ] || echo "DVC's cache keeps $$(du -sh .dvc/cache | cut -f1) in .dvc/cache, so that results come back \
+	without work; make free deletes them"
+
+# Deletes what DVC's cache has and the results in the directory do not use. What is in artifacts/ stays.
+free: $(INSTALLED)
+	@python stages/disk.py --free

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.tables import markdown
@@ -31,10 +31,10 @@ class Run:
 
     seconds: float = 0.0
     peak_bytes: int = 0
-    stages: list[str] = field(default_factory=list)
+    stages: int = 0
 
     def __add__(self, other: "Run") -> "Run":
-        return Run(self.seconds + other.seconds, max(self.peak_bytes, other.peak_bytes), [*self.stages, *other.stages])
+        return Run(self.seconds + other.seconds, max(self.peak_bytes, other.peak_bytes), self.stages + other.stages)
 
 
 def run(directory: Path, *command: str) -> Run:
@@ -49,9 +49,9 @@ def run(directory: Path, *command: str) -> Run:
     seconds = time.monotonic() - started
     if process.returncode:
         sys.exit(f"error: {' '.join(command)}: got status {process.returncode}, expected 0; its message stands above")
-    ran = re.findall(r"^(fetch|dequant|requant|normalize|assemble|prove):(?: layer (\d+))?", output, re.M)
-    stages = list(dict.fromkeys(f"{name}@{layer}" if layer else name for name, layer in ran))
-    return Run(seconds, usage.ru_maxrss * 1024, stages)
+    # A stage's last line has its seconds. stages/parallel.py has one line for all layers.
+    ran = re.findall(r"^(?:fetch|dequant|requant|normalize|assemble|prove): (?:(\d+) layers)?.*, [\d.]+ s$", output, re.M)
+    return Run(seconds, usage.ru_maxrss * 1024, sum(int(layers or 1) for layers in ran))
 
 
 def checkout(project: Path) -> Path:
@@ -190,7 +190,7 @@ def report(result: dict) -> None:
     rows = []
     for name, taken in result["runs"].items():
         seconds, gib = taken["seconds"], taken["peak_bytes"] / 2**30
-        rows.append([name, f"{seconds:.1f}", f"{seconds / copied:.2f}", f"{gib:.2f}", len(taken["stages"])])
+        rows.append([name, f"{seconds:.1f}", f"{seconds / copied:.2f}", f"{gib:.2f}", taken["stages"]])
     print(markdown(["what", "seconds", "of cp + md5sum", "largest process GiB", "stages run"], rows))
     print(f"disk beyond the source, cache included: {result['disk_by_output']:.2f} of the output")
     print(f"values compared: {result['values_compared']}, different: {result['values_different']}\n")

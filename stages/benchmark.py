@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from plotting import draw
 
 from gptoss_nf4.engine.measure import PeakMemory, measure_batch
+from gptoss_nf4.engine.noise import leave_out_noise
 from gptoss_nf4.storage.writing import write_json
 
 
@@ -18,6 +19,7 @@ def main(cfg: DictConfig) -> str:
     artifacts.require(artifacts.checkpoint / "config.json", "assemble")
     memory = PeakMemory(os.getpid())
     memory.start()
+    leave_out_noise()
     from vllm import LLM
 
     started = time.monotonic()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 from common import METRICS, ROOT
-from given import adapter_as_model, adapter_entry, adapter_typed, adapters_typed, unquoted
+from given import adapter_as_model, adapter_entry, adapter_name, adapter_typed, adapters_typed, directory_of, unquoted
 from hydra import compose, initialize_config_dir
 from merging import merge_input, suffix_of
 from naming import free_adapter_name, free_name, require_free_name, require_own_adapter
@@ -25,6 +25,7 @@ from gptoss_nf4.source.model import check_model_name, hub_config, origin_of
 from gptoss_nf4.source.refused import require_checkpoint, require_directory
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.reading import read_text
+from gptoss_nf4.storage.repository import is_repository
 from gptoss_nf4.storage.writing import write_text
 
 PARAMS = Path("params.yaml")
@@ -48,8 +49,10 @@ ONLY_FOR = {
 DERIVED = {"merge_input": "requant.merge=NAME", "adapter_reports": "adapters.NAME=DIRECTORY"}
 
 
-def composed(typed: Sequence[str], current: dict | None = None) -> DictConfig:
+def composed(typed: Sequence[str], current: dict | None = None, adapters: Sequence[str] = ()) -> DictConfig:
     """The settings after typing `typed`. UserError for a bad one.
+
+    `adapters` are directories and Hub repositories of adapters that get a name here.
 
     They start from `current`, which is params.yaml, where that is given and no model is named; else from conf/. Name and
     layers of a model that conf/ does not know are read from the model. Where model.path is an adapter, its base becomes the
@@ -93,6 +96,9 @@ def composed(typed: Sequence[str], current: dict | None = None) -> DictConfig:
         name = free_adapter_name(adapter[0], str(directory), artifacts, settings["adapters"])
         print(f"{directory} is an adapter, called {name} here; its base is converted ({' '.join(adapter[1])})")
         settings["adapters"][name] = {"path": str(directory)}
+    for given_place in adapters:
+        place = given_place if is_repository(given_place) else str(directory_of(given_place, "ADAPTER"))
+        settings["adapters"][free_adapter_name(adapter_name(place), place, artifacts, settings["adapters"])] = place
     settings["adapters"] = {name: adapter_entry(name, entry) for name, entry in settings["adapters"].items()}
     for name, entry in settings["adapters"].items():
         require_own_adapter(name, entry, artifacts)
@@ -223,7 +229,7 @@ def _origin(model: Mapping) -> dict:
     return origin_of(model["kind"], model["path"], model["repository"])
 
 
-def _current() -> dict | None:
+def current() -> dict | None:
     """What params.yaml holds; None where there is none. UserError where that is no set of settings."""
     if not PARAMS.exists():
         return None
@@ -244,21 +250,31 @@ def _current() -> dict | None:
     return dict(found)
 
 
+def configure(typed: Sequence[str], adapters: Sequence[str] = ()) -> DictConfig:
+    """Write params.yaml after typing `typed`, and return what it holds. See `composed` for `adapters` and errors."""
+    bare = bool(typed) and not any(argument.startswith("model=") for argument in typed)
+    cfg = composed(typed, current() if bare else None, adapters)
+    write_text(PARAMS, HEADER + OmegaConf.to_yaml(cfg))
+    claim(Artifacts.of(cfg.model.name), _origin(cfg.model))
+    return cfg
+
+
+def said(cfg: DictConfig) -> str:
+    """The settings in one line, for the user."""
+    line = f"params.yaml: model {cfg.model.name}, {len(cfg.model.layers)} layers, {cfg.dtype}, engine {cfg.engine.name}"
+    line += f", adapters {', '.join(cfg.adapters)}" if cfg.adapters else ""
+    return line + (f", {cfg.requant.merge} merged" if cfg.requant.merge else "")
+
+
 def main() -> None:
     typed = sys.argv[1:]
     if {"-h", "--help"} & set(typed):
         print(__doc__)
         return
     try:
-        bare = bool(typed) and not any(argument.startswith("model=") for argument in typed)
-        cfg = composed(typed, _current() if bare else None)
-        write_text(PARAMS, HEADER + OmegaConf.to_yaml(cfg))
-        claim(Artifacts.of(cfg.model.name), _origin(cfg.model))
+        print(said(configure(typed)))
     except UserError as error:
         sys.exit(f"error: {error}")
-    line = f"params.yaml: model {cfg.model.name}, {len(cfg.model.layers)} layers, {cfg.dtype}, engine {cfg.engine.name}"
-    line += f", adapters {', '.join(cfg.adapters)}" if cfg.adapters else ""
-    print(line + (f", {cfg.requant.merge} merged" if cfg.requant.merge else ""))
 
 
 if __name__ == "__main__":

@@ -135,12 +135,36 @@ def adapter_as_model(directory: Path, base: str | None) -> tuple[str, list[str]]
             expected="the model that it was trained on",
             next_step="pass model.base=DIRECTORY, or model.base=unsloth/gpt-oss-20b-unsloth-bnb-4bit",
         )
-    name = directory.name
-    if re.fullmatch(r"checkpoint-\d+", name):  # a trainer's: the directory above says of what
-        name = f"{directory.parent.name}-{name}"
-    if not is_repository(base):
-        return safe_model_name(name), ["model=local", f"model.path={directory_of(base, 'model.base')}"]
+    if is_repository(base):
+        return adapter_name(str(directory)), repository_as_model(base)
+    return adapter_name(str(directory)), ["model=local", f"model.path={_base_directory(base, directory)}"]
+
+
+def adapter_name(place: str) -> str:
+    """What the adapter at `place`, a directory or a Hub repository, is called."""
+    *above, name = [part for part in place.split("/") if part] or ["adapter"]
+    if above and re.fullmatch(r"checkpoint-\d+", name):  # a trainer's: the directory above says of what
+        name = f"{above[-1]}-{name}"
+    return safe_model_name(name)
+
+
+def repository_as_model(repository: str) -> list[str]:
+    """The overrides that choose a Hub repository as the model: by its name in conf/model/ where it has one."""
     for group in sorted((ROOT / "conf/model").glob("*.yaml")):
-        if OmegaConf.load(group).get("repository") == base:
-            return safe_model_name(name), [f"model={group.stem}"]
-    return safe_model_name(name), ["model=hub", f"model.repository={base}"]
+        if OmegaConf.load(group).get("repository") == repository:
+            return [f"model={group.stem}"]
+    return ["model=hub", f"model.repository={repository}"]
+
+
+def _base_directory(base: str, adapter: Path) -> Path:
+    """The directory of an adapter's base. UserError where it is not on this machine."""
+    directory = Path(os.path.realpath(os.path.expanduser(unquoted(base))))
+    if not os.path.isdir(directory):
+        raise UserError(
+            "no base for the adapter",
+            where=adapter,
+            got=f"the base {base!r}, which is not here",
+            expected="a directory on this machine, or a Hub repository as owner/name",
+            next_step="pass model.base=DIRECTORY, or `make convert MODEL=... BASE=DIRECTORY`",
+        )
+    return directory

@@ -3,9 +3,11 @@
 DVC runs one stage after another, and reads and writes the whole of dvc.lock after each. But layers do not depend on each
 other. So this asks `dvc status` which stages changed and runs their commands, as many at a time as there are cores. Then
 `dvc commit` records all stages of a kind at once. A plain `dvc repro` comes last: it runs what is left and finds the rest
-done. Commands, bytes and dvc.lock are the same as without this script.
+done. Commands, bytes and dvc.lock are the same as without this script. A kind of stages gets one line, not one a layer.
 """
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -14,24 +16,40 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import connection, forkserver
 from pathlib import Path
 
 import yaml
+from common import model_of
+from omegaconf import OmegaConf
+
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.fetch.budget import stage_bytes
+from gptoss_nf4.source.model import open_source
+from gptoss_nf4.storage.progress import Progress, show_elsewhere, size_text
 
 # Kinds of stages, by their names in dvc.yaml. Those of LAYER_KINDS run in this order, each for all layers side by side.
 LAYER_KINDS, NORMALIZE = ("dequant", "requant"), "normalize"
 KINDS = (*LAYER_KINDS, NORMALIZE)
-DVC = [sys.executable, "-m", "dvc"]
+DVC = [sys.executable, "stages/quiet_dvc.py"]
+SECONDS_BETWEEN_LOOKS = 0.1  # at what the stages have written
 
 
-def dvc(*arguments: str) -> str:
-    """Run DVC and return what it prints. Where it fails, exit with its status; it has printed why."""
-    done = subprocess.run([*DVC, *arguments], stdout=subprocess.PIPE, text=True)
+def dvc(*arguments: str) -> None:
+    """Run DVC. Where it fails, exit with its status; it has printed why."""
+    if status := subprocess.run([*DVC, *arguments]).returncode:
+        sys.exit(status)
+
+
+def changed_stages() -> set[str]:
+    """The stages of KINDS that `dvc status` names. It is asked by kind: DVC looks at all stages again for each target."""
+    done = subprocess.run([*DVC, "status", "--json", *KINDS], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
-    return done.stdout
+    return set(json.loads(done.stdout or "{}"))
 
 
 def kinds_of_stages(layers: list[int], changed: set[str]) -> dict[str, list[str]]:
@@ -42,12 +60,23 @@ def kinds_of_stages(layers: list[int], changed: set[str]) -> dict[str, list[str]
     return {kind: run for kind, stages in found.items() if (run := [stage for stage in stages if stage in needed])}
 
 
-def run_script(arguments: list[str]) -> None:
-    """Do what `python SCRIPT ARGUMENTS` does, in a process that has imported most modules already."""
+def run_script(arguments: list[str], written: connection.Connection) -> None:
+    """Do what `python SCRIPT ARGUMENTS` does, in a process that has imported most modules already.
+
+    `written` gets the number of bytes of each piece that the script writes. What a layer's stage prints is left out.
+    """
+
+    def advance(count: int) -> None:
+        with contextlib.suppress(BrokenPipeError):  # nobody looks any more
+            written.send_bytes(count.to_bytes(8, "little"))
+
     sys.argv = arguments
+    show_elsewhere(advance)
+    one_of_many = contextlib.redirect_stdout(io.StringIO()) if len(arguments) > 1 else contextlib.nullcontext()
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the server, of which this is a fork, ignores it
-        runpy.run_path(arguments[0], run_name="__main__")
+        with one_of_many:
+            runpy.run_path(arguments[0], run_name="__main__")
     except KeyboardInterrupt:
         sys.excepthook(*sys.exc_info())  # the script has set it: one line
 
@@ -60,7 +89,13 @@ class Scripts:
         self._failed, self._lock = threading.Event(), threading.Lock()
         # Imports take as long as a layer. A server does them once and forks for each command.
         self._server = multiprocessing.get_context("forkserver")
-        self._server.set_forkserver_preload(["common", "gptoss_nf4.convert.requant"])
+        # A pipe, since a shared integer would need a semaphore, which Python complains about after Ctrl-C.
+        self._reports, self._report_to = self._server.Pipe(duplex=False)
+        self.written = 0
+        """Bytes that all stages have written so far."""
+        threading.Thread(target=self._count, daemon=True).start()
+        # Each fork imports the main script once more, which costs nothing where the server has imported it as a module.
+        self._server.set_forkserver_preload([Path(sys.argv[0]).stem, "gptoss_nf4.convert.requant"])
         # While the server imports, Ctrl-C would end it with a traceback. It inherits that it is to ignore it.
         heeded = signal.signal(signal.SIGINT, signal.SIG_IGN)
         forkserver.ensure_running()
@@ -70,12 +105,37 @@ class Scripts:
         """Queue `stage`. The future tells whether it ran and succeeded."""
         return self._pool.submit(self._run, stage)
 
+    def _count(self) -> None:
+        while True:
+            self.written += int.from_bytes(self._reports.recv_bytes(), "little")
+
+    @contextlib.contextmanager
+    def showing(self, size: int, what: str) -> Iterator[None]:
+        """Meanwhile a `Progress` shows the bytes that stages write, of which `size` are still to come."""
+        ended, shown = threading.Event(), self.written
+
+        def look() -> None:
+            nonlocal shown
+            while not ended.wait(SECONDS_BETWEEN_LOOKS):
+                now = self.written
+                progress.advance(now - shown)
+                shown = now
+
+        looks = threading.Thread(target=look, daemon=True)
+        with Progress(size, what) as progress:
+            looks.start()
+            try:
+                yield
+            finally:
+                ended.set()
+                looks.join()
+
     def _run(self, stage: str) -> bool:
         if self._failed.is_set():
             return False
         kind, _, layer = stage.partition("@")
         command = [f"stages/{kind}.py", *([f"layer={layer}"] if layer else [])]
-        process = self._server.Process(target=run_script, args=(command,))
+        process = self._server.Process(target=run_script, args=(command, self._report_to))
         # start() also reaps processes that have ended. Meanwhile join() in another thread would miss one, and report 255.
         with self._lock:
             process.start()
@@ -87,8 +147,8 @@ class Scripts:
         return process.exitcode == 0
 
 
-def run_stages(kinds: dict[str, list[str]], workers: int) -> None:
-    """Run the stages of `kinds`, and record those that are done.
+def run_stages(kinds: dict[str, list[str]], sizes: dict[str, int], workers: int) -> None:
+    """Run the stages of `kinds`, and record those that are done. `sizes`: bytes that all stages of a kind will write.
 
     `dvc commit` replaces each file by a link to the cache, and for a moment there is none. So a kind is recorded only when
     no stage that reads its files is running. normalize reads none of the layers' files, so it runs meanwhile.
@@ -97,7 +157,12 @@ def run_stages(kinds: dict[str, list[str]], workers: int) -> None:
     done: dict[str, list[str]] = {}
 
     def wait(kind: str, started: dict[str, Future]) -> None:
-        done[kind] = [stage for stage, future in started.items() if future.result()]
+        begun, before = time.monotonic(), scripts.written
+        with scripts.showing(sizes.get(kind, 0), f"stage {kind}"):
+            done[kind] = [stage for stage, future in started.items() if future.result()]
+        if kind in LAYER_KINDS and done[kind]:
+            size, seconds = size_text(scripts.written - before), time.monotonic() - begun
+            print(f"{kind}: {len(done[kind])} layers, {size}, {seconds:.1f} s", flush=True)
 
     def start(kind: str) -> dict[str, Future]:
         return {stage: scripts.start(stage) for stage in kinds.get(kind, [])}
@@ -122,26 +187,32 @@ def record(done: dict[str, list[str]], kinds: dict[str, list[str]]) -> None:
     for kind, stages in done.items():
         targets += [kind] if stages and stages == kinds[kind] else stages
     if targets:
-        dvc("commit", "--quiet", "--force", *targets)
+        dvc("commit", "--force", *targets)
+
+
+def sizes_of(kinds: dict[str, list[str]], params: dict) -> dict[str, int]:
+    """Bytes that the stages of `kinds` will write, by kind."""
+    source = open_source(*model_of(OmegaConf.create(params)))
+    return {kind: sum(stage_bytes(source, stage, params["dtype"]) for stage in stages) for kind, stages in kinds.items()}
 
 
 def repro(targets: list[str]) -> int:
     """Run what is out of date. Returns the status of the `dvc repro` at the end."""
-    print(dvc("repro", "--single-item", "fetch"), end="", flush=True)  # also says what is wrong with params.yaml
+    dvc("repro", "--single-item", "fetch")  # also says what is wrong with params.yaml
     params = yaml.safe_load(Path("params.yaml").read_text())
     layers, merge = params["model"]["layers"], params["requant"]["merge"]
     if merge:  # the layers need it
-        print(dvc("repro", "--single-item", f"adapter@{merge}"), end="", flush=True)
-    # By kind, not by stage: DVC looks at all stages again for each target.
-    changed = set(json.loads(dvc("status", "--json", *KINDS) or "{}"))
-    if kinds := kinds_of_stages(layers, changed):
-        run_stages(kinds, len(os.sched_getaffinity(0)))
+        dvc("repro", "--single-item", f"adapter@{merge}")
+    if kinds := kinds_of_stages(layers, changed_stages()):
+        run_stages(kinds, sizes_of(kinds, params), len(os.sched_getaffinity(0)))
     return subprocess.run([*DVC, "repro", *targets]).returncode
 
 
 def main() -> None:
     try:
         sys.exit(repro(sys.argv[1:] or ["assemble"]))
+    except UserError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("parallel: interrupted; run the command again to go on", file=sys.stderr, flush=True)
         os._exit(130)  # without waiting for threads

@@ -36,7 +36,7 @@ def main(cfg: DictConfig) -> str:
         recorded, changed = merge.recorded(cfg.requant.merge), changed_weights(source, merge, options)
         asked = replace(asked, merged_adapter=recorded, changed=changed)
     artifacts.digest_list.unlink(missing_ok=True)  # a proof that fails leaves none of an earlier one
-    found = prove(directory, checkpoint, asked, say=lambda line: print(f"prove: {line}", flush=True))
+    found = prove(directory, checkpoint, asked)
     described = {"model": model.name, "mode": asked.mode, "dtype": asked.dtype} | found.as_dict()
     if merge:
         lost = losses(source, Checkpoint(checkpoint), merge, options, cfg.dtype)

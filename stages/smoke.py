@@ -15,6 +15,7 @@ from gptoss_nf4.check.agreement import Generation
 from gptoss_nf4.convert.plan import EXACT
 from gptoss_nf4.engine.forecast import forecast_on_cpu
 from gptoss_nf4.engine.generate import generate
+from gptoss_nf4.engine.noise import leave_out_noise
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.residual import AUTO_FLOAT16, SMALLEST, scale_of
 from gptoss_nf4.source.interface import Source
@@ -131,6 +132,7 @@ def check(result: dict, dtype: str, cfg: DictConfig) -> None:
 
 @stage
 def main(cfg: DictConfig) -> str:
+    leave_out_noise()
     model, artifacts = model_of(cfg)
     engine_args = engine_of(cfg)
     artifacts.require(artifacts.checkpoint / "config.json", "assemble")

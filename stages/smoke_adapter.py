@@ -6,7 +6,9 @@ from smoke import check, compare, require_finite, summary, vllm_left_out
 
 from gptoss_nf4.adapters.adapter import Adapter
 from gptoss_nf4.check.agreement import Generation
-from gptoss_nf4.engine.generate import ServedAdapter, generate_with
+from gptoss_nf4.engine.generate import generate_with
+from gptoss_nf4.engine.noise import leave_out_noise
+from gptoss_nf4.engine.serve import ServedAdapter
 from gptoss_nf4.source.model import adapter_directory, open_source
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import write_json
@@ -14,6 +16,7 @@ from gptoss_nf4.storage.writing import write_json
 
 @stage
 def main(cfg: DictConfig) -> str:
+    leave_out_noise()
     model, artifacts = model_of(cfg)
     entry, engine_args = adapter_of(cfg), engine_of(cfg)
     report = METRICS / "adapters" / f"{entry.name}.json"

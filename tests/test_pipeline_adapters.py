@@ -120,7 +120,7 @@ def test_a_merge_quantizes_again_and_says_what_is_lost(root):
     config.write_text(config.read_text() + "\n")
     assert merge | {"adapter@mine"} <= repro(checkout, "smoke")
     shutil.rmtree(checkout / "artifacts/base-mine")
-    assert "adapter@mine" in run(checkout, "python", "stages/parallel.py")
+    assert "adapter: mine," in run(checkout, "python", "stages/parallel.py")
     assert repro(checkout, "assemble") == set()
 
 

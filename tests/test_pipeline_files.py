@@ -1,6 +1,7 @@
 """dvc.yaml, params.yaml and conf/ agree with each other and with the code."""
 
 import ast
+import contextlib
 import json
 import runpy
 import subprocess
@@ -241,8 +242,13 @@ def test_files_are_recorded_when_nothing_reads_them_any_more(monkeypatch, failin
     events = []
 
     class Scripts:
+        written = 0
+
         def __init__(self, workers):
             self.failed = False
+
+        def showing(self, size, what):
+            return contextlib.nullcontext()
 
         def start(self, stage):
             future = Future()
@@ -259,11 +265,11 @@ def test_files_are_recorded_when_nothing_reads_them_any_more(monkeypatch, failin
     started = ["dequant@0", "dequant@1", "requant@0", "requant@1", "normalize"]
     assert [stage for stages in kinds.values() for stage in stages] == started
     if failing is None:
-        parallel["run_stages"](kinds, 2)
-        commits = ["commit --quiet --force dequant requant", "commit --quiet --force normalize"]
+        parallel["run_stages"](kinds, {}, 2)
+        commits = ["commit --force dequant requant", "commit --force normalize"]
         assert events == [*started, *commits]
         return
     with pytest.raises(SystemExit, match="a stage failed"):
-        parallel["run_stages"](kinds, 2)
+        parallel["run_stages"](kinds, {}, 2)
     done = "dequant requant@0" if failing == "requant@1" else ""
-    assert events == [*started, *([f"commit --quiet --force {done}"] if done else [])]
+    assert events == [*started, *([f"commit --force {done}"] if done else [])]

@@ -1,9 +1,9 @@
 """Digests of a source's tensors, and what is remembered of them."""
 
-from dataclasses import replace
-from unittest.mock import ANY
+from pathlib import Path
 
-from gptoss_nf4.fetch.tensor_digests import describe
+from gptoss_nf4.fetch import tensor_digests
+from gptoss_nf4.fetch.tensor_digests import bytes_to_hash, describe, hashing_speed
 from gptoss_nf4.storage.checkpoint import Checkpoint
 
 
@@ -12,21 +12,48 @@ def test_only_files_that_changed_are_hashed_again(source_copy, tmp_path, monkeyp
     memory, source = tmp_path / "seen.json", Checkpoint(source_copy)
     groups = [sorted(source.tensors)]
     total = sum(info.bytes for info in source.tensors.values())
-    first = describe(source, groups, memory)
-    assert first.hashed_bytes == total
-    assert describe(source, groups, memory) == replace(first, seconds=ANY)  # just written: not trusted yet
+    read = hashed_bytes(monkeypatch)
+
+    def described(expected: int) -> list[dict]:
+        """What `describe` finds, having hashed `expected` bytes, which it also says beforehand."""
+        assert bytes_to_hash(source, memory) == expected
+        read.clear()
+        found = describe(source, groups, memory)
+        assert sum(read) == expected
+        return found
+
+    first = described(total)
+    assert described(total) == first  # just written: not trusted yet
     monkeypatch.setattr("gptoss_nf4.fetch.tensor_digests.SETTLED_SECONDS", -1)
-    describe(source, groups, memory)
-    again = describe(source, groups, memory)
-    assert again.hashed_bytes == 0
-    assert again.groups == first.groups
+    described(total)
+    assert described(0) == first
     info = source.tensors["model.layers.1.mlp.experts.down_projs.2.weight"]
     data = bytearray(info.file.read_bytes())
     data[info.start] ^= 1
     info.file.write_bytes(data)
-    changed = describe(source, groups, memory)
-    assert changed.hashed_bytes == sum(other.bytes for other in source.tensors.values() if other.file == info.file)
-    assert [n for n in groups[0] if changed.groups[0][n] != first.groups[0][n]] == [info.name]
+    changed = described(sum(other.bytes for other in source.tensors.values() if other.file == info.file))
+    assert [name for name in groups[0] if changed[0][name] != first[0][name]] == [info.name]
     for damage in ("{", "[]", '{"model-00001-of-00003.safetensors": 5}', '{"model-00001-of-00003.safetensors": {}}'):
         memory.write_text(damage)
-        assert describe(source, groups, memory).hashed_bytes == total
+        described(total)
+
+
+def hashed_bytes(monkeypatch) -> list[int]:
+    """A list that gets the size of each piece that is hashed."""
+    sizes: list[int] = []
+    plain = tensor_digests._sha256
+
+    def counted(pieces, *advance):
+        return plain((sizes.append(piece.nbytes) or piece for piece in pieces), *advance)
+
+    monkeypatch.setattr(tensor_digests, "_sha256", counted)
+    return sizes
+
+
+def test_the_speed_is_measured_on_a_sample(tiny: Path, monkeypatch):
+    source, read = Checkpoint(tiny), hashed_bytes(monkeypatch)
+    monkeypatch.setattr(tensor_digests, "SAMPLE_BYTES", 1000)
+    monkeypatch.setattr(tensor_digests, "cores", lambda: 2)
+    assert hashing_speed(source) > 0
+    largest = max(info.bytes for info in source.tensors.values())
+    assert 2 * 1000 <= sum(read) < 2 * (1000 + largest)

@@ -1,26 +1,15 @@
 """Greedy generation with vLLM in this process, with log-probabilities."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_nf4.check.agreement import Generation
+from gptoss_nf4.engine.serve import ServedAdapter, lora_rank
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
 
 TOP = 20  # log-probabilities for each token; vLLM's default limit
-# The values that vLLM allows for max_lora_rank (vllm/config/lora.py).
-MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
-
-@dataclass(frozen=True)
-class ServedAdapter:
-    """An adapter as vLLM serves it: requests call it `name`, its files are in `directory`, `rank` is its largest."""
-
-    name: str
-    directory: Path
-    rank: int
 
 
 def generate(checkpoint: Path, prompts: list[str], max_tokens: int, engine_args: dict) -> list[Generation]:
@@ -35,8 +24,7 @@ def generate_with(
     from vllm.lora.request import LoRARequest
 
     request = LoRARequest(adapter.name, 1, str(adapter.directory))
-    rank = next(allowed for allowed in MAX_LORA_RANKS if allowed >= adapter.rank)
-    lora_args = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+    lora_args = {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank([adapter])}
     requests = [(prompt, each) for prompt in prompts for each in (None, request)]
     made = _generate(checkpoint, requests, max_tokens, engine_args | lora_args)
     return made[0::2], made[1::2]

@@ -2,17 +2,22 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from gptoss_nf4.format import names
 from gptoss_nf4.format.dimensions import Dimensions
-from gptoss_nf4.format.dtypes import ITEM_BYTES
+from gptoss_nf4.format.dtypes import ITEM_BYTES, SAFETENSORS_NAMES
 from gptoss_nf4.source.interface import INPUTS, Source
 from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.machine import available_memory, cores, free_disk
+from gptoss_nf4.storage.progress import size_text
 
+GIB = 1 << 30
 MARGIN = 1.02  # headers, JSON files, DVC's records
-# Time of a conversion divided by that of hashing its source. stages/parallel.py took 53 to 59 s, hashing 4.3 to 5 s
-# (24 layers of the 20b, 2 cores). A conversion also reads the source, writes the result, and DVC hashes the result.
-WORK_BY_HASHING = 12.0
+# Time of a conversion and its proof, divided by that of hashing the source, beside what starting all stages takes. On two
+# cores, of the 20b: hashing 12.5 GB took 4.3 to 5 s, stages/parallel.py 22, 31, 40 and 59 s for 1, 6, 12 and 24 layers, and
+# stage prove 30 s. A conversion also reads the source, writes the result, and DVC hashes the result.
+WORK_BY_HASHING, START_SECONDS = 14.0, 25.0
 # Bytes for each weight of a module while bitsandbytes quantizes it and the error is counted in float64. One of [5760, 2880]
 # took 0.7 GiB.
 QUANTIZING = 44
@@ -24,10 +29,6 @@ class Budget:
 
     disk_bytes: int
     memory_bytes: int
-
-    def line(self) -> str:
-        """Both as text for the user, in GB and GiB."""
-        return f"{self.disk_bytes / 1e9:.1f} GB of disk, {self.memory_bytes / 2**30:.1f} GiB of memory"
 
 
 def budget(source: Source, artifacts: Artifacts) -> Budget:
@@ -44,10 +45,37 @@ def budget(source: Source, artifacts: Artifacts) -> Budget:
         missing += (not artifacts.layer_weights(layer).exists()) * (codes + absmax)
         missing += (not artifacts.dense_weights.exists()) * dense
         largest = max(largest, 2 * absmax)
-    outside = sum(_bytes(source, name) for name in names.outside_shapes(source.dimensions))
-    missing += (not artifacts.dense_weights.exists()) * outside
+    missing += (not artifacts.dense_weights.exists()) * _outside_bytes(source)
     largest = max(largest, QUANTIZING * _quantized_anew(source))
     return Budget(int(missing * MARGIN), largest + (400 << 20))  # 400 MiB: Python with torch
+
+
+def stage_bytes(source: Source, stage: str, dtype: str) -> int:
+    """About what `stage`, such as "requant@3" or "normalize", writes: what a progress bar goes up to."""
+    kind, _, layer = stage.partition("@")
+    if kind == "normalize":
+        layers = range(source.dimensions.layers)
+        dense = sum(_layer_sizes(source, each)[2] for each in layers) + _outside_bytes(source)
+        return dense * ITEM_BYTES[SAFETENSORS_NAMES[dtype]] // ITEM_BYTES["BF16"]  # as nearly all sources have it
+    codes, blocks, _ = _layer_sizes(source, int(layer))
+    absmax = blocks * ITEM_BYTES["F32"]
+    return absmax if kind == "dequant" else codes + absmax
+
+
+def plan_line(plan: Budget, size: int, root: Path, hashing_speed: float | None) -> str:
+    """What converting a source of `size` bytes below `root` takes, for the user: time, disk and memory.
+
+    `hashing_speed` is in bytes a second; None where the time is not known.
+    """
+    seconds = None if hashing_speed is None else START_SECONDS + WORK_BY_HASHING * size / hashing_speed
+    rough = "" if seconds is None else f"about {_duration(seconds)} on {cores()} cores, "
+    disk = f"{size_text(plan.disk_bytes)} of disk ({free_disk(root) / 1e9:.0f} GB are free)"
+    memory = f"{plan.memory_bytes / GIB:.1f} GiB of memory ({available_memory() / GIB:.0f} GiB are free)"
+    return f"to convert and prove {size_text(size)}: {rough}{disk}, {memory}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 
 def _quantized_anew(source: Source) -> int:
@@ -73,6 +101,11 @@ def _layer_sizes(source: Source, layer: int) -> tuple[int, int, int]:
                 codes += module.state.elements // 2
                 blocks += module.state.blocks
     return codes, blocks, dense
+
+
+def _outside_bytes(source: Source) -> int:
+    """Bytes of what is in no layer: embeddings, norm and head."""
+    return sum(_bytes(source, name) for name in names.outside_shapes(source.dimensions))
 
 
 def _bytes(source: Source, name: str) -> int:

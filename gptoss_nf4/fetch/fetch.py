@@ -8,10 +8,10 @@ from pathlib import Path
 
 from gptoss_nf4.errors import COPY_AGAIN, UserError
 from gptoss_nf4.fetch import hub
-from gptoss_nf4.fetch.budget import WORK_BY_HASHING, budget, synthetic_bytes
+from gptoss_nf4.fetch.budget import budget, plan_line, synthetic_bytes
 from gptoss_nf4.fetch.licence import licence
 from gptoss_nf4.fetch.owner import claim, require_own
-from gptoss_nf4.fetch.tensor_digests import Described, describe
+from gptoss_nf4.fetch.tensor_digests import bytes_to_hash, describe, hashing_speed
 from gptoss_nf4.format.config_fields import ignored_keys
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.names import FUSIONS
@@ -21,7 +21,7 @@ from gptoss_nf4.source.model import EMBEDDED_KINDS, Model
 from gptoss_nf4.source.side_files import require_side_files, side_files, unread
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.digests import verify
-from gptoss_nf4.storage.machine import cores, require_disk
+from gptoss_nf4.storage.machine import require_disk
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import describe_file, write_json
 
@@ -29,11 +29,12 @@ from gptoss_nf4.storage.writing import describe_file, write_json
 def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambda line: None) -> dict:
     """Bring the source, validate all of it, write its digests and its manifest, and return the manifest.
 
-    `say` gets a line on what the conversion will take. UserError for a source that is damaged or not supported, and for a
-    full disk; no description is written then. The source's own files stay where they are.
+    `say` gets a line on what the conversion will take, before the first byte is hashed, and one for whatever is left out.
+    UserError for a source that is damaged or not supported, and for a full disk; no description is written then. The
+    source's own files stay where they are.
     """
     require_own(artifacts, model.origin)
-    directory, origin = _make_available(model, artifacts)
+    directory, origin = _make_available(model, artifacts, say)
     if model.expected:
         verify(directory, Path(model.expected), next_step=COPY_AGAIN)
     source = open_checkpoint(directory)
@@ -41,15 +42,16 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
     require_side_files(directory)
     plan = budget(source, artifacts)
     require_disk(plan.disk_bytes, artifacts.root, "the converted checkpoint")
-    described = describe(source.checkpoint, list(source.stored_by_layer.values()), artifacts.seen)
+    size = sum(file.stat().st_size for file in source.checkpoint.weight_files)
+    # Where only a part is new, how much there is to convert is not known yet.
+    all_new = bytes_to_hash(source.checkpoint, artifacts.seen) > size / 2
+    say(plan_line(plan, size, artifacts.root, hashing_speed(source.checkpoint) if all_new else None))
     if ignored := ignored_keys(source.checkpoint.config):
         say(f"config.json has {', '.join(ignored)}, which neither transformers nor vLLM reads; the result goes without")
-    digests, size = described.groups, sum(file.stat().st_size for file in source.checkpoint.weight_files)
-    rough = f"about {_seconds(size, described):.0f} s on {cores()} cores, " if described.hashed_bytes > size / 10 else ""
     notes = [*source.notes(), *unread(directory)]
     for note in notes:
         say(note)
-    say(f"to convert {size / 1e9:.1f} GB: {rough}{plan.line()}")
+    digests = describe(source.checkpoint, list(source.stored_by_layer.values()), artifacts.seen)
     claim(artifacts, model.origin)
     for layer, digest in zip(source.stored_by_layer, digests, strict=True):
         write_json(artifacts.digest(layer), digest)
@@ -71,12 +73,7 @@ def fetch(model: Model, artifacts: Artifacts, say: Callable[[str], None] = lambd
     return manifest
 
 
-def _seconds(size: int, described: Described) -> float:
-    """Rough time of converting `size` bytes, by how long it just took to hash some of them."""
-    return WORK_BY_HASHING * described.seconds * size / described.hashed_bytes
-
-
-def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
+def _make_available(model: Model, artifacts: Artifacts, say: Callable[[str], None]) -> tuple[Path, dict]:
     """(directory of the source, its origin as the manifest records it)."""
     if model.kind in EMBEDDED_KINDS:
         from gptoss_nf4.samples import embedded
@@ -93,7 +90,7 @@ def _make_available(model: Model, artifacts: Artifacts) -> tuple[Path, dict]:
             synthetic.write_checkpoint(artifacts.source, model.dimensions)
         return artifacts.source, {"kind": model.kind, "values": "random: for measuring the conversion only"}
     if model.kind == "hub":
-        directory, commit = hub.download(str(model.repository), model.revision)
+        directory, commit = hub.download(str(model.repository), model.revision, say)
         return directory, {"kind": model.kind, "repository": model.repository, "commit": commit}
     return Path(str(model.path)), {"kind": model.kind, "path": model.path}
 

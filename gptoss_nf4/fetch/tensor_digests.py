@@ -5,9 +5,8 @@ A file counts as unchanged if its size, times and inode are the same. DVC decide
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.machine import cores
+from gptoss_nf4.storage.progress import Progress
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.writing import write_json
 
@@ -23,44 +23,55 @@ from gptoss_nf4.storage.writing import write_json
 SETTLED_SECONDS = 2.0
 
 
-@dataclass(frozen=True)
-class Described:
-    """What `describe` found.
-
-    `groups`: in each, dtype, shape and SHA-256 by tensor name. `hashed_bytes` and `seconds`: what had to be hashed, and how
-    long that took.
-    """
-
-    groups: list[dict[str, dict]]
-    hashed_bytes: int
-    seconds: float
+SAMPLE_BYTES = 1 << 26  # for each core; a fraction of a second of hashing
 
 
-def describe(checkpoint: Checkpoint, groups: list[list[str]], memory: Path) -> Described:
-    """Describe the content of each tensor of `groups`, which are lists of names.
+def bytes_to_hash(checkpoint: Checkpoint, memory: Path) -> int:
+    """Bytes of the tensors whose digests `memory` does not have."""
+    known = _recall(memory, {file: _identity(file) for file in checkpoint.weight_files})
+    return sum(info.bytes for name, info in checkpoint.tensors.items() if name not in known)
+
+
+def hashing_speed(checkpoint: Checkpoint) -> float:
+    """Bytes that all cores together read and hash in a second: measured on a sample of the checkpoint."""
+    sample: list[list[str]] = [[] for _ in range(cores())]
+    sizes = [0] * len(sample)
+    for name, info in checkpoint.tensors.items():
+        least = sizes.index(min(sizes))
+        if sizes[least] < SAMPLE_BYTES:
+            sample[least].append(name)
+            sizes[least] += info.bytes
+    started = time.monotonic()
+    with ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(lambda names: [_sha256(checkpoint.pieces(name)) for name in names], sample))
+    return sum(sizes) / (time.monotonic() - started)
+
+
+def describe(checkpoint: Checkpoint, groups: list[list[str]], memory: Path) -> list[dict[str, dict]]:
+    """The content of each tensor of `groups`, which are lists of names: in each group dtype, shape and SHA-256 by name.
 
     Where a tensor lies in the files makes no difference. `memory` is the file of remembered digests: read, then replaced.
     """
     started, seen = time.time(), {file: _identity(file) for file in checkpoint.weight_files}
     known = _recall(memory, seen)
+    size = sum(checkpoint.tensors[name].bytes for group in groups for name in group if name not in known)
 
     def describe_group(names: list[str]) -> dict[str, dict]:
         return {
             name: {
                 "dtype": checkpoint.tensors[name].dtype,
                 "shape": checkpoint.tensors[name].shape,
-                "sha256": known.get(name) or _sha256(checkpoint.pieces(name)),
+                "sha256": known.get(name) or _sha256(checkpoint.pieces(name), progress.advance),
             }
             for name in names
         }
 
-    begun = time.monotonic()
-    with ThreadPoolExecutor(cores()) as pool:  # hashlib lets go of the interpreter lock
+    # hashlib lets go of the interpreter lock.
+    with Progress(size, "hashing the source") as progress, ThreadPoolExecutor(cores()) as pool:
         described = list(pool.map(describe_group, groups))
-    took = time.monotonic() - begun
     digests = {name: fields["sha256"] for group in described for name, fields in group.items()}
     _remember(memory, checkpoint, digests, {file: was for file, was in seen.items() if _settled(file, was, started)})
-    return Described(described, sum(checkpoint.tensors[name].bytes for name in digests if name not in known), took)
+    return described
 
 
 def _identity(file: Path) -> list[int]:
@@ -92,8 +103,9 @@ def _remember(memory: Path, checkpoint: Checkpoint, digests: dict[str, str], see
     write_json(memory, files)
 
 
-def _sha256(pieces: Iterator[np.ndarray]) -> str:
+def _sha256(pieces: Iterator[np.ndarray], advance: Callable[[int], None] = lambda count: None) -> str:
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(piece.data)
+        advance(piece.nbytes)
     return digest.hexdigest()

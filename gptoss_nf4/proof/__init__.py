@@ -9,7 +9,6 @@ bitsandbytes dequantizes them.
 - `config.py`: what the result's config.json must say.
 - `stored.py`: the values of a stored tensor, a few rows at a time.
 - `compare.py`: comparing values: pure functions.
-- `progress.py`: how far it is, in bytes.
 
 May import `storage`, which brings bytes, and `errors`. Imported by `flow` and stage prove.
 """

@@ -1,6 +1,6 @@
 """The proof: every tensor of a converted checkpoint against the source's, and config.json against config.json."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,9 +13,9 @@ from gptoss_nf4.proof.compare import Difference
 from gptoss_nf4.proof.config import Asked, load, require_function, require_quantization
 from gptoss_nf4.proof.names import Pair, pair_up
 from gptoss_nf4.proof.pair import NEXT_STEP, Fault, compare_pair, pair_bytes
-from gptoss_nf4.proof.progress import Progress
 from gptoss_nf4.proof.stored import Tensors
 from gptoss_nf4.storage.machine import cores
+from gptoss_nf4.storage.progress import Progress
 from gptoss_nf4.storage.reading import read_bytes
 
 # Copied byte for byte. The other files beside the weights are written anew, and are not compared here.
@@ -62,12 +62,12 @@ class Exactness:
         return asdict(self.total) | counts | {"by_kind": by_kind}
 
 
-def prove(source: Path, result: Path, asked: Asked, say: Callable[[str], None] = lambda line: None) -> Exactness:
+def prove(source: Path, result: Path, asked: Asked) -> Exactness:
     """Compare every tensor in the directory `source` with those in `result`, which was made of it as `asked`.
 
     4-bit weights are compared in float32, as bitsandbytes dequantizes them. What is dense in the result is compared after
     rounding the source's to its dtype. In mode nf4 weights were quantized again: their differences are counted, and only a
-    row that has nothing in common with the source's is a fault. `say` gets a line now and then where there is no terminal.
+    row that has nothing in common with the source's is a fault.
     Where an adapter is merged, the weights `asked.changed` are left out, and 4-bit ones of the same format must be equal.
 
     UserError for config.json, for a tensor that is missing on either side, and for one that nothing compares. A tensor with
@@ -82,7 +82,8 @@ def prove(source: Path, result: Path, asked: Asked, say: Callable[[str], None] =
     require_quantization(after.checkpoint.config.get("quantization_config"), asked, dense, where)
     _require_whole(source, after)
     exactness = Exactness(len(before.stored), len(after.stored))
-    with Progress(sum(pair_bytes(pair, before, after) for pair in pairs), say) as progress, _one_thread_each() as pool:
+    size = sum(pair_bytes(pair, before, after) for pair in pairs)
+    with Progress(size, "comparing with the source") as progress, _one_thread_each() as pool:
 
         def work(pair: Pair) -> tuple[Difference, list[Fault]]:
             return compare_pair(pair, before, after, asked, progress.advance)

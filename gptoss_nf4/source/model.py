@@ -11,6 +11,7 @@ from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.source.side_files import TEMPLATE, TEMPLATE_DIRECTORY
 from gptoss_nf4.storage.artifacts import CARD, Artifacts
+from gptoss_nf4.storage.checkpoint import ADAPTER_CONFIG
 from gptoss_nf4.storage.reading import read_json_object
 
 EMBEDDED_KINDS = ("embedded", "embedded_massive")
@@ -132,6 +133,29 @@ def hub_snapshot(repository: str, commit: str) -> Path:
             expected="its snapshot",
             next_step="run `dvc repro -s -f fetch`",
         ) from None
+
+
+def base_on_hub(repository: str, revision: str | None) -> str | None:
+    """What the repository of an adapter names as its base. None for a repository that holds a model, or is not there.
+
+    Only what says so counts: a config.json, which some trainers write beside an adapter too, makes it a model.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(repository, "config.json", revision=revision)
+    except LocalEntryNotFoundError:  # no network
+        return None
+    except EntryNotFoundError:
+        try:
+            found = read_json_object(Path(hf_hub_download(repository, ADAPTER_CONFIG, revision=revision)))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            return None
+        return found.get("base_model_name_or_path")
+    except (HfHubHTTPError, OSError):
+        return None
+    return None
 
 
 def hub_config(repository: str, revision: str | None) -> Path:

@@ -57,15 +57,20 @@ def require_checkpoint(directory: Path) -> None:
             raise _without_weights(directory)
 
 
+def repository_of(given: str) -> str | None:
+    """The Hub repository that `given` names, as owner/name or by its address. None where it is a path."""
+    repository = _REPOSITORY.fullmatch(given)
+    return repository[1] if repository and not Path(Path(given).parts[0]).exists() else None
+
+
 def _refusal(where: object, got: str, next_step: str) -> UserError:
     expected = "a directory with config.json and *.safetensors"
     return UserError("no checkpoint", where=where, got=got, expected=expected, next_step=next_step)
 
 
 def _missing(given: str, path: Path) -> UserError:
-    repository = _REPOSITORY.fullmatch(given)
-    if repository and not Path(path.parts[0]).exists():
-        use = f"to download it: python stages/configure.py model=hub model.repository={repository[1]}"
+    if repository := repository_of(given):
+        use = f"to download it: python stages/configure.py model=hub model.repository={repository}"
         return _refusal(given, "no such path, but the form of a Hub repository", use)
     if path.is_symlink():
         return _refusal(path, f"a link to {path.readlink()}, which is not there", "mount or restore what it points to")

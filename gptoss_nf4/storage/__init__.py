@@ -6,6 +6,7 @@
 - `checkpoint.py`: a directory of them, every tensor by name.
 - `digests.py`: SHA-256 of a checkpoint's files, recorded and verified.
 - `artifacts.py`: the path of every file of a conversion.
+- `progress.py`: how far reading or writing is, in bytes.
 - `machine.py`: free disk space, cores and free memory.
 - `repository.py`: whether a text names a Hub repository or a path.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.storage.artifacts import CARD
 from gptoss_nf4.storage.machine import cores
+from gptoss_nf4.storage.progress import Progress
 from gptoss_nf4.storage.reading import read_text
 from gptoss_nf4.storage.writing import sha256_of, write_text
 
@@ -25,8 +26,11 @@ def _digests(checkpoint: Path, but: tuple[str, ...]) -> dict[str, str]:
     # A name that starts with a dot is none of ours: DVC puts .gitignore files beside its outputs.
     files = sorted(path for path in checkpoint.iterdir() if path.is_file() and not path.name.startswith("."))
     files = [path for path in files if path.name not in but]
-    with ThreadPoolExecutor(cores()) as pool:  # hashlib lets go of the interpreter lock
-        return dict(zip((path.name for path in files), pool.map(sha256_of, files), strict=True))
+    size = sum(path.stat().st_size for path in files)
+    # hashlib lets go of the interpreter lock.
+    with Progress(size, "hashing") as progress, ThreadPoolExecutor(cores()) as pool:
+        digests = pool.map(lambda path: sha256_of(path, progress.advance), files)
+        return dict(zip((path.name for path in files), digests, strict=True))
 
 
 def verify(checkpoint: Path, recorded: Path, next_step: str) -> int:

@@ -11,16 +11,24 @@ CGROUP = Path("/sys/fs/cgroup")  # in a container its own group lies here (cgrou
 
 def require_disk(needed: int, directory: Path, purpose: str) -> None:
     """UserError where fewer than `needed` bytes are free on the disk of `directory`, which need not exist yet."""
-    existing = next(path for path in (directory, *directory.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_disk(directory)
     if needed > free:
         raise UserError(
             "disk too small",
-            where=existing,
+            where=_existing(directory),
             got=f"{free / 1e9:.1f} GB free",
             expected=f"{needed / 1e9:.1f} GB for {purpose}",
             next_step="make room there, then run the command again",
         )
+
+
+def free_disk(directory: Path) -> int:
+    """Free bytes on the disk of `directory`, which need not exist yet."""
+    return shutil.disk_usage(_existing(directory)).free
+
+
+def _existing(directory: Path) -> Path:
+    return next(path for path in (directory, *directory.resolve().parents) if path.exists())
 
 
 def cores() -> int:

@@ -13,15 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from gptoss_nf4.format.dtypes import ITEM_BYTES
+from gptoss_nf4.storage.progress import Progress
 from gptoss_nf4.storage.writing import replacing
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 ALIGNMENT = 8  # bytes; the safetensors library begins the data at a multiple of it
 
@@ -48,18 +46,15 @@ def writing_tensors(target: Path, declared: Sequence[Declared]) -> Iterator["Ten
     ...         out.append("w", rows)
     ...     out.append("s", scales)
 
-    `target` appears when the block ends without an error and every tensor is whole. On a terminal a bar shows progress.
+    `target` appears when the block ends without an error and every tensor is whole. Meanwhile a `Progress` is shown.
     ValueError where the bytes are not those declared; UserError where the file cannot be written.
     """
-    from tqdm import tqdm
-
     header = _header(declared)
     size = len(header) + sum(tensor.bytes for tensor in declared)
-    # disable=None: no bar where stderr is not a terminal.
-    bar = tqdm(total=size, desc=target.name, unit="B", unit_scale=True, disable=None)
-    with replacing(target) as file, bar:
+    with replacing(target) as file, Progress(size, f"writing {target.name}") as progress:
         file.write(header)
-        out = TensorWriter(file, bar, declared, size)
+        progress.advance(len(header))
+        out = TensorWriter(file, progress, declared, size)
         yield out
         out.require_whole()
 
@@ -67,9 +62,9 @@ def writing_tensors(target: Path, declared: Sequence[Declared]) -> Iterator["Ten
 class TensorWriter:
     """Takes the bytes of declared tensors, one tensor after the other. `size` is the whole file's, in bytes."""
 
-    def __init__(self, file: BinaryIO, bar: "tqdm", declared: Sequence[Declared], size: int):
+    def __init__(self, file: BinaryIO, progress: Progress, declared: Sequence[Declared], size: int):
         self.size = size
-        self._file, self._bar = file, bar
+        self._file, self._progress = file, progress
         self._waiting = deque(declared)
         self._missing = self._waiting[0].bytes if declared else 0  # bytes of the first that waits
 
@@ -79,7 +74,7 @@ class TensorWriter:
             if not self._waiting or self._waiting[0].name != name or piece.nbytes > self._missing:
                 raise ValueError(f"{piece.nbytes} bytes of {name} appended, but {self._expected()}")
             self._file.write(np.ascontiguousarray(piece).data.cast("B"))
-            self._bar.update(piece.nbytes)
+            self._progress.advance(piece.nbytes)
             self._missing -= piece.nbytes
             if not self._missing:
                 self._waiting.popleft()

@@ -85,18 +85,21 @@ def write_json(target: Path, value: object) -> None:
     write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hex. The file is read in pieces."""
+def sha256_of(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:
+    """SHA-256 of a file, in hex. The file is read in pieces, and `advance` told the bytes of each."""
+    return _digest_of(path, hashlib.sha256(), advance)
+
+
+def git_blob_sha1(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:
+    """git's blob id of a file, in hex, as `sha256_of`. The hub reports it for files outside LFS."""
+    return _digest_of(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False), advance)
+
+
+def _digest_of(path: Path, digest: "hashlib._Hash", advance: Callable[[int], None]) -> str:
     with reading(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def git_blob_sha1(path: Path) -> str:
-    """git's blob id of a file, in hex. The hub reports it for files outside LFS."""
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+            advance(len(chunk))
     return digest.hexdigest()
 
 

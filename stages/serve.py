@@ -1,0 +1,74 @@
+"""Serve what was converted last: python stages/serve.py [arguments of `vllm serve`, such as --port 8001]"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from common import adapters_of, model_of
+from configure import current
+from omegaconf import DictConfig, OmegaConf
+
+from gptoss_nf4.engine.serve import Memory, ServedAdapter, serve_arguments
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.source.model import adapter_directory
+from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.checkpoint import Checkpoint
+from gptoss_nf4.storage.machine import available_memory
+from gptoss_nf4.storage.reading import read_json_object
+
+MIB = 1 << 20
+QUERY = ["nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"]
+
+
+def memory() -> Memory | None:
+    """Of the first GPU; of the machine where there is none. None where nvidia-smi does not tell."""
+    if not shutil.which(QUERY[0]):
+        free = available_memory()
+        return Memory(free, free, gpu=False)
+    try:
+        told = subprocess.run(QUERY, capture_output=True, text=True, timeout=30, check=True).stdout
+        free, total = (int(mib) * MIB for mib in told.splitlines()[0].split(","))
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+    return Memory(free, total, gpu=True)
+
+
+def served_adapters(cfg: DictConfig, artifacts: Artifacts) -> list[ServedAdapter]:
+    """The adapters to serve beside the base. None where one is merged: they belong beside the base that was."""
+    if cfg.requant.merge is not None:
+        return []
+    found = []
+    for adapter in adapters_of(cfg):
+        directory = adapter_directory(adapter, artifacts)
+        described = read_json_object(artifacts.adapter(adapter.name))
+        found.append(ServedAdapter(adapter.name, directory, described["largest_rank"]))
+    return found
+
+
+def command(cfg: DictConfig) -> list[str]:
+    """The whole `vllm serve` command for the checkpoint of params.yaml. UserError where it is not there."""
+    _, artifacts = model_of(cfg)
+    artifacts.require(artifacts.checkpoint / "config.json", "assemble")
+    checkpoint = Checkpoint(artifacts.checkpoint)
+    size = sum(info.bytes for info in checkpoint.tensors.values())
+    adapters = served_adapters(cfg, artifacts)
+    return ["vllm", "serve", *serve_arguments(artifacts.checkpoint, checkpoint.config, size, adapters, memory())]
+
+
+def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"{__doc__}\nAll arguments: vllm serve --help")
+        return
+    try:
+        full = [*command(OmegaConf.create(current() or {})), *sys.argv[1:]]
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(shlex.join(full), flush=True)
+    os.execv(Path(sys.executable).with_name("vllm"), full)
+
+
+if __name__ == "__main__":
+    main()
