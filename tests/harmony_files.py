@@ -14,10 +14,11 @@ from gptoss_nf4.storage.writing import write_file, write_json, write_text
 
 VOCABULARY = 201_088  # 199,998 tokens of text, then the special ones
 RETURN, CALL, END_OF_TEXT, START_OF_TEXT = "<|return|>", "<|call|>", "<|endoftext|>", "<|startoftext|>"
-# vLLM writes gpt-oss's prompts by openai-harmony. This is for readers that render a template, and close to what Harmony says.
+# For readers that render a template. vLLM writes gpt-oss's prompts by openai-harmony, without one.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-<|start|>{{ message.role }}{% if message.role == "assistant" %}<|channel|>final{% endif %}<|message|>{{ message.content }}<|end|>
+<|start|>{{ message.role }}{% if message.role == "assistant" %}<|channel|>final{% endif %}<|message|>
+{{- message.content }}<|end|>
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|start|>assistant{%- endif -%}
 """
@@ -45,7 +46,9 @@ def write_tokenizer(directory: Path) -> None:
     # 200018 has two names, <|endofprompt|> and a reserved one, which sorts first and is replaced.
     by_name = sorted(vocabulary["special_tokens"].items(), key=lambda item: ("reserved" not in item[0], item[0]))
     special = dict(sorted({number: name for name, number in by_name}.items()))
-    converted = TikTokenConverter(str(ranks), vocabulary["pat_str"], extra_special_tokens=list(special.values())).converted()
+    converted = TikTokenConverter(
+        str(ranks), vocabulary["pat_str"], extra_special_tokens=list(special.values())
+    ).converted()
     ranks.unlink()
     write_file(directory / "tokenizer.json", lambda path: converted.save(str(path), pretty=False))
     write_json(
@@ -65,7 +68,7 @@ def _vocabulary() -> dict:
     """tiktoken's description of o200k_harmony: pattern, ranks and special tokens. It would download the ranks."""
     from tiktoken_ext import openai_public
 
-    with mock.patch.object(openai_public, "load_tiktoken_bpe", lambda *_, **__: _ranks()):
+    with mock.patch.object(openai_public, "load_tiktoken_bpe", return_value=_ranks()):
         return openai_public.o200k_harmony()
 
 

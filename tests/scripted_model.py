@@ -5,14 +5,16 @@ A model of random weights says noise, of which a chat test learns nothing. This 
     <|start|>assistant<|channel|>analysis<|message|>THOUGHT<|end|>
     <|start|>assistant<|channel|>final<|message|>ANSWER<|return|>
 
-It does so as a trained model would, with no code of its own. Each token of the script has a channel of the residual stream,
-and the head maps that channel to the next token. Where the next token depends on more than the last, an attention head looks
-whether some token stands before: `analysis` or `final` in the sliding window of layer 0, words of the user or of the system
-message in all of the context, by layer 1. If so it adds to a channel of its own; if not, the head's sink takes everything.
+It does so as a trained model would, with no code of its own. Each token of the script has a channel of the residual
+stream, and `lm_head` maps that channel to the next token. Where the next token depends on more than the last, an attention
+head looks whether some token stands before: `analysis` or `final` in the sliding window of layer 0, words of the user or of
+the system message in all of the context, by layer 1. If so it adds to a channel of its own; if not, the head's sink takes
+everything.
 
 The experts and the router are the embedded model's random ones. They run, but are made small beside the script.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,7 +100,7 @@ def transitions() -> dict[int, int]:
     known: dict[int, int] = {}
     for chain in CHAINS:
         ids = encoding().encode(chain, allowed_special="all")
-        for token, following in zip(ids, ids[1:], strict=False):
+        for token, following in itertools.pairwise(ids):
             if known.setdefault(token, following) != following:
                 raise ValueError(f"two tokens follow {encoding().decode([token])!r} in the script")
     return known
@@ -140,7 +142,7 @@ def _script(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _attention(tensors: dict[str, torch.Tensor], prefix: str, heads: list[Head]) -> None:
-    """Heads that look for a token each. The last pair of a head's dimensions turns so slowly that positions do not count."""
+    """Heads that look for a token each, by the pair of dimensions that turns so slowly that positions do not count."""
     d, channel = DIMENSIONS, channels()
     q_width, kv_width = d.heads * d.head_dim, d.kv_heads * d.head_dim
     shapes = {"q": (q_width, d.hidden), "k": (kv_width, d.hidden), "v": (kv_width, d.hidden), "o": (d.hidden, q_width)}

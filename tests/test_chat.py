@@ -1,16 +1,19 @@
 """Chat with a converted checkpoint through `vllm serve` and the `openai` client: gpt-oss's vocabulary, Harmony's format.
 
-What is said is laid down by the model's weights (scripted_model.py), so an answer shows that prompt, weights, stop tokens and
-parsers all work. Where vLLM forces a form (tool_choice, response_format), its grammar decides what the weights leave open.
+What is said is laid down by the model's weights (scripted_model.py), so an answer shows that prompt, weights, stop tokens
+and parsers all work. Where vLLM forces a form (tool_choice, response_format), its grammar decides what the weights leave open.
 """
 
 import json
+import shlex
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from conftest import local
+from documents import all_commands, all_snippets
 from harmony_files import encoding
 from openai import BadRequestError, OpenAI
 from scripted_model import ANSWER, ARGUMENTS, EOS, FRENCH_ANSWER, THOUGHT, TOOL, write_checkpoint
@@ -23,6 +26,14 @@ from gptoss_nf4.storage.reading import read_json_object
 
 pytestmark = pytest.mark.slow
 
+DOCUMENTED_URL = "http://127.0.0.1:8000"
+# What the pieces of Python in the documents print.
+PRINTED = {
+    "ask.py": f"{THOUGHT}\n{ANSWER}\n",
+    "stream.py": f"{ANSWER}\n",
+    "structured.py": "Paris\n",
+    "tools.py": 'get_weather {"city": "Paris"}\n',
+}
 NAME, MAX_LENGTH = "my-finetune", 1024
 # As docs/serving.md has them. The parser of reasoning is vLLM's choice for gpt-oss and needs no flag.
 FLAGS = {"served_model_name": NAME, "enable_auto_tool_choice": True, "tool_call_parser": "openai"}
@@ -71,7 +82,10 @@ def test_the_checkpoint_has_harmonys_tokenizer_and_stop_tokens(checkpoint):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    for text in ("Good morning! Ça va? 日本語\n\n  x = 1", "<|start|>assistant<|channel|>final<|message|>1234567<|return|>"):
+    for text in (
+        "Good morning! Ça va? 日本語\n\n  x = 1",
+        "<|start|>assistant<|channel|>final<|message|>1234567<|return|>",
+    ):
         assert tokenizer(text)["input_ids"] == encoding().encode(text, allowed_special="all")
     assert len(tokenizer) == read_json_object(checkpoint / "config.json")["vocab_size"]
     assert read_json_object(checkpoint / "generation_config.json")["eos_token_id"] == EOS
@@ -109,7 +123,9 @@ def test_a_system_message_reaches_the_model(chat):
 
 
 def test_a_conversation_of_several_turns(chat):
-    answer = chat.ask(HELLO, {"role": "assistant", "content": ANSWER}, HELLO, {"role": "assistant", "content": ANSWER}, HELLO)
+    answer = chat.ask(
+        HELLO, {"role": "assistant", "content": ANSWER}, HELLO, {"role": "assistant", "content": ANSWER}, HELLO
+    )
     assert answer.choices[0].message.content == ANSWER
     assert answer.choices[0].message.reasoning == THOUGHT
 
@@ -191,3 +207,32 @@ def test_a_prompt_that_is_too_long_is_refused_in_one_line(chat):
 def test_the_responses_endpoint(chat):
     answer = chat.client.responses.create(model=NAME, input=HELLO["content"], temperature=0)
     assert answer.output_text == ANSWER
+
+
+def test_the_curl_commands_of_the_documents(chat):
+    asked = [command for command in sorted(all_commands()) if command.startswith("curl ")]
+    answers = [
+        json.loads(
+            subprocess.run(shlex.split(command.replace(DOCUMENTED_URL, chat.url)), check=True, capture_output=True).stdout
+        )
+        for command in asked
+    ]
+    assert len(answers) == 2
+    assert {answer["object"] for answer in answers} == {"chat.completion", "list"}
+    for answer in answers:
+        if answer["object"] == "list":
+            assert [model["id"] for model in answer["data"]] == [NAME]
+        else:
+            assert answer["choices"][0]["message"]["content"] == ANSWER
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_the_python_of_the_documents(chat, name, capsys):
+    text = all_snippets()[name]
+    assert DOCUMENTED_URL in text
+    exec(compile(text.replace(DOCUMENTED_URL, chat.url), name, "exec"), {})
+    assert capsys.readouterr().out == PRINTED[name]
+
+
+def test_every_piece_of_python_that_asks_a_server_is_run():
+    assert {name for name, text in all_snippets().items() if DOCUMENTED_URL in text} == PRINTED.keys()
