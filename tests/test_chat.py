@@ -1,7 +1,7 @@
 """Chat with a converted checkpoint through `vllm serve` and the `openai` client: gpt-oss's vocabulary, Harmony's format.
 
 What is said is laid down by the model's weights (scripted_model.py), so an answer shows that prompt, weights, stop tokens
-and parsers all work. Where vLLM forces a form (tool_choice, response_format), its grammar decides what the weights leave open.
+and parsers all work. Where vLLM forces a form (tool_choice, response_format), its grammar decides what weights leave open.
 """
 
 import json

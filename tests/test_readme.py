@@ -31,7 +31,7 @@ METRICS = ("dtypes", "exactness", "smoke", "benchmark")
 class Trial:
     """How a command is tried in the clone: a pattern that it has to print, and what is put in place of parts of it.
 
-    `{source}` stands for a copy of the embedded model, `{adapter}` for an adapter on it, `{elsewhere}` for another directory,
+    `{source}` stands for a copy of the embedded model, `{adapter}` for an adapter on it, `{elsewhere}` for a third place,
     all outside of the clone.
     """
 
