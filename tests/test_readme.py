@@ -139,7 +139,7 @@ NOT_RUN = {
     "hf auth login": "asks for a token of huggingface.co",
     "hf cache ls": "lists the cache of whoever runs it",
     "hf cache rm model/unsloth/gpt-oss-20b-unsloth-bnb-4bit": "deletes from the cache of whoever runs it",
-    "python stages/publish.py repository=me/my-finetune": "needs the hub",
+    "python stages/publish.py repository=me/my-finetune": "needs the hub; its tests have a stand-in",
     "python -m benchmarks.serving": "needs an NVIDIA GPU; tests/test_serving_benchmark.py has what does not",
     "python -m benchmarks.kernels": "needs an NVIDIA GPU",
     "pip install . vllm==0.32.0": "installs the CUDA build; tests/test_plugin_alone.py has the plugin beside vLLM alone",
