@@ -10,10 +10,11 @@ from pathlib import Path
 
 import dockerfile
 import pytest
-from documents import all_commands
+from documents import all_commands, text_of
 from project_imports import ROOT
 
 UNIT, DOCKERFILE = ROOT / "deploy/gptoss-nf4.service", ROOT / "deploy/Dockerfile"
+INLINE = re.compile(r"`([^`\n]+)`")
 
 
 def instructions() -> list[dockerfile.Command]:
@@ -88,6 +89,12 @@ def serve_lines() -> list[str]:
     return found
 
 
+def flags_in_text() -> set[str]:
+    """The flags of `vllm serve` that the text names, beside those in whole lines."""
+    spans = [span for name in ("README.md", "docs/serving.md", "docs/trouble.md") for span in INLINE.findall(text_of(name))]
+    return {flag for span in spans for flag in re.findall(r"--[a-z][a-z0-9-]+", span)} - {"--help"}
+
+
 @pytest.mark.slow
 def test_vllm_knows_every_flag_of_the_documents():
     """vLLM's own parser of `vllm serve` takes them. (Importing it takes half a minute.)"""
@@ -98,6 +105,9 @@ def test_vllm_knows_every_flag_of_the_documents():
     assert len(serve_lines()) >= 5
     for line in serve_lines():
         validate_parsed_serve_args(parser.parse_args(shlex.split(line)))
+    known = {option for action in parser._actions for option in action.option_strings}
+    assert flags_in_text() - known == set()
+    assert len(flags_in_text()) > 8
     with pytest.raises(SystemExit):
         parser.parse_args(["model", "--no-such-flag"])
 

@@ -104,6 +104,7 @@ CURL = ("test_chat.py", "test_the_curl_commands_of_the_documents")
 RUN_ELSEWHERE = {
     "make run": ("test_readme.py", "test_make_run_from_a_clean_clone"),
     "make serve": ("test_readme.py", "test_make_serve_answers"),
+    'make serve ARGS="--served-model-name my-finetune"': ("test_readme.py", "test_make_serve_answers"),
     'make serve ARGS="--served-model-name my-finetune --port 8001"': ("test_readme.py", "test_make_serve_answers"),
     "curl http://127.0.0.1:8000/v1/models": CURL,
     "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d "
