@@ -244,7 +244,7 @@ def test_the_figures_are_those_of_float64(tiny, tmp_path, size, left):
     delta, stored = merged[name].double() - base, stored_weight(result, f"{name}.weight").double()
     error = stored - merged[name].double()
     found = report["merge"]["layers"][1]["w13"]
-    print(found)  # README has these
+    print(found)  # docs/adapters.md has these
     assert found["relative_delta"] == pytest.approx(float(delta.norm() / base.norm()), rel=1e-4)
     assert found["relative_rms_error"] == pytest.approx(float(error.norm() / merged[name].norm()), rel=1e-4)
     assert found["error_by_delta"] == pytest.approx(float(error.norm() / delta.norm()), rel=1e-4)

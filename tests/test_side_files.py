@@ -237,3 +237,28 @@ def test_a_template_that_is_a_link_out_of_the_directory_is_refused(source_copy, 
     (source_copy / "additional_chat_templates/x.jinja").symlink_to(tmp_path / "secret.jinja")
     with pytest.raises(UserError, match="link out of the checkpoint"):
         fetch(*local(source_copy, tmp_path / "artifacts"))
+
+
+CALL = 256 + len(embedded.SPECIAL_TOKENS)  # the next free id
+
+
+@pytest.mark.parametrize(("stop", "notes"), [(None, 1), (256, 1), ([256, 257], 1), ([256, CALL], 0)])
+def test_a_generation_config_that_does_not_stop_at_a_tool_call_is_told(source_copy, tmp_path, stop, notes):
+    """vLLM stops at the tokens of generation_config.json, and has no list of Harmony's of its own."""
+    tokenizer = json.loads((source_copy / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][-1] | {"id": CALL, "content": "<|call|>"})
+    write_json(source_copy / "tokenizer.json", tokenizer)
+    (source_copy / "generation_config.json").unlink()
+    if stop is not None:
+        write_json(source_copy / "generation_config.json", {"eos_token_id": stop})
+    said: list[str] = []
+    manifest = fetch(*local(source_copy, tmp_path / "artifacts"), say=said.append)
+    told = [line for line in said if f"add {CALL} to its eos_token_id" in line]
+    assert len(told) == notes
+    assert told == [line for line in manifest["notes"] if "<|call|>" in line]
+
+
+def test_a_tokenizer_without_tool_calls_needs_no_stop_token_of_theirs(tiny, tmp_path):
+    said: list[str] = []
+    fetch(*local(tiny, tmp_path / "artifacts"), say=said.append)
+    assert not [line for line in said if "<|call|>" in line]

@@ -25,8 +25,15 @@ def server(checkpoint: Path, engine_args: dict, log: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    url, started = f"http://127.0.0.1:{port}", time.monotonic()
     command = [*VLLM, "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port), *as_flags(engine_args)]
+    with running(command, f"http://127.0.0.1:{port}", log) as url:
+        yield url
+
+
+@contextmanager
+def running(command: list[str], url: str, log: Path) -> Iterator[str]:
+    """Run `command`, which serves at `url`; yields that."""
+    started = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)

@@ -1,8 +1,8 @@
 """The proof's own table of names, written from the published layouts.
 
 The source's forms are those of Unsloth's repositories (`mlp.experts.gate_up_projs.3.weight`, and a router that is wrapped
-or flat) and of transformers' `modeling_gpt_oss.py` (experts fused into one tensor). The result's names are those that the
-README gives.
+or flat) and of transformers' `modeling_gpt_oss.py` (experts fused into one tensor). The result's names are those that
+docs/developing.md gives.
 """
 
 import re

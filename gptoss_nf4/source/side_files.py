@@ -21,6 +21,7 @@ PROCESSOR_TEMPLATE = "chat_template.json"
 TEMPLATE_DIRECTORY = "additional_chat_templates"
 _OBJECTS = ("config.json", TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, GENERATION_CONFIG)
 TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+TOOL_CALL_END = "<|call|>"  # of Harmony, gpt-oss's format of chat; vLLM stops at what generation_config.json names
 # Keys that are not taken over: the result runs no code of the source's.
 CODE = ("auto_map", "custom_pipelines")
 
@@ -83,10 +84,31 @@ def _require_tokenizer(file: Path) -> None:
 
 
 def unread(directory: Path) -> list[str]:
-    """What is there and does not count, a line each."""
-    if not (directory / PROCESSOR_TEMPLATE).exists():
-        return []
-    return [f"{PROCESSOR_TEMPLATE} is not carried: transformers reads it with a processor, not with this tokenizer"]
+    """What is there and does not count, or is missing and would, a line each."""
+    lines = []
+    if (directory / PROCESSOR_TEMPLATE).exists():
+        lines.append(
+            f"{PROCESSOR_TEMPLATE} is not carried: transformers reads it with a processor, not with this tokenizer"
+        )
+    if (call := _end_of_tool_call(directory)) is not None and call not in _stop_ids(directory):
+        lines.append(
+            f"{GENERATION_CONFIG} does not stop at {TOOL_CALL_END}: vLLM will generate on behind a tool call; "
+            f"add {call} to its eos_token_id"
+        )
+    return lines
+
+
+def _end_of_tool_call(directory: Path) -> int | None:
+    """The id of TOOL_CALL_END. None for a tokenizer that has no such token, or no whole number for it."""
+    added = _object(directory, TOKENIZER).get("added_tokens")
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    ids = [token.get("id") for token in tokens if token.get("content") == TOOL_CALL_END]
+    return next((number for number in ids if isinstance(number, int)), None)
+
+
+def _stop_ids(directory: Path) -> list:
+    stop = generation_config(directory).get("eos_token_id")
+    return stop if isinstance(stop, list) else [stop]
 
 
 def tokenizer_files(directory: Path) -> dict[str, bytes | dict]:
