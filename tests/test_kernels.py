@@ -151,7 +151,8 @@ def test_every_launch_fits_the_gpu(capability, dtype, blocksize, lora_rank):
     assert {each.kernel for each in found} == KERNELS | (LORA_KERNELS if lora_rank else ROUTING_KERNELS)
     for each in found:
         takes = machine_code.resources(each, each.compiled(capability))
-        assert takes.spilled_bytes <= (TWO_REGISTERS if lora_rank else 0), takes
+        kept = lora_rank or "one slot a block" in takes.label  # adapters; the routing weight of a token alone
+        assert takes.spilled_bytes <= (TWO_REGISTERS if kept else 0), takes
         limit = MAX_STATIC_BYTES if takes.static_bytes > CUDAS_OWN_BYTES else MAX_SHARED_BYTES
         assert takes.static_bytes + takes.dynamic_bytes <= limit, takes
 
