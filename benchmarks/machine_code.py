@@ -83,6 +83,8 @@ class Launch:
         """Weights that a lane decodes in an iteration of the kernel's loop; None where it has no such loop."""
         if self.kernel == "head.product":
             return 8 * WORDS * (2 if self.arguments["TWO"] else 1)
+        if self.kernel == "head_large.product":
+            return 8 * WORDS * self.arguments["TILES"] // self.arguments["num_warps"]
         tiles_a_warp = TILES.get(self.kernel)
         return tiles_a_warp and 8 * self.arguments["weight"].S.value * tiles_a_warp
 
@@ -116,7 +118,11 @@ def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
     def record(function: JITFunction, *arguments: object, grid: tuple, warmup: bool, **named: object) -> None:
         launches.append(Launch(function, dict(zip(function.arg_names, arguments, strict=False)) | named))
 
-    with mock.patch.object(JITFunction, "run", record), mock.patch.object(launch, "gpu_of", return_value=gpu):
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(launch, "gpu_of", return_value=gpu),
+        mock.patch.object(head_launch, "gpu_of", return_value=gpu),
+    ):
         yield launches
 
 
@@ -168,7 +174,7 @@ def head_launches(d: Dimensions, dtype: torch.dtype, gpu: Gpu) -> list[Launch]:
         for rows in head_launch.VARIANTS:
             head_launch.linear(empty(rows, d.hidden, dtype=dtype), packed)
         head_launch.dequantize(packed, 0, head_launch.DENSE_ROWS)
-    return found
+    return list({each.label: each for each in found}.values())
 
 
 def _packed(experts: int, rows: int, columns: int, dtype: torch.dtype, blocksize: int) -> Packed:

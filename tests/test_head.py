@@ -19,7 +19,7 @@ from gptoss_nf4.vllm.kernels.twelve_bits import TwelveBits, pack, unpack
 
 DTYPES = (torch.bfloat16, torch.float16)
 LIMITS = {"torch.bfloat16": 4e-3, "torch.float16": 1e-3}
-MAX_SHARED_BYTES = 99 * 1024  # of a program, on sm_86
+MAX_SHARED_BYTES = {86: 99 * 1024, 90: 227 * 1024}  # of a program, by compute capability
 TWO_REGISTERS = 8  # bytes; with 8 rows of float16, under Triton 3.9 alone
 
 
@@ -148,7 +148,7 @@ def test_kernels():
     done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, (seed, done.stderr)
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(results) >= 14
+    assert len(results) >= 20
     for result in results:
         assert result.get("different", 0) == 0, (seed, result)
         assert result.get("error", 0) <= LIMITS[result["dtype"]], (seed, result)
@@ -162,19 +162,22 @@ def test_kernels():
 
 
 def test_every_number_of_rows_has_a_plan_among_those_proven():
-    plans = {head_launch.plan_product(rows) for rows in range(1, 2000)}
-    assert plans == {None, *map(head_launch.plan_product, head_launch.VARIANTS)}
+    for gpu in machine_code.GPUS.values():
+        plans = {head_launch.plan_product(rows, gpu) for rows in range(1, 2000)}
+        proven = {head_launch.plan_product(rows, gpu) for rows in head_launch.VARIANTS}
+        assert None not in proven
+        assert plans == {None, *proven}
 
 
 @pytest.mark.parametrize("capability", [86, pytest.param(90, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_launch_fits_the_gpu(capability, dtype):
     found = machine_code.head_launches(GPT_OSS_20B, dtype, machine_code.GPUS[capability])
-    assert {each.kernel for each in found} == {"head.product", "head.unpack", "head.unpack_escapes"}
+    assert {each.kernel for each in found} == {"head.product", "head_large.product", "head.unpack", "head.unpack_escapes"}
     for each in found:
         takes = machine_code.resources(each, each.compiled(capability))
         assert takes.spilled_bytes <= TWO_REGISTERS, takes
-        assert takes.static_bytes + takes.dynamic_bytes <= MAX_SHARED_BYTES, takes
+        assert takes.static_bytes + takes.dynamic_bytes <= MAX_SHARED_BYTES[capability], takes
 
 
 # ---- the method in vLLM ----

@@ -4,5 +4,6 @@ To be read in this order: `tiles` (the order of weights in memory, and the lette
 of decoding), `decode`, `arguments`, then the kernels in `small`, `large`, `dense`, `sort` and `combine`, and those of
 adapters in `lora`, `shrink` and `expand`. `plan` chooses among them, and `launch` starts them.
 
-The head has its own: `twelve_bits` (the format), `head_decode`, `head` (the kernels), and `head_launch`, which starts them.
+The head has its own: `twelve_bits` (the format), `head_decode`, `head` and `head_large` (the kernels for few and for many
+rows), and `head_launch`, which starts them.
 """
