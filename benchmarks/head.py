@@ -134,9 +134,9 @@ def compare_plans(packed: TwelveBits) -> list[list[str]]:
     rows = []
     for count, plans in PLANS.items():
         x = torch.randn(count, HIDDEN, device=DEVICE).to(packed.dtype)
-        calls: dict[Plan | None, Callable] = {}
+        calls: dict[Plan | None, Callable[[], object]] = {}
         for plan in plans:
-            call = (lambda x=x, plan=plan: head_launch.linear(x, packed, plan=plan)) if plan else unpack_all(x, packed)
+            call = planned(x, packed, plan)
             try:
                 call()
             except OutOfResources as error:
@@ -155,9 +155,11 @@ def name(plan: Plan | None) -> str:
     return f"{type(plan).__name__.lower()}: {plan.rows} rows, {plan.warps} warps, {plan.tiles} tiles{ahead}"
 
 
-def unpack_all(x: torch.Tensor, packed: TwelveBits) -> Callable:
-    out = torch.empty(len(x), packed.rows, dtype=x.dtype, device=x.device)
-    return lambda: head_launch.linear_in_parts(x, packed, out)
+def planned(x: torch.Tensor, packed: TwelveBits, plan: Plan | None) -> Callable[[], object]:
+    if plan is None:
+        out = torch.empty(len(x), packed.rows, dtype=x.dtype, device=x.device)
+        return lambda: head_launch.linear_in_parts(x, packed, out)
+    return lambda: head_launch.linear(x, packed, plan=plan)
 
 
 def in_turn(calls: list[Callable]) -> list[list[float]]:

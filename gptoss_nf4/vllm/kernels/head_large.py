@@ -4,7 +4,7 @@ A program holds the sums of some row tiles for `BM` rows of activations. Its war
 that each weight is decoded once for all those rows. Weights and activations come through shared memory, some input tiles
 ahead. Decoded weights go from registers into the product as operand A, in the order of inputs that `large` explains.
 
-Escapes come last. Those of neighbouring row tiles stand one after the other, so they are taken together, 32 at a time, as
+Escapes come last. Those of neighbouring row tiles stand one after the other, so they are taken together, 64 at a time, as
 one more product. It reads whole columns of the activations; therefore these are given a second time, transposed.
 
 Names end in the letters of their axes, see `tiles`. Here R is the row tiles of a program, and n its rows, (R r g).
@@ -13,8 +13,10 @@ Names end in the letters of their axes, see `tiles`. Here R is the row tiles of 
 import triton
 import triton.language as tl
 
-from gptoss_nf4.vllm.kernels.head import ESCAPES, PLANE, TILE
+from gptoss_nf4.vllm.kernels.head import PLANE, TILE
 from gptoss_nf4.vllm.kernels.head_decode import decode
+
+ESCAPES = tl.constexpr(64)  # at a time: each time takes three reads, one after the other
 
 
 @triton.jit(do_not_specialize=["count", "blocks"])
@@ -25,6 +27,7 @@ def product(
     out,
     count,
     blocks,
+    padded,
     R,
     BM: tl.constexpr,
     TILES: tl.constexpr,
@@ -38,7 +41,7 @@ def product(
 
     Args:
         x: [count, K] in the weight's dtype, in `tiles.operand_order` for WGMMA or not.
-        columns: [K, count], the same transposed, in the weight's order.
+        columns: [K, padded], the same transposed, in the weight's order; padded is blocks * BM, rows beyond count are not used.
         out: [count, N].
         weight: a `Weight` of R row tiles.
         STAGES: a program reads STAGES - 1 input tiles ahead.
@@ -56,7 +59,7 @@ def product(
         k = C * 64 + tl.arange(0, 64)
         x_mk = tl.load(x + row_m.to(tl.int64)[:, None] * weight.K + k[None, :], mask=used_m[:, None], other=0.0)
         sum_nm = tl.dot(_weights(words, tile_R, C, weight, table, dtype, WGMMA), tl.trans(x_mk), sum_nm)
-    sum_nm = _with_escapes(sum_nm, columns, weight, first, row_m, used_m, count, R, TILES)
+    sum_nm = _with_escapes(sum_nm, columns, weight, first, row_m, padded, R, TILES)
     n = first * 16 + tl.arange(0, TILES * 16)
     value_nm = (sum_nm * weight.unscale).to(dtype)
     out_mn = out + row_m.to(tl.int64)[:, None] * weight.N + n[None, :]
@@ -90,7 +93,7 @@ def _weights(words, tile_R, C, weight, table, dtype: tl.constexpr, WGMMA: tl.con
 
 
 @triton.jit
-def _with_escapes(sum_nm, columns, weight, first, row_m, used_m, count, R, TILES: tl.constexpr):
+def _with_escapes(sum_nm, columns, weight, first, row_m, padded, R, TILES: tl.constexpr):
     """`sum_nm` and the products of the escapes of `TILES` row tiles from `first` on."""
     end_R = tl.load(weight.starts + tl.minimum(first + 1 + tl.arange(0, TILES), R))
     end = tl.load(weight.starts + tl.minimum(first + TILES, R))
@@ -101,7 +104,6 @@ def _with_escapes(sum_nm, columns, weight, first, row_m, used_m, count, R, TILES
         value_e = tl.load(weight.escapes + e, mask=exists_e, other=0.0)
         row_e = tl.sum((e[:, None] >= end_R[None, :]).to(tl.int32), axis=1) * 16 + place_e % 16
         value_ne = tl.where(row_e[None, :] == tl.arange(0, TILES * 16)[:, None], value_e[None, :], 0.0)
-        x_em = columns + (place_e // 16).to(tl.int64)[:, None] * count + row_m[None, :]
-        x_em = tl.load(x_em, mask=exists_e[:, None] & used_m[None, :], other=0.0)
+        x_em = tl.load(columns + (place_e // 16)[:, None] * padded + row_m[None, :], mask=exists_e[:, None], other=0.0)
         sum_nm = tl.dot(value_ne.to(columns.dtype.element_ty), x_em, sum_nm)
     return sum_nm

@@ -120,9 +120,11 @@ def _launch(plan: Plan, x: torch.Tensor, packed: TwelveBits, out: torch.Tensor) 
         head.product[grid](x, weight, out, rows, blocks, row_tiles, **options)
     else:
         wgmma = gpu_of(x.device).wgmma
-        columns, x = x.t().contiguous(), operand_order(x, MAX_INPUTS, wgmma)
+        columns = x.new_empty(weight.K, blocks * plan.rows)  # with rows that are not stored, so that all loads are whole
+        columns[:, :rows] = x.t()
+        x = operand_order(x, MAX_INPUTS, wgmma)
         options = {"BM": plan.rows, "TILES": plan.tiles, "STAGES": plan.stages, "WGMMA": wgmma, "num_warps": plan.warps}
-        head_large.product[grid](x, columns, weight, out, rows, blocks, row_tiles, **options)
+        head_large.product[grid](x, columns, weight, out, rows, blocks, columns.shape[1], row_tiles, **options)
 
 
 def linear_in_parts(x: torch.Tensor, packed: TwelveBits, out: torch.Tensor) -> None:
@@ -170,8 +172,8 @@ def kernel_weight(packed: TwelveBits) -> Weight:
 def flaw(packed: TwelveBits, weight: torch.Tensor) -> str | None:
     """What the kernels get wrong on this machine, in a few words; None if they give the bits of `weight`, which was packed.
 
-    All of the weight is unpacked, and each variant of both `product` multiplies it by unit vectors: the results are columns of
-    the weight. So every variant is compiled when this returns.
+    All of the weight is unpacked, and each variant of both products multiplies it by unit vectors: the results are columns
+    of the weight. So every variant is compiled when this returns.
     """
     for first in range(0, packed.rows, DENSE_ROWS):
         dense = weight[first : first + DENSE_ROWS]
