@@ -41,7 +41,8 @@ def product(
 
     Args:
         x: [count, K] in the weight's dtype, in `tiles.operand_order` for WGMMA or not.
-        columns: [K, padded], the same transposed, in the weight's order; padded is blocks * BM, rows beyond count are not used.
+        columns: [K, padded], the same transposed, in the weight's order, with padded = blocks * BM. What stands beyond
+            count is not used.
         out: [count, N].
         weight: a `Weight` of R row tiles.
         STAGES: a program reads STAGES - 1 input tiles ahead.
