@@ -4,8 +4,8 @@ A program holds the sums of some row tiles for `BM` rows of activations. Its war
 that each weight is decoded once for all those rows. Weights and activations come through shared memory, some input tiles
 ahead. Decoded weights go from registers into the product as operand A, in the order of inputs that `large` explains.
 
-Escapes come last. Those of neighbouring row tiles stand one after the other, so they are taken together, 64 at a time, as
-one more product. It reads whole columns of the activations; therefore these are given a second time, transposed.
+Escapes come last. Those of neighbouring row tiles stand one after the other, so they are taken together, 32 or 64 at a time,
+as one more product. It reads whole columns of the activations; therefore these are given a second time, transposed.
 
 Names end in the letters of their axes, see `tiles`. Here R is the row tiles of a program, and n its rows, (R r g).
 """
@@ -15,8 +15,6 @@ import triton.language as tl
 
 from gptoss_nf4.vllm.kernels.head import PLANE, TILE
 from gptoss_nf4.vllm.kernels.head_decode import decode
-
-ESCAPES = tl.constexpr(64)  # at a time: each time takes three reads, one after the other
 
 
 @triton.jit(do_not_specialize=["count", "blocks"])
@@ -96,10 +94,12 @@ def _weights(words, tile_R, C, weight, table, dtype: tl.constexpr, WGMMA: tl.con
 @triton.jit
 def _with_escapes(sum_nm, columns, weight, first, row_m, padded, R, TILES: tl.constexpr):
     """`sum_nm` and the products of the escapes of `TILES` row tiles from `first` on."""
+    # Each time takes three reads, one after the other; with 128 rows of x, 64 escapes take too many registers.
+    AT_A_TIME: tl.constexpr = 64 if row_m.shape[0] < 128 else 32
     end_R = tl.load(weight.starts + tl.minimum(first + 1 + tl.arange(0, TILES), R))
     end = tl.load(weight.starts + tl.minimum(first + TILES, R))
-    for start in tl.range(tl.load(weight.starts + first), end, ESCAPES, num_stages=1):
-        e = start + tl.arange(0, ESCAPES)
+    for start in tl.range(tl.load(weight.starts + first), end, AT_A_TIME, num_stages=1):
+        e = start + tl.arange(0, AT_A_TIME)
         exists_e = e < end
         place_e = tl.load(weight.places + e, mask=exists_e, other=0)
         value_e = tl.load(weight.escapes + e, mask=exists_e, other=0.0)
