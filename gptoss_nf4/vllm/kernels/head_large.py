@@ -4,8 +4,8 @@ A program holds the sums of some row tiles for `BM` rows of activations. Its war
 that each weight is decoded once for all those rows. Weights and activations come through shared memory, some input tiles
 ahead. Decoded weights go from registers into the product as operand A, in the order of inputs that `large` explains.
 
-Escapes come last. Those of neighbouring row tiles stand one after the other, so they are taken together, 32 or 64 at a time,
-as one more product. It reads whole columns of the activations; therefore these are given a second time, transposed.
+Escapes come last. Those of neighbouring row tiles stand one after the other, so they are taken together, 32 or 64 at a
+time, as one more product. It reads whole columns of the activations; therefore these are given a second time, transposed.
 
 Names end in the letters of their axes, see `tiles`. Here R is the row tiles of a program, and n its rows, (R r g).
 """
