@@ -225,14 +225,19 @@ def disassembled(compiled: CompiledKernel, what: str) -> str:
 
 
 def loop_length(sass: str) -> int | None:
-    """Instructions of the longest innermost loop: from the target of a backward branch to the branch."""
-    places = [int(m[1], 16) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+\S", sass)]
-    loops = []
-    for match in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+[^;]*\bBRA\b[^;]*?(0x[0-9a-f]+)", sass):
-        end, start = int(match[1], 16), int(match[2], 16)
-        if start < end:
-            loops.append(sum(start <= place <= end for place in places))
-    return max(loops, default=None)
+    """Instructions of the longest innermost loop."""
+    return max(map(len, loops(sass)), default=None)
+
+
+def loops(sass: str) -> list[list[str]]:
+    """The instructions of each loop, from the target of a backward branch to the branch."""
+    listing = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
+    found = []
+    for end, instruction in listing:
+        match = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", instruction)
+        if match and (start := int(match[1], 16)) < end:
+            found.append([each for place, each in listing if start <= place <= end])
+    return found
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -178,6 +179,20 @@ def test_every_launch_fits_the_gpu(capability, dtype):
         takes = machine_code.resources(each, each.compiled(capability))
         assert takes.spilled_bytes <= TWO_REGISTERS, takes
         assert takes.static_bytes + takes.dynamic_bytes <= MAX_SHARED_BYTES[capability], takes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_of_many_rows_go_from_registers_into_wgmma(dtype):
+    """In the loop over the inputs nothing is exchanged between lanes, stored to shared memory or spilled."""
+    found = machine_code.head_launches(GPT_OSS_20B, dtype, machine_code.GPUS[90])
+    many = [each for each in found if each.kernel == "head_large.product"]
+    assert len(many) == 3
+    for each in many:
+        loops = machine_code.loops(machine_code.disassembled(each.compiled(90), "-sass"))
+        (loop,) = [loop for loop in loops if any("LDGSTS" in instruction for instruction in loop)]
+        assert any("HGMMA" in instruction for instruction in loop)
+        assert not [each for each in loop if re.search(r"\b(SHFL|STS|STL|LDL)\b", each)]
 
 
 # ---- the method in vLLM ----
