@@ -60,7 +60,7 @@ def count(directory: Path, layers: int, rank: int | None) -> int:
     from benchmarks.serving import adapters
 
     d = replace(weights.GPT_OSS_20B, layers=layers)
-    checkpoint = weights.ensure(directory, "nf4", d, "cuda")
+    checkpoint = weights.ensure(directory, "nf4-bfloat16", d, "cuda")
     lora: dict[str, Any] = {}
     if rank:
         adapters.ensure(directory / f"adapter-{rank}-{layers}", d, rank)

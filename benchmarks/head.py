@@ -1,7 +1,7 @@
 """The head in 12 bits against dense weights and cuBLAS, at gpt-oss-20b's size: the same bits, and how fast.
 
     python -m benchmarks.head            less than a minute on one GPU
-    python -m benchmarks.head --plans    in addition every plan of the kernel, at each number of rows
+    python -m benchmarks.head --plans    in addition the plans that suit each number of rows, in bfloat16
 
 Weights are normally distributed, in bfloat16, and the same cast to float16. Either form is larger than any GPU's L2 cache.
 Contenders take turns, each a CUDA graph of several launches. Times are medians, smallest and largest in brackets.
@@ -12,20 +12,36 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from itertools import product
 
 import torch
 from torch.nn.functional import linear
+from triton.runtime.errors import OutOfResources
 
 from benchmarks.tables import markdown
 from benchmarks.weights import GPT_OSS_20B
 from gptoss_nf4.vllm.kernels import head_launch
+from gptoss_nf4.vllm.kernels.head_launch import Few, Many, Plan
 from gptoss_nf4.vllm.kernels.twelve_bits import TwelveBits, pack
 
 VOCABULARY, HIDDEN = GPT_OSS_20B.vocabulary, GPT_OSS_20B.hidden
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
 DEVICE = torch.device("cuda")
+FEW = (Few(8, 2, 2), Few(8, 4, 1), Few(16, 2, 1), Few(16, 2, 2), Few(32, 4, 2))
+MANY = (
+    *(Many(32, 4, 4, 4), Many(32, 4, 8, 3), Many(32, 4, 8, 4)),
+    *(Many(64, 4, 4, 4), Many(64, 4, 8, 3), Many(64, 4, 8, 4), Many(64, 8, 16, 4)),
+    *(Many(128, 4, 4, 4), Many(128, 4, 8, 3), Many(128, 4, 8, 4), Many(128, 8, 8, 4), Many(128, 8, 16, 4)),
+)
+# By the number of rows. None: parts unpacked, and cuBLAS.
+PLANS: dict[int, tuple[Plan | None, ...]] = {
+    8: FEW[:2],
+    16: (*FEW[2:], *MANY[:3]),
+    32: (FEW[-1], *MANY[:3]),
+    64: MANY[:7],
+    128: MANY[3:],
+    256: (*MANY[4:], None),
+}
 SAMPLED = 4096  # rows of the weight that are compared with float64
 ROUNDS = 15
 LAUNCHES = 4  # of a graph
@@ -34,7 +50,7 @@ RARE = 0.003  # share of the weights that are made too small for 12 bits, in the
 
 def main() -> None:
     arguments = argparse.ArgumentParser(prog="benchmarks.head")
-    arguments.add_argument("--plans", action="store_true", help="measure every plan of the kernel")
+    arguments.add_argument("--plans", action="store_true", help="measure plans of the kernels, too")
     every_plan = arguments.parse_args().plans
     if not torch.cuda.is_available():
         sys.exit("error: benchmarks.head: no NVIDIA GPU: got none, expected Ampere or newer; run it on such a machine")
@@ -46,8 +62,8 @@ def main() -> None:
         packed, seconds = packed_in(weight)
         checks += [[str(dtype), *row] for row in check(weight, packed, seconds)]
         times += [[str(dtype), *row] for row in compare(weight, packed, ROWS)]
-        if every_plan:
-            plans += [[str(dtype), *row] for row in compare_plans(packed)]
+        if every_plan and dtype == torch.bfloat16:  # float16 reads as much, and decodes with a few more instructions
+            plans += compare_plans(packed)
     rare = torch.rand(weight.shape, dtype=dtype, device=DEVICE) < RARE
     weight[rare] *= 2.0**-14
     del rare
@@ -57,7 +73,7 @@ def main() -> None:
     print(markdown(["dtype", "what", "result"], checks))
     print(markdown(["weights", "rows", "12 bits us", "GB/s", "dense us", "GB/s", "dense / 12 bits"], times))
     if plans:
-        print(markdown(["dtype", "rows", "plan", "us", "GB/s"], plans))
+        print(markdown(["rows", "plan", "us", "GB/s"], plans))
 
 
 def packed_in(weight: torch.Tensor) -> tuple[TwelveBits, float]:
@@ -86,10 +102,11 @@ def check(weight: torch.Tensor, packed: TwelveBits, seconds: float) -> list[list
         expected = x.double() @ weight[sampled].double().T
         ours, dense = (relative(out[:, sampled], expected) for out in (head_launch.linear(x, packed), x @ weight.T))
         rows.append([f"error against float64, {count} rows", f"{ours:.2e}, dense {dense:.2e}"])
-    columns = torch.linspace(0, HIDDEN - 1, 32, device=DEVICE).long()  # one 1 a row: the product is the weight itself
-    x = torch.zeros(32, HIDDEN, dtype=weight.dtype, device=DEVICE)
-    x[torch.arange(32, device=DEVICE), columns] = 1
-    for count in (8, 16, 32):
+    most = max(head_launch.VARIANTS)
+    columns = torch.linspace(0, HIDDEN - 1, most, device=DEVICE).long()  # one 1 a row: the product is the weight itself
+    x = torch.zeros(most, HIDDEN, dtype=weight.dtype, device=DEVICE)
+    x[torch.arange(most, device=DEVICE), columns] = 1
+    for count in head_launch.VARIANTS:
         wrong = int((head_launch.linear(x[:count].contiguous(), packed) != weight[:, columns[:count]].T).sum())
         rows.append([f"logits of unit vectors that differ from the weight, {count} rows", str(wrong)])
     return rows
@@ -113,29 +130,36 @@ def compare(weight: torch.Tensor, packed: TwelveBits, counts: tuple[int, ...]) -
 
 
 def compare_plans(packed: TwelveBits) -> list[list[str]]:
-    """Times of all plans that suit a number of rows."""
+    """Times of `PLANS`; one that does not fit the GPU says why instead."""
     rows = []
-    for count in ROWS:
+    for count, plans in PLANS.items():
         x = torch.randn(count, HIDDEN, device=DEVICE).to(packed.dtype)
-        plans: list[head_launch.Plan | None] = [
-            head_launch.Plan(block, warps, tiles)
-            for block, warps, tiles in product((8, 16, 32), (2, 4, 8), (1, 2))
-            if block == 32 or block >= count
-        ]
-        calls: list[Callable] = [lambda x=x, plan=plan: head_launch.linear(x, packed, plan=plan) for plan in plans]
-        if count >= 64:
-            plans.append(None)
-            calls.append(lambda x=x: unpacked_linear(x, packed))
-        for plan, times in zip(plans, in_turn(calls), strict=True):
-            name = "parts unpacked, cuBLAS" if plan is None else f"{plan.rows} rows, {plan.warps} warps, {plan.tiles} tiles"
-            rows.append([str(count), name, said(times), f"{packed.nbytes / statistics.median(times) / 1e3:.0f}"])
+        calls: dict[Plan | None, Callable[[], object]] = {}
+        for plan in plans:
+            call = planned(x, packed, plan)
+            try:
+                call()
+            except OutOfResources as error:
+                rows.append([str(count), name(plan), str(error), ""])
+            else:
+                calls[plan] = call
+        for plan, times in zip(calls, in_turn(list(calls.values())), strict=True):
+            rows.append([str(count), name(plan), said(times), f"{packed.nbytes / statistics.median(times) / 1e3:.0f}"])
     return rows
 
 
-def unpacked_linear(x: torch.Tensor, packed: TwelveBits) -> torch.Tensor:
-    out = torch.empty(len(x), packed.rows, dtype=x.dtype, device=x.device)
-    head_launch.linear_in_parts(x, packed, out)
-    return out
+def name(plan: Plan | None) -> str:
+    if plan is None:
+        return "parts unpacked, cuBLAS"
+    ahead = f", {plan.stages} stages" if isinstance(plan, Many) else ""
+    return f"{type(plan).__name__.lower()}: {plan.rows} rows, {plan.warps} warps, {plan.tiles} tiles{ahead}"
+
+
+def planned(x: torch.Tensor, packed: TwelveBits, plan: Plan | None) -> Callable[[], object]:
+    if plan is None:
+        out = torch.empty(len(x), packed.rows, dtype=x.dtype, device=x.device)
+        return lambda: head_launch.linear_in_parts(x, packed, out)
+    return lambda: head_launch.linear(x, packed, plan=plan)
 
 
 def in_turn(calls: list[Callable]) -> list[list[float]]:

@@ -10,7 +10,6 @@ It also measures another version of the package: `PYTHONPATH=<its directory>:. p
 """
 
 import argparse
-import json
 import os
 import re
 import statistics
@@ -33,7 +32,6 @@ from benchmarks import weights
 from benchmarks.tables import markdown
 
 READ_BYTES = 16 << 20  # of one read
-DTYPES = {"bfloat16": 1.0, "float16": 2.0**-6}  # and the residual_scale that a conversion to it records by default
 STARTED = r"Loading weights took ([\d.]+) seconds"
 ENGINE = """
 import sys
@@ -47,32 +45,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True, help="where the weights are, or are made (13.4 GB)")
     parser.add_argument("--checkpoint", type=Path, help="a converted checkpoint of yours, in place of those")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="float16 has a residual_scale of 1/64")
+    parser.add_argument(
+        "--dtype", choices=weights.NF4_DTYPES.values(), default="bfloat16", help="float16 has a residual_scale of 1/64"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[0, 1, 2, 4, 8, 16], help="0: the thread that reads")
     parser.add_argument("--engine", type=int, default=0, help="also start vLLM as a whole, so many times")
     arguments = parser.parse_args()
     os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = arguments.checkpoint or weights.ensure(arguments.directory, "nf4", weights.GPT_OSS_20B, device)
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
-        served = checkpoint if arguments.checkpoint else with_dtype(checkpoint, Path(scratch), arguments.dtype)
-        print(report(served, arguments.dtype, arguments.rounds, arguments.threads), flush=True)
-        starts = [start_engine(served, arguments.dtype) for _ in range(arguments.engine)]
+    kind = f"nf4-{arguments.dtype}"
+    checkpoint = arguments.checkpoint or weights.ensure(arguments.directory, kind, weights.GPT_OSS_20B, device)
+    print(report(checkpoint, arguments.dtype, arguments.rounds, arguments.threads), flush=True)
+    starts = [start_engine(checkpoint, arguments.dtype) for _ in range(arguments.engine)]
     if starts:
         size = total_bytes(checkpoint)
         print(f"whole starts, by vLLM's log: {spread([size / seconds / 1e9 for seconds in starts])} GB/s")
-
-
-def with_dtype(checkpoint: Path, directory: Path, dtype: str) -> Path:
-    """`checkpoint` with the residual_scale of `dtype`: links to its files, and a config.json of its own."""
-    for file in checkpoint.iterdir():
-        if file.name != "config.json":
-            (directory / file.name).symlink_to(file.resolve())
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["quantization_config"]["residual_scale"] = DTYPES[dtype]
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
 
 
 def report(checkpoint: Path, dtype: str, rounds: int, threads: list[int]) -> str:

@@ -74,6 +74,8 @@ class Launch(variants.Launch):
         """Weights that a lane decodes in an iteration of the kernel's loop; None where it has no such loop."""
         if self.kernel == "head.product":
             return 8 * WORDS * (2 if self.arguments["TWO"] else 1)
+        if self.kernel == "head_large.product":
+            return 8 * WORDS * self.arguments["TILES"] // self.arguments["num_warps"]
         tiles_a_warp = TILES.get(self.kernel)
         return tiles_a_warp and 8 * self.arguments["weight"].S.value * tiles_a_warp
 
@@ -173,7 +175,8 @@ def head_launches(d: Dimensions, dtype: torch.dtype, gpu: Gpu) -> list[Launch]:
         for rows in head_launch.VARIANTS:
             head_launch.linear(empty(rows, d.hidden, dtype=dtype), packed)
         head_launch.dequantize(packed, 0, head_launch.DENSE_ROWS)
-    return [Launch(each.function, each.arguments, each.grid) for each in found]
+    made = [Launch(each.function, each.arguments, each.grid) for each in found]
+    return list({each.label: each for each in made}.values())
 
 
 def _packed(experts: int, rows: int, columns: int, dtype: torch.dtype, blocksize: int) -> Packed:
@@ -229,14 +232,20 @@ def instructions(sass: str) -> list[tuple[int, str, str]]:
     return [(int(address, 16), opcode, operands.strip()) for address, opcode, operands in lines]
 
 
-def main_loop(code: list[tuple[int, str, str]]) -> tuple[int, int] | None:
-    """First and last address of the longest innermost loop: from the target of a backward branch to the branch."""
-    loops = []
+def loops(code: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
+    """First and last address of each loop: from the target of a backward branch to the branch."""
+    found = []
     for end, opcode, operands in code:
         target = re.search(r"(0x[0-9a-f]+)$", operands)
         if opcode.startswith("BRA") and target and int(target[1], 16) < end:
-            loops.append((int(target[1], 16), end))
-    inner = [one for one in loops if not any(one != other and one[0] <= other[0] and other[1] <= one[1] for other in loops)]
+            found.append((int(target[1], 16), end))
+    return found
+
+
+def main_loop(code: list[tuple[int, str, str]]) -> tuple[int, int] | None:
+    """First and last address of the longest innermost loop."""
+    found = loops(code)
+    inner = [one for one in found if not any(one != other and one[0] <= other[0] and other[1] <= one[1] for other in found)]
     return max(inner, key=lambda loop: loop[1] - loop[0], default=None)
 
 

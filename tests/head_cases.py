@@ -16,15 +16,21 @@ if not ON_GPU:
 from kernel_cases import poison, relative  # noqa: E402
 
 from gptoss_nf4.vllm.kernels import head_launch, twelve_bits  # noqa: E402
-from gptoss_nf4.vllm.kernels.head_launch import Plan  # noqa: E402
+from gptoss_nf4.vllm.kernels.head_launch import Few, Many  # noqa: E402
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 PLANS = [
     (1, None),
-    (5, Plan(rows=8, warps=4, tiles=2)),
-    (8, Plan(rows=8, warps=1, tiles=1)),
+    (5, Few(rows=8, warps=4, tiles=1)),
+    (8, Few(rows=8, warps=1, tiles=1)),
     (16, None),
+    (20, Few(rows=32, warps=4, tiles=2)),
+    (17, None),
     (40, None),
+    (65, None),
+    (128, Many(rows=128, warps=4, tiles=8, stages=4)),
+    (130, Many(rows=128, warps=8, tiles=16, stages=3)),
+    (48, Many(rows=32, warps=4, tiles=8, stages=2)),
     (head_launch.MAX_ROWS + 1, None),
 ]
 

@@ -6,5 +6,6 @@ of decoding), `decode`, `arguments`, then the kernels in `router`, `routing`, `p
 starts them. `variants` finds and compiles all that a product ever starts, and `shared_memory` reckons what a launch
 takes.
 
-The head has its own: `twelve_bits` (the format), `head_decode`, `head` (the kernels), and `head_launch`, which starts them.
+The head has its own: `twelve_bits` (the format), `head_decode`, `head` and `head_large` (the kernels for few and for many
+rows), and `head_launch`, which starts them.
 """

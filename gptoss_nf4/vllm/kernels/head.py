@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from gptoss_nf4.vllm.kernels.head_decode import decode
-from gptoss_nf4.vllm.kernels.products import _operand
+from gptoss_nf4.vllm.kernels.products import operand
 from gptoss_nf4.vllm.kernels.tiles import LANES
 from gptoss_nf4.vllm.kernels.twelve_bits import PLANES, WORDS
 
@@ -53,7 +53,7 @@ def product(x, weight, out, count, blocks, R, BM: tl.constexpr, WARPS: tl.conste
     next_sum_wnm = tl.zeros([WARPS, 16, BM], tl.float32)
     for start in tl.range(0, weight.C, WARPS, num_stages=1):
         codes_wls, low_qwlj, next_codes_wls, next_low_qwlj, x_qMwmk = ahead
-        x_wkm = _operand(x_qMwmk)
+        x_wkm = operand(x_qMwmk)
         ahead = _load(x, words, next_words, row_m, weight, start + WARPS + warp, TWO)
         sum_wnm += tl.dot(_weight(codes_wls, low_qwlj, table, weight.SHIFT, x.dtype.element_ty), x_wkm)
         if TWO:

@@ -1,4 +1,4 @@
-"""Starting the kernels of `head`: `linear` and `dequantize` on a weight in 12 bits.
+"""Starting the kernels of `head` and `head_large`: `linear` and `dequantize` on a weight in 12 bits.
 
 Only `flaw` waits for the GPU or looks at a tensor's values, so all else may be captured in a CUDA graph.
 """
@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from gptoss_nf4.vllm.kernels import head
-from gptoss_nf4.vllm.kernels.tiles import MAX_INPUTS, ROWS
+from gptoss_nf4.vllm.kernels import head, head_large
+from gptoss_nf4.vllm.kernels.plan import Gpu, gpu_of
+from gptoss_nf4.vllm.kernels.tiles import MAX_INPUTS, ROWS, operand_order
 from gptoss_nf4.vllm.kernels.twelve_bits import SHIFTS, TwelveBits
 
 DENSE_ROWS = 8192  # of the weight, that are unpacked at a time where cuBLAS multiplies: 47 MB of gpt-oss's head
@@ -39,30 +40,47 @@ class Weight(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How `product` runs."""
+class Few:
+    """How `head.product` runs: its warps share the inputs."""
 
     rows: int
     """Of activations, of a program: 8, 16 or 32."""
     warps: int
-    """Of a program; they share its inputs."""
     tiles: int
     """Row tiles of a program, 1 or 2."""
 
 
-MAX_ROWS = 128  # of activations; beyond, a dense copy and cuBLAS are faster, part by part
-VARIANTS = (8, 16, 32)  # numbers of rows whose plans are all that there are
+@dataclass(frozen=True)
+class Many:
+    """How `head_large.product` runs: its warps share the row tiles."""
+
+    rows: int
+    """Of activations, of a program: 16 to 128."""
+    warps: int
+    """4 or 8."""
+    tiles: int
+    """Row tiles of a program, a power of two, at least `warps`."""
+    stages: int
+    """A program reads stages - 1 input tiles ahead."""
 
 
-def plan_product(rows: int) -> Plan | None:
+Plan = Few | Many
+MAX_ROWS = 256  # of activations; beyond, a dense copy and cuBLAS are faster, part by part
+VARIANTS = (8, 16, 32, 64, 128)  # numbers of rows whose plans are all that there are
+
+
+def plan_product(rows: int, gpu: Gpu) -> Plan | None:
     """For `rows` rows of activations; None: unpack parts of the weight, and cuBLAS."""
     if rows <= 8:
-        return Plan(rows=8, warps=4, tiles=1)
+        return Few(rows=8, warps=2, tiles=2)
     if rows <= 16:
-        return Plan(rows=16, warps=4, tiles=1)
-    if rows <= MAX_ROWS:
-        return Plan(rows=32, warps=4, tiles=2)
-    return None
+        return Few(rows=16, warps=2, tiles=1)
+    if rows > MAX_ROWS:
+        return None
+    if not gpu.wgmma:  # with more rows or tiles there are not enough registers
+        return Many(rows=32, warps=4, tiles=8, stages=3) if rows <= 32 else Many(rows=64, warps=4, tiles=4, stages=3)
+    # More row tiles would read x less often, and leave too few programs on a multiprocessor.
+    return Many(rows=32 if rows <= 32 else 64 if rows <= 64 else 128, warps=4, tiles=8, stages=4)
 
 
 def linear(x: torch.Tensor, packed: TwelveBits, bias: torch.Tensor | None = None, plan: Plan | None = None) -> torch.Tensor:
@@ -85,15 +103,28 @@ def linear(x: torch.Tensor, packed: TwelveBits, bias: torch.Tensor | None = None
     out = torch.empty(rows, packed.rows, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
-    plan = plan or plan_product(rows)
+    plan = plan or plan_product(rows, gpu_of(x.device))
     if plan is None:
         linear_in_parts(x, packed, out)
     else:
-        blocks, row_tiles = triton.cdiv(rows, plan.rows), len(packed.table)
-        grid = (blocks * triton.cdiv(row_tiles, plan.tiles),)
-        options = {"BM": plan.rows, "WARPS": plan.warps, "TWO": plan.tiles == 2, "num_warps": plan.warps}
-        head.product[grid](x.contiguous(), kernel_weight(packed), out, rows, blocks, row_tiles, **options)
+        _launch(plan, x.contiguous(), packed, out)
     return out if bias is None else out.add_(bias)
+
+
+def _launch(plan: Plan, x: torch.Tensor, packed: TwelveBits, out: torch.Tensor) -> None:
+    weight, rows, row_tiles = kernel_weight(packed), len(x), len(packed.table)
+    blocks = triton.cdiv(rows, plan.rows)
+    grid = (blocks * triton.cdiv(row_tiles, plan.tiles),)
+    if isinstance(plan, Few):
+        options = {"BM": plan.rows, "WARPS": plan.warps, "TWO": plan.tiles == 2, "num_warps": plan.warps}
+        head.product[grid](x, weight, out, rows, blocks, row_tiles, **options)
+    else:
+        wgmma = gpu_of(x.device).wgmma
+        columns = x.new_empty(weight.K, blocks * plan.rows)  # with rows that are not stored, so that all loads are whole
+        columns[:, :rows] = x.t()
+        x = operand_order(x, MAX_INPUTS, wgmma)
+        options = {"BM": plan.rows, "TILES": plan.tiles, "STAGES": plan.stages, "WGMMA": wgmma, "num_warps": plan.warps}
+        head_large.product[grid](x, columns, weight, out, rows, blocks, columns.shape[1], row_tiles, **options)
 
 
 def linear_in_parts(x: torch.Tensor, packed: TwelveBits, out: torch.Tensor) -> None:
@@ -141,15 +172,16 @@ def kernel_weight(packed: TwelveBits) -> Weight:
 def flaw(packed: TwelveBits, weight: torch.Tensor) -> str | None:
     """What the kernels get wrong on this machine, in a few words; None if they give the bits of `weight`, which was packed.
 
-    All of the weight is unpacked, and each variant of `product` multiplies it by unit vectors: the results are columns of
-    the weight. So every variant is compiled when this returns.
+    All of the weight is unpacked, and each variant of both products multiplies it by unit vectors: the results are columns
+    of the weight. So every variant is compiled when this returns.
     """
     for first in range(0, packed.rows, DENSE_ROWS):
         dense = weight[first : first + DENSE_ROWS]
         unpacked = dequantize(packed, first, len(dense))
         if not torch.equal(unpacked.view(torch.int16), dense.view(torch.int16)):
             return f"unpacking rows {first} to {first + len(dense)} gives other bits"
-    for plan in filter(None, map(plan_product, VARIANTS)):
+    for plan in dict.fromkeys(plan_product(rows, gpu_of(weight.device)) for rows in VARIANTS):
+        assert plan is not None, "every variant is a kernel's"
         columns = torch.linspace(0, packed.inputs - 1, plan.rows, device=weight.device).long()
         x = torch.zeros(plan.rows, packed.inputs, dtype=weight.dtype, device=weight.device)
         x[torch.arange(plan.rows, device=weight.device), columns] = 1

@@ -80,7 +80,7 @@ def products(
         if AHEAD:
             _prefetch(tiles, weight, start + 2 * WARPS + warp)
         words1_wls, words2_wls, absmax1_wg, absmax2_wg = weights_ahead
-        x_wkm = _operand(x_ahead)
+        x_wkm = operand(x_ahead)
         weights_ahead = _load_weights(tiles, weight, start + WARPS + warp)
         x_ahead = _load_x(rows, weight, start + WARPS + warp)
         first_wnm += _product(words1_wls, absmax1_wg, x_wkm, decoder, SHARED_TABLE)
@@ -157,7 +157,7 @@ def _load_x(rows, weight, C_w):
 
 
 @triton.jit
-def _operand(x_qMwmk):
+def operand(x_qMwmk):
     """x as `_load_x` brings it, as operand B [w, k, m] with the inputs of a tile in the order (s t h p)."""
     Q: tl.constexpr = x_qMwmk.shape[0]
     M: tl.constexpr = x_qMwmk.shape[1]

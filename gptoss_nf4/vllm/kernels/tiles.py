@@ -154,11 +154,12 @@ def gate_and_up_tiles(rows: torch.Tensor, dim: int) -> torch.Tensor:
     return tiles.flatten(0, 2).movedim(0, dim)
 
 
-def operand_order(x: torch.Tensor, inputs: int) -> torch.Tensor:
-    """Activations [..., in] in the order of inputs that the kernels of `large` read: (q e h t p) in each tile of `inputs`.
+def operand_order(x: torch.Tensor, inputs: int, wgmma: bool = True) -> torch.Tensor:
+    """Activations [..., in] in the order in which inputs meet in the instructions: (q e h t p) in each tile of `inputs`.
 
-    So the 16 inputs that meet in one instruction are neighbours.
+    That is the order for wgmma, which the kernels of `large` read on every GPU. For mma.sync, where Triton gives each lane
+    four neighbours, it is (q e t h p). So the 16 inputs of one instruction are neighbours.
     """
     x_Cqtehp = x.view(*x.shape[:-1], -1, inputs // 32, 4, 2, 2, 2)
-    x_Cqehtp = x_Cqtehp.movedim(-4, -2)
-    return x_Cqehtp.reshape(x.shape)
+    x_ordered = x_Cqtehp.movedim(-4, -2 if wgmma else -3)
+    return x_ordered.reshape(x.shape)
