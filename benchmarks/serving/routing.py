@@ -23,7 +23,10 @@ def chosen_experts(llm: "LLM") -> "list[torch.Tensor]":
         routers: list[Any] = [getattr(runner, "router", None) for runner in runners]
         if not routers or not all(hasattr(router, "set_capture_fn") for router in routers):
             return False
-        for router in routers:
+        for runner, router in zip(runners, routers, strict=True):
+            method = runner.routed_experts.quant_method
+            if hasattr(method, "chooses"):  # the plugin's experts choose for themselves; now they are told
+                method.chooses = False
             router.set_capture_fn(lambda ids: chosen.append(ids.detach().cpu()))
         return True
 
@@ -49,7 +52,7 @@ def expert_bytes(llm: "LLM") -> int:
     def count(model: Any) -> int:
         total = 0
         for layer in model.modules():
-            if type(layer).__name__ == "RoutedExperts":
+            if any(base.__name__ == "RoutedExperts" for base in type(layer).__mro__):
                 each = sum(parameter.nbytes for parameter in layer.parameters()) / layer.global_num_experts
                 total += int(each * layer.moe_config.experts_per_token)
         return total
