@@ -182,7 +182,8 @@ def flaw(packed: TwelveBits, weight: torch.Tensor) -> str | None:
             return f"unpacking rows {first} to {first + len(dense)} gives other bits"
     for plan in dict.fromkeys(plan_product(rows, gpu_of(weight.device)) for rows in VARIANTS):
         assert plan is not None, "every variant is a kernel's"
-        columns = torch.linspace(0, packed.inputs - 1, plan.rows, device=weight.device).long()
+        # In float64: vLLM's default dtype while it loads may be bfloat16, which has no 2879.
+        columns = torch.linspace(0, packed.inputs - 1, plan.rows, dtype=torch.float64, device=weight.device).long()
         x = torch.zeros(plan.rows, packed.inputs, dtype=weight.dtype, device=weight.device)
         x[torch.arange(plan.rows, device=weight.device), columns] = 1
         if not torch.equal(linear(x, packed, plan=plan), weight[:, columns].t()):
