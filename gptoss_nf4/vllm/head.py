@@ -12,6 +12,7 @@ from gptoss_nf4.errors import UserError, first_line
 from gptoss_nf4.vllm.kernels import head_launch
 from gptoss_nf4.vllm.kernels.twelve_bits import TwelveBits, pack
 from gptoss_nf4.vllm.loading import runs_on_kernels
+from gptoss_nf4.vllm.proving.ladder import require_usable
 
 logger = logging.getLogger("vllm.gptoss_nf4")
 
@@ -87,5 +88,6 @@ def packed_or_reason(weight: torch.Tensor) -> TwelveBits | str:
     try:
         flaw = head_launch.flaw(packed, weight)
     except Exception as error:  # a compiler or driver that cannot run the kernels: the dense weight serves as well
+        require_usable(weight.device, error, f"{VARIABLE}={DENSE}")
         return f"its kernels do not run here ({type(error).__name__}: {first_line(error)})"
     return flaw or packed

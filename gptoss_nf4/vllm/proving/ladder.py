@@ -70,7 +70,7 @@ def fault(product: Product, gpu: Gpu, device: torch.device) -> str | None:
                 return f"wrong results: {what}, off by {off:.2g} times their size"
         _wait(device)
     except Exception as error:
-        _require_usable(device, error)
+        require_usable(device, error, f"{SWITCH}={Decoding.PERMUTES.value}, or ={Decoding.DEQUANTIZE.value} if that fails")
         return f"a kernel does not run ({_line(error)})"
     finally:
         settle(device, before)
@@ -116,8 +116,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _require_usable(device: torch.device, error: Exception) -> None:
-    """CUDA's errors of one kind, illegal addresses for one, stay: all that the process asks of the device fails then."""
+def require_usable(device: torch.device, error: Exception, instead: str) -> None:
+    """UserError where `error` left the device unusable for this process; `instead`: what to start it with again.
+
+    CUDA's errors of one kind, illegal addresses for one, stay: all that the process asks of the device fails then.
+    """
     try:
         _wait(device)
     except Exception:
@@ -126,7 +129,7 @@ def _require_usable(device: torch.device, error: Exception) -> None:
             where=str(device),
             got=_line(error),
             expected="a kernel that runs, or fails alone",
-            next_step=f"start again with {SWITCH}={Decoding.PERMUTES.value}, or ={Decoding.DEQUANTIZE.value} if that fails",
+            next_step=f"start again with {instead}",
         ) from error
 
 
