@@ -98,8 +98,8 @@ H100 = Card(
     shared_bytes=228 * 1024,
     l2_bytes=50 << 20,
 )
-# The same chip with other memory: 4.8 TB/s on paper, of which a kernel that only reads got 3.99 (NOTES.md); 60 MB of L2.
-H200 = replace(H100, name="H200", read_gb_s=3990, l2_bytes=60_000_000)
+# The same chip with other memory: 4.8 TB/s on paper, of which a kernel that only reads got 4.32 (NOTES.md); 60 MB of L2.
+H200 = replace(H100, name="H200", read_gb_s=4320, l2_bytes=60_000_000)
 CARDS = {86: RTX_3090, 90: H200}
 
 

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import kernels
 from benchmarks.bandwidth import copy_bandwidth, read_bandwidth
-from benchmarks.cards import CARDS, H100, Card
+from benchmarks.cards import CARDS, H200, Card
 from benchmarks.prediction import predictions
 from benchmarks.rtx3090 import BATCHES, OFF, comparable, head_bytes, off_by, step
 from benchmarks.tables import markdown
@@ -209,13 +209,13 @@ def head(read: float) -> list[str]:
 
 
 def steps(card: Card | None) -> list[str]:
-    """Predicted tokens/s of a whole step: as reckoned, and if all kernels are as far off as they are on an H100."""
+    """Predicted tokens/s of a whole step: as reckoned, and if all kernels are as far off as they are on an H200."""
     if card is None:
         return []
     columns = ["batch", "head bits", "predicted step ms", "tokens/s", f"{OFF}, ms", "tokens/s"]
     rows = []
     for tokens in BATCHES:
-        factors = off_by(tokens) if comparable() and card.capability != H100.capability else None
+        factors = off_by(tokens) if comparable() and card.capability != H200.capability else None
         for bits in (16, 12):
             found = [step(tokens, card, bits), *([step(tokens, card, bits, factors)] if factors else [])]
             rows.append([tokens, bits, *(cell for each in found for cell in each.cells(tokens))])

@@ -2,7 +2,7 @@
 
     python -m benchmarks.rtx3090
 
-Our kernels come from `prediction`, compiled here for the card. Beside them stands an H100, by the same arithmetic: how far
+Our kernels come from `prediction`, compiled here for the card. Beside them stands an H200, by the same arithmetic: how far
 that is off from what was measured there (NOTES.md) says what the prediction is worth. Needs no GPU.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import triton
 
 from benchmarks import cards
-from benchmarks.cards import H100, RTX_3090, Card
+from benchmarks.cards import H200, RTX_3090, Card
 from benchmarks.prediction import LAUNCH_US, ROUND_TRIPS, predictions
 from benchmarks.tables import markdown
 from benchmarks.weights import GPT_OSS_20B
@@ -21,22 +21,20 @@ BATCHES = (1, 8, 32)
 PIPE_COLUMNS = ("integer", "product", "tensor", "caches")
 KERNEL_COLUMNS = ["batch", "kernel", "MB", "registers", "KiB", "warps", "KiB in flight / needed", "memory us", "latency"]
 KERNEL_COLUMNS += ["issue", *PIPE_COLUMNS, "us", "limit"]
-OFF = "step, if as far off as an H100"
+OFF = "step, if as far off as an H200"
 STEP_COLUMNS = ["batch", "head bits", "our kernels ms", "head", "others", "step", "tokens/s", OFF, "tokens/s"]
 
 
 @dataclass(frozen=True)
 class Others:
-    """Microseconds of a step on an H100 in kernels that are not ours (NOTES.md, "Where a decode step goes")."""
+    """Microseconds of a step on an H200 in kernels that are not ours, by the profile of `benchmarks.serving`."""
 
-    router: float
-    top_k: float
     attention: float
     rest: float
     """Norms, rotary embedding, writing of keys and values, sampling."""
 
 
-OTHERS = {1: Others(125, 45, 160, 190), 32: Others(166, 42, 307, 237)}
+OTHERS = {1: Others(131, 182), 32: Others(266, 240)}
 CONTEXT = 256  # tokens, in the middle of the measured run
 
 
@@ -74,37 +72,37 @@ class Step:
 
 
 def step(tokens: int, card: Card, head_bits: int = 16, off: dict[str, float] | None = None) -> Step:
-    """Kernels that are not ours are as long as on an H100, by the clock, but for the bytes of the cache.
+    """Kernels that are not ours are as long as on an H200, by the clock, but for the bytes of the cache.
 
     off: factors for single predictions, as `off_by` gives them.
     """
     d, off = GPT_OSS_20B, off or {}
     ours = sum(each.us * off.get(name, 1.0) for name, each in predictions(tokens, card).items()) * d.layers
     head = LAUNCH_US + head_bytes(d, head_bits) / card.read_gb_s / 1e3
-    known, slower = others(tokens), H100.clock_ghz / card.clock_ghz
+    known, slower = others(tokens), H200.clock_ghz / card.clock_ghz
     cached = cache_bytes(tokens, d) / 1e3
-    attention = max(known.attention - cached / H100.read_gb_s, 0) * slower + cached / card.read_gb_s
-    return Step(ours, head * off.get("head", 1.0), attention + (known.router + known.top_k + known.rest) * slower)
+    attention = max(known.attention - cached / H200.read_gb_s, 0) * slower + cached / card.read_gb_s
+    return Step(ours, head * off.get("head", 1.0), attention + known.rest * slower)
 
 
 # ---- against what was measured ----
 
-# An H100 by `benchmarks.kernels` and `benchmarks.serving` (NOTES.md): w13 and w2 together; us. To be measured again when
-# the kernels change. Comparable with machine code of the same Triton alone.
+# An H200 (NOTES.md), us: kernels alone, each as it starts early behind its own kind; w13 and w2 together, of batches from
+# the profile of a step. To be measured anew when kernels change. Comparable with machine code of the same Triton alone.
 MEASURED_WITH = "3.7.1"  # Triton
 MEASURED = {
-    1: {"experts": 31.0, "sum of slots": 2.0, "q/k/v": 7.7, "o": 7.5, "head": 406},
-    8: {"experts": 123, "sorting": 2.2, "q/k/v": 8.2, "o": 7.6},
-    32: {"experts": 182, "sorting": 3.3, "q/k/v": 14.8, "o": 11.6, "head": 419},
+    1: {"experts": 29.1, "q/k/v": 6.0, "o": 5.9, "router": 2.8, "head": 280},
+    8: {"experts": 114, "q/k/v": 6.6, "o": 6.4, "router": 2.9, "top-k and sorting": 2.9},
+    32: {"experts": 171, "q/k/v": 14.3, "o": 10.4, "router": 3.6, "top-k and sorting": 3.6, "head": 290},
 }
-MEASURED_STEPS = {1: 2092, 32: 6332}  # all kernels of a step
+MEASURED_STEPS = {1: 1456, 8: 3573, 32: 5369}  # the device's time for a step, without the head
 
 
 def compared(tokens: int) -> dict[str, tuple[float, float]]:
-    """Predicted and measured on an H100."""
-    found = predictions(tokens, H100)
+    """Predicted and measured on an H200."""
+    found = predictions(tokens, H200)
     predicted = {name: each.us for name, each in found.items()} | {"experts": found["w13"].us + found["w2"].us}
-    predicted["head"] = LAUNCH_US + head_bytes(GPT_OSS_20B, 16) / H100.read_gb_s / 1e3
+    predicted["head"] = LAUNCH_US + head_bytes(GPT_OSS_20B, 16) / H200.read_gb_s / 1e3
     return {name: (predicted[name], measured) for name, measured in MEASURED[tokens].items()}
 
 
@@ -114,7 +112,7 @@ def comparable() -> bool:
 
 
 def off_by(tokens: int) -> dict[str, float]:
-    """Measured / predicted on an H100, by the names of `predictions`."""
+    """Measured / predicted on an H200, by the names of `predictions`."""
     factors = {name: measured / predicted for name, (predicted, measured) in compared(tokens).items()}
     return factors | {"w13": factors["experts"], "w2": factors["experts"]}
 
@@ -140,8 +138,9 @@ def comparison_rows() -> list[list]:
         for name, (predicted, measured) in compared(tokens).items():
             rows.append([tokens, name, f"{predicted:.1f}", f"{measured:.1f}", f"{measured / predicted:.2f}"])
         if tokens in MEASURED_STEPS:
-            predicted, measured = step(tokens, H100).us, MEASURED_STEPS[tokens]
-            rows.append([tokens, "step", f"{predicted:.0f}", f"{measured:.0f}", f"{measured / predicted:.2f}"])
+            reckoned, measured = step(tokens, H200), MEASURED_STEPS[tokens]
+            predicted = reckoned.us - reckoned.head
+            rows.append([tokens, "step without head", f"{predicted:.0f}", f"{measured:.0f}", f"{measured / predicted:.2f}"])
     return rows
 
 
@@ -170,7 +169,7 @@ def assumption_rows(card: Card) -> list[list]:
         ["from kernel to kernel", f"{LAUNCH_US} us", "in a CUDA graph on an H100"],
         ["experts of a batch", "even", "every token chooses evenly and alone"],
         ["context", f"{CONTEXT} tokens", "half of the layers see 128 of them"],
-        ["kernels that are not ours", "as on an H100", "measured there, longer by the clock; the cache by its bytes"],
+        ["kernels that are not ours", "as on an H200", "measured there, longer by the clock; the cache by its bytes"],
         ["head", "bytes alone", "of 16 bits, or of 12, at the read bandwidth"],
         ["host", "0", "never slower than the kernels"],
     ]
@@ -179,10 +178,10 @@ def assumption_rows(card: Card) -> list[list]:
 def main() -> None:
     print(markdown(["assumption", RTX_3090.name, "why"], assumption_rows(RTX_3090)))
     print(f"{RTX_3090.name}, kernels of a layer\n\n" + markdown(KERNEL_COLUMNS, kernel_rows(RTX_3090)))
-    print(f"{H100.name}, the same\n\n" + markdown(KERNEL_COLUMNS, kernel_rows(H100)))
+    print(f"{H200.name}, the same\n\n" + markdown(KERNEL_COLUMNS, kernel_rows(H200)))
     if not comparable():
         print(f"Compiled by Triton {triton.__version__}; measured with {MEASURED_WITH}, whose machine code differs.\n")
-    print(markdown(["batch", H100.name, "predicted us", "measured us", "measured / predicted"], comparison_rows()))
+    print(markdown(["batch", H200.name, "predicted us", "measured us", "measured / predicted"], comparison_rows()))
     print(f"{RTX_3090.name}, a step\n\n" + markdown(STEP_COLUMNS, step_rows(RTX_3090)))
 
 

@@ -137,11 +137,11 @@ def test_the_cache_and_the_head_by_hand():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", rtx3090.BATCHES)
-def test_an_h100_is_predicted_within_its_known_error(tokens):
+def test_an_h200_is_predicted_within_its_known_error(tokens):
     """What makes a prediction for another GPU worth reading. Measured with Triton 3.7.1, which compiles a little better."""
     for name, (predicted, measured) in rtx3090.compared(tokens).items():
-        if name not in ("sorting", "sum of slots"):  # 2 us, of which the assumed gap and latencies are more
-            assert 0.8 < measured / predicted < 1.6, name
+        if name not in ("top-k and sorting", "router"):  # 3 us, of which the assumed gap and latencies are more
+            assert 0.6 < measured / predicted < 1.6, name
 
 
 @pytest.mark.slow
