@@ -200,7 +200,7 @@ def test_a_hub_repository(project, hub):  # noqa: F811
 
 @pytest.mark.slow
 def test_an_adapter_on_the_hub(project, hub, adapters):  # noqa: F811
-    hub.directory = adapters[0]
+    hub.add(REPOSITORY, {file.name: file.read_bytes() for file in adapters[0].iterdir()})
     lines = converted(project, f"MODEL={REPOSITORY}")
     (served,) = parsed(lines[-1]).lora_modules
     assert served.name == REPOSITORY.split("/")[1]
