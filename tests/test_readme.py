@@ -126,6 +126,8 @@ RUN_ELSEWHERE = {
     ),
     "python stages/configure.py model=gpt_oss_20b": ("test_pipeline_files.py", "test_every_model_and_engine_composes"),
     "python -m benchmarks.machine_code": ("test_kernels.py", "test_every_launch_fits_the_gpu"),
+    "python -m benchmarks.rtx3090": ("test_prediction.py", "test_an_rtx_3090_is_limited_by_memory"),
+    "python -m benchmarks.report_gpu": ("test_prediction.py", "test_the_report_fits_into_an_issue"),
     "python tests/fuzz/fuzz.py header tests/fuzz/corpus/header": ("test_fuzz.py", "test_no_input_gets_past_the_checks"),
     "ask.py": ("test_chat.py", "test_the_python_of_the_documents"),
     "stream.py": ("test_chat.py", "test_the_python_of_the_documents"),
@@ -144,6 +146,8 @@ NOT_RUN = {
     "python stages/publish.py repository=me/my-finetune": "needs the hub; its tests have a stand-in",
     "python -m benchmarks.serving": "needs an NVIDIA GPU; tests/test_serving_benchmark.py has what does not",
     "python -m benchmarks.kernels": "needs an NVIDIA GPU",
+    "python -m benchmarks.head": "needs an NVIDIA GPU; tests/test_head.py has what does not",
+    "python -m benchmarks.after_ready": "needs an NVIDIA GPU; tests/test_variants.py has what does not",
     "pip install . vllm==0.32.0": "installs the CUDA build; tests/test_plugin_alone.py has the plugin beside vLLM alone",
     "rsync -aL artifacts/my-finetune/checkpoint artifacts/my-finetune/checkpoint.sha256 server:/srv/my-finetune/": (
         "needs a second machine; cp is tried"
