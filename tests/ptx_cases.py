@@ -19,11 +19,12 @@ import triton.language as tl
 from emulated_assembly import emulate
 
 from gptoss_nf4.format.codec import CODEBOOKS
-from gptoss_nf4.vllm.kernels import decode
+from gptoss_nf4.vllm.kernels import decode, head_decode, head_launch
 from gptoss_nf4.vllm.kernels.codebook import best_factor, codebook
+from gptoss_nf4.vllm.kernels.twelve_bits import pack
 
 WARPS, LANES, WORDS = 2, 32, 4
-FUNCTIONS = ("decode", "lookup", "decode_scaled")
+FUNCTIONS = ("decode", "lookup", "decode_scaled", "lookup_scaled")
 BITS = {torch.bfloat16: 8, torch.float16: 11}
 
 
@@ -39,7 +40,10 @@ def decoded(words, absmax, table, out, HOW: tl.constexpr, dtype: tl.constexpr, W
         weight = decode.lookup(word, decode.fill_shared(table), dtype)
     else:
         absmax0, absmax1 = tl.load(absmax + 2 * place), tl.load(absmax + 2 * place + 1)
-        weight = decode.decode_scaled(word, absmax0, absmax1, decode.load_table(table), dtype)
+        if HOW == "decode_scaled":
+            weight = decode.decode_scaled(word, absmax0, absmax1, decode.load_table(table), dtype)
+        else:
+            weight = decode.lookup_scaled(word, absmax0, absmax1, decode.fill_shared(table), dtype)
     prh = tl.reshape(tl.arange(0, 8), [1, 1, 1, 2, 2, 2])
     tl.store(out + place[:, :, :, None, None, None] * 8 + prh, weight.to(tl.uint16, bitcast=True))
 
@@ -69,10 +73,17 @@ def main() -> None:
                 table = codebook(quant_type, dtype, torch.device("cpu")).table
                 kind = tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
                 decoded[(1,)](words, absmax, table, out, HOW=how, dtype=kind, W=WARPS, S=WORDS)
-                right = expected(words, absmax if how == "decode_scaled" else None, quant_type, dtype)
+                right = expected(words, absmax if how.endswith("scaled") else None, quant_type, dtype)
                 wrong = int((out.view(torch.int16) != right.contiguous().view(torch.int16)).sum())
                 case = {"function": how, "dtype": str(dtype), "quant_type": quant_type}
                 print(json.dumps(case | {"wrong": wrong, "ran": assembly.ran}), flush=True)
+    head_decode.COMPILED = tl.constexpr(True)
+    for dtype in BITS:
+        weight = (torch.randn(40, 128) * 0.02).bfloat16().to(dtype)
+        packed, assembly = pack(weight), emulate()
+        wrong = int((head_launch.dequantize(packed).view(torch.int16) != weight.view(torch.int16)).sum())
+        case = {"function": "head_decode", "dtype": str(dtype)}
+        print(json.dumps(case | {"wrong": wrong, "ran": assembly.ran}), flush=True)
 
 
 if __name__ == "__main__":

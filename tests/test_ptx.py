@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from gptoss_nf4.format.codec import CODEBOOKS
-from gptoss_nf4.vllm.kernels import decode
+from gptoss_nf4.vllm.kernels import decode, head_decode
 from gptoss_nf4.vllm.kernels.codebook import best_factor, codebook
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +30,7 @@ CPU = torch.device("cpu")
 BITS = {torch.bfloat16: 8, torch.float16: 11}
 TABLES = [(quant_type, dtype) for dtype in BITS for quant_type in CODEBOOKS]
 SCALED = {torch.bfloat16: decode.SCALED_PERMUTES_BF16.value, torch.float16: decode.SCALED_PERMUTES_FP16.value}
+SCALED_LOOKUPS = {torch.bfloat16: decode.SCALED_LOOKUPS_BF16.value, torch.float16: decode.SCALED_LOOKUPS_FP16.value}
 # absmax in units of 1 / 256 as the kernels have them: usual ones, a zero block, and the ends of what is packed.
 SCALES = (0.0, 2.0**-14, 0.0271, 0.5, 1.0, 3.3, 100.7, 65280.0)
 
@@ -111,6 +112,55 @@ class Lookup:
         return ptx.run(self.look, decode.LOOKUPS_CONSTRAINTS.value, [words, column], shared)
 
 
+def looked_up_and_scaled(text: str, words: np.ndarray, quant_type: str, dtype: torch.dtype, scales: tuple) -> list:
+    """`lookup_scaled`: absmax stands twice in a register."""
+    shared, base = filled(decode.DECLARE_PAIRS.value, decode.STORE_FOUR_TIMES.value, quant_type, dtype)
+    column = (base + np.arange(len(words)) % 32 * 4).astype(np.int32)
+    pairs = [np.uint32(int(scale.view(torch.int16)) & 0xFFFF) * np.uint32(0x10001) for scale in scales]
+    return ptx.run(text, decode.SCALED_LOOKUPS_CONSTRAINTS.value, [words, column, *pairs], shared)
+
+
+# ---- the head in 12 bits ----
+
+UPPER = np.array([0x00, 0x3C, 0x3B, 0x3A, 0x39, 0x15, 0x7E, 0x08], np.uint32)  # of a table, each once
+
+
+def expected_weights(words: np.ndarray, low: tuple[np.ndarray, np.ndarray], shift: int) -> list[np.ndarray]:
+    """By the format that `twelve_bits` describes: pairs (h, r) of weights j = 2r + p, uint32."""
+    upper = UPPER & (0x7F >> shift)
+    pairs = []
+    for h in range(2):
+        for r in range(2):
+            halves = []
+            for j in (2 * r, 2 * r + 1):
+                index = words >> np.uint32(4 * (4 * h + j)) & 7
+                sign = words >> np.uint32(8 * j + 7 - 4 * h) & 1
+                byte = low[h] >> np.uint32(8 * j) & 255
+                halves.append((upper[index] << np.uint32(8) | byte) << np.uint32(shift) | sign << np.uint32(15))
+            pairs.append(halves[0] | halves[1] << np.uint32(16))
+    return pairs
+
+
+def expanded(text: str, words: np.ndarray, low: tuple[np.ndarray, np.ndarray], shift: int) -> list[np.ndarray]:
+    table = (UPPER & (0x7F >> shift)).astype(np.uint8).view(np.uint32)
+    return ptx.run(text, head_decode.EXPAND_CONSTRAINTS.value, [words, *low, *table])
+
+
+EXPANSIONS = {0: head_decode.EXPAND.value, 3: head_decode.EXPAND_SHIFTED.value}
+
+
+def some_low_bytes(count: int) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(12)
+    return tuple(random.integers(0, 1 << 32, count, dtype=np.uint32) for _ in range(2))
+
+
+@pytest.mark.parametrize("shift", EXPANSIONS)
+def test_the_head_decodes_every_half_of_a_word(shift):
+    words = all_halves()
+    low = some_low_bytes(len(words))
+    assert equal(expanded(EXPANSIONS[shift], words, low, shift), expected_weights(words, low, shift))
+
+
 def equal(found: list[np.ndarray], expected: list[np.ndarray]) -> bool:
     return all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
 
@@ -136,6 +186,15 @@ def test_scaled_permutes_round_the_product_once(quant_type, dtype):
         assert equal(found, expected_pairs(words, quant_type, dtype, rounded)), scales
 
 
+@pytest.mark.parametrize(("quant_type", "dtype"), TABLES)
+def test_scaled_lookups_round_the_product_once(quant_type, dtype):
+    words = all_halves()
+    for scales in zip(SCALES[::2], SCALES[1::2], strict=True):
+        rounded = tuple(torch.tensor(scale, dtype=dtype) for scale in scales)
+        found = looked_up_and_scaled(SCALED_LOOKUPS[dtype], words, quant_type, dtype, rounded)
+        assert equal(found, expected_pairs(words, quant_type, dtype, rounded)), scales
+
+
 def test_nibbles_and_halves_by_hand():
     """One word written out: nibble 2 (h, r) + p of the word is weight p of pair (h, r), and weight 0 the lower half."""
     codes = [15, 0, 7, 3, 8, 12, 1, 14]  # of nibbles 0 to 7
@@ -152,7 +211,7 @@ def test_the_kernels_decode_through_their_assembly():
     done = subprocess.run([sys.executable, ROOT / "tests" / "ptx_cases.py"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == 12
+    assert len(results) == 18
     for result in results:
         assert result["wrong"] == 0, result
         assert result["ran"] > 0, result
@@ -276,6 +335,45 @@ OF_DECLARING = [
 ]
 
 
+OF_THE_HEAD = [
+    Equivalent(
+        "no value of the table has the sign's bit, so rows 5 and 7 of the truth table are never asked",
+        "lop3.b32",
+        lambda m: m.old == "0xf8" and _bit(m) in (1 << 5, 1 << 7),
+    ),
+    Equivalent(
+        "codes have no bit 31, by which the sign would be shifted in", "shr.u32 code", lambda m: m.new[:4] == "shr."
+    ),
+]
+OF_THE_HEAD_BY_SHIFT = {
+    0: [
+        Equivalent(
+            "a word shifted left by 4 has no bits 0 to 3",
+            "lop3.b32 key, key, sign",
+            lambda m: m.old == "0x80808080" and _bit(m) < 16,
+        ),
+    ],
+    3: [
+        Equivalent("bits 29 to 31 are no signs that the mask lets through", "shr.u32 sign", lambda m: m.new[:4] == "shr."),
+        Equivalent(
+            "bits 5 to 7 of bytes 1 and 3 leave the upper half of a pair by the last shift",
+            "lop3.b32 key, key, sign",
+            lambda m: m.old == "0x10101010" and _bit(m) & 0xE000E000 != 0,
+        ),
+        Equivalent(
+            "a word shifted left by 1 has no bit 0",
+            "lop3.b32 key, key, sign, 0x10101010",
+            lambda m: m.old == "0x10101010" and _bit(m) == 1 and m.text.count("0x10101011, 0xf8") == 1 and _second_sign(m),
+        ),
+    ],
+}
+
+
+def _second_sign(mutant: Mutant) -> bool:
+    """Whether the change comes after the signs of h = 1 were made."""
+    return mutant.text.index("0x10101011") > mutant.text.index("shl.b32 sign")
+
+
 def lives(mutant: Mutant, decodes: Callable[[str], bool]) -> bool:
     try:
         return decodes(mutant.text)
@@ -344,6 +442,41 @@ def test_every_change_of_the_lookups_fails(part, least, equivalents):
     assert decodes(text)
     assert len(every) > least
     assert_only_equivalents_live(every, decodes, equivalents)
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_every_change_of_the_lookups_scaling_fails(dtype):
+    """Of what the text has in addition to the lookups."""
+    words, text = some_words(), SCALED_LOOKUPS[dtype]
+    scales = [tuple(torch.tensor(each, dtype=dtype) for each in pair) for pair in ((0.0271, 3.3), (0.0, 1.7), (2.9, 0.0))]
+    cases = [(quant_type, pair) for quant_type in CODEBOOKS for pair in scales]
+    expected = [expected_pairs(words, quant_type, dtype, pair) for quant_type, pair in cases]
+
+    def decodes(changed: str) -> bool:
+        return all(
+            equal(looked_up_and_scaled(changed, words, quant_type, dtype, pair), pairs)
+            for (quant_type, pair), pairs in zip(cases, expected, strict=True)
+        )
+
+    every = [mutant for mutant in mutants(text) if mutant.statement not in decode.LOOKUPS.value]
+    assert decodes(text)
+    assert len(every) > 100
+    assert_only_equivalents_live(every, decodes, [])
+
+
+@pytest.mark.parametrize("shift", EXPANSIONS)
+def test_every_change_of_the_heads_decoding_fails(shift):
+    words, text = some_words(), EXPANSIONS[shift]
+    low = some_low_bytes(len(words))
+    expected = expected_weights(words, low, shift)
+
+    def decodes(changed: str) -> bool:
+        return equal(expanded(changed, words, low, shift), expected)
+
+    every = list(mutants(text))
+    assert decodes(text)
+    assert len(every) > 600
+    assert_only_equivalents_live(every, decodes, OF_THE_HEAD + OF_THE_HEAD_BY_SHIFT[shift])
 
 
 def test_every_exchange_of_two_rows_of_the_table_fails():
