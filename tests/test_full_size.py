@@ -20,12 +20,11 @@ def test_real_dimensions_stay_within_their_memory(tmp_path):
     conversion.run(project, *conversion.DVC, "repro", "-s", "fetch")
     conversion.clean(project)
     made = conversion.run(project, conversion.PYTHON, "stages/parallel.py")
-    each = {f"{stage}@{layer}" for stage in ("dequant", "requant") for layer in range(layers)}
-    assert set(made.stages) == {"fetch", "normalize", "assemble", *each}
+    assert made.stages == 3 + 2 * layers  # fetch, normalize, assemble; dequant and requant of each layer
     assert made.peak_bytes < MEMORY_BOUND
-    assert conversion.run(project, *conversion.DVC, "repro", "assemble").stages == []
+    assert conversion.run(project, *conversion.DVC, "repro", "assemble").stages == 0
     proof = conversion.run(project, *conversion.DVC, "repro", "prove")
-    assert proof.stages == ["prove"]
+    assert proof.stages == 1
     assert proof.peak_bytes < MEMORY_BOUND
     exactness = json.loads((project / "metrics/exactness.json").read_text())
     d = json.loads((project / "artifacts" / model / "manifest.json").read_text())["dimensions"]
