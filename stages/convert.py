@@ -56,10 +56,12 @@ def split(typed: list[str]) -> tuple[dict[str, str], list[str]]:
     return {word: value for word, value in words.items() if value}, others
 
 
-def model_arguments(words: dict[str, str]) -> tuple[list[str], list[str]]:
+def model_arguments(words: dict[str, str], of_adapter: str | None = None) -> tuple[list[str], list[str]]:
     """(the arguments of configure.py that choose the model of MODEL, adapters to serve beside it).
 
     A path on this machine comes first, then a name of conf/, then the Hub. An adapter's repository there chooses its base.
+
+    of_adapter: the adapter whose base MODEL is. UserError where that is an adapter too.
     """
     given = words["MODEL"]
     here = os.path.lexists(os.path.expanduser(unquoted(given)))
@@ -71,6 +73,14 @@ def model_arguments(words: dict[str, str]) -> tuple[list[str], list[str]]:
     base = base_on_hub(repository, words.get("REVISION"))
     if base is None:
         return repository_as_model(repository), []
+    if of_adapter is not None:
+        raise UserError(
+            "adapter on an adapter",
+            where=of_adapter,
+            got=f"base {repository}, which is an adapter of {base}",
+            expected="a base that is a model",
+            next_step="merge the inner adapter in Unsloth, or pass BASE= with the model itself",
+        )
     if "REVISION" in words:
         raise UserError(
             "REVISION of an adapter",
@@ -79,8 +89,10 @@ def model_arguments(words: dict[str, str]) -> tuple[list[str], list[str]]:
             expected="none: it would be the base's",
             next_step=f"pass MODEL={base} and ARGS='adapters={{mine: {{repository: {repository}, revision: ...}}}}'",
         )
-    print(f"{repository} is an adapter; its base is converted ({words.get('BASE', base)})")
-    return model_arguments({"MODEL": words.pop("BASE", base)})[0], [repository]
+    base = words.pop("BASE", base)
+    print(f"{repository} is an adapter; its base is converted ({base})")
+    chosen, more = model_arguments({"MODEL": base}, of_adapter=repository)
+    return chosen, [*more, repository]
 
 
 def adapter_places(given: str) -> list[str]:
@@ -105,6 +117,14 @@ def configured(typed: list[str]) -> tuple[DictConfig, bool]:
     engine = "gpu" if shutil.which("nvidia-smi") else "cpu"
     settings = [f"{SETTINGS[word]}={value}" for word, value in words.items() if word in SETTINGS]
     adapters += adapter_places(words.get("ADAPTER", ""))
+    if words.get("SMOKE", "yes") != "yes":
+        raise UserError(
+            "bad SMOKE",
+            where="make convert",
+            got=words["SMOKE"],
+            expected="yes, or no SMOKE at all",
+            next_step="pass SMOKE=yes to generate and compare too",
+        )
     return configure([*chosen, f"engine={engine}", *settings, *others], adapters), "SMOKE" in words
 
 

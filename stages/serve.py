@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import adapters_of, model_of
+from common import adapters_of
 from configure import current
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,12 +24,14 @@ QUERY = ["nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noh
 
 
 def memory() -> Memory | None:
-    """Of the first GPU; of the machine where there is none. None where nvidia-smi does not tell."""
+    """Of the first GPU that CUDA may use; of the machine where there is none. None where nvidia-smi does not tell."""
     if not shutil.which(QUERY[0]):
         free = available_memory()
         return Memory(free, free, gpu=False)
     try:
-        told = subprocess.run(QUERY, capture_output=True, text=True, timeout=30, check=True).stdout
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]  # which nvidia-smi does not heed
+        query = [*QUERY, f"--id={visible}"] if visible else QUERY
+        told = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
         free, total = (int(mib) * MIB for mib in told.splitlines()[0].split(","))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
@@ -50,7 +52,7 @@ def served_adapters(cfg: DictConfig, artifacts: Artifacts) -> list[ServedAdapter
 
 def command(cfg: DictConfig) -> list[str]:
     """The whole `vllm serve` command for the checkpoint of params.yaml. UserError where it is not there."""
-    _, artifacts = model_of(cfg)
+    artifacts = Artifacts.of(cfg.model.name)  # the source need not be there any more
     artifacts.require(artifacts.checkpoint / "config.json", "assemble")
     checkpoint = Checkpoint(artifacts.checkpoint)
     size = sum(info.bytes for info in checkpoint.tensors.values())

@@ -133,6 +133,14 @@ def test_a_list_that_names_a_card_has_it_checked(published_model):
         ("---\nlicense: [mit, gpl]\n---\n", None),
         ("---\nlicense: 'mit\n---\n", None),
         ("---\n- license\n---\n", None),
+        ("---\nlicense: !!int ''\n---\n", None),
+        ("---\nlicense: !!bool mit\nbase_model: !!timestamp x\n---\n", "mit"),
+        (
+            "---\na0: &a0 {k: v}\n"
+            + "".join(f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+            + "---\n",
+            None,
+        ),
         ("---\nlicense: |\n  mit\n  | different | 0 |\n---\n", None),
         ("---\nlicense: !!python/object/apply:os.system ['true']\n---\n", None),
         ("# no front matter\n", None),
@@ -144,6 +152,11 @@ def test_a_list_that_names_a_card_has_it_checked(published_model):
 def test_a_licence_is_taken_in_the_hubs_form_only(tmp_path, text, license_):
     (tmp_path / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert licence(tmp_path)["license"] == license_
+
+
+def test_a_base_may_be_a_list_of_one(tmp_path):
+    (tmp_path / "README.md").write_text("---\nbase_model:\n- openai/gpt-oss-20b\n---\n")
+    assert licence(tmp_path)["base_model"] == "openai/gpt-oss-20b"
 
 
 def test_a_source_without_a_card_has_no_licence(tmp_path):
@@ -245,12 +258,18 @@ def test_what_an_engine_would_read_besides_is_deleted(project):
     """A template that an older version left would win over the one in tokenizer_config.json."""
     with hub_stand_in.hub() as hub:
         left = {"layer-9.safetensors": b"old", "chat_template.jinja": b"old", "picture.png": b"kept", ".gitattributes": b""}
+        left |= {"lora/adapter_model.safetensors": b"theirs"}
         hub.add(REPOSITORY, left)
+        refused = publish(project, hub)
+        assert refused.returncode == 1
+        assert "error: somebody else's weights" in refused.stderr
+        assert hub.repositories[REPOSITORY].files.keys() == left.keys()
+        hub.add(REPOSITORY, left | {"checkpoint.sha256": b""})  # as publish.py leaves it
         assert publish(project, hub).returncode == 0
         files = hub.repositories[REPOSITORY].files
         assert "layer-9.safetensors" not in files
         assert "chat_template.jinja" not in files
-        assert "picture.png" in files
+        assert {"picture.png", "lora/adapter_model.safetensors"} <= files.keys()
         assert not hub.repositories[REPOSITORY].private, "an existing repository stays as it is"
 
 
@@ -269,6 +288,30 @@ def test_a_public_repository_is_asked_for(project):
         assert not hub.repositories[REPOSITORY].private
         done = publish(project, hub, "private=maybe")
         assert "error: bad setting: private" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["me/a--b", "me/a..b", "me/x.git"])
+def test_a_name_that_the_hub_refuses_is_one_line(project, name):
+    with hub_stand_in.hub() as hub:
+        environment = hub_stand_in.environment(hub, project / "hf")
+        done = run(project, "publish.py", f"repository={name}", environment=environment)
+        assert done.returncode == 1
+        assert "error: upload failed" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_the_fine_tune_itself_is_not_replaced(project):
+    artifacts = artifacts_of(project)
+    before = artifacts.manifest.read_bytes()
+    _edit(artifacts.manifest, source=read_json_object(artifacts.manifest)["source"] | {"repository": REPOSITORY.upper()})
+    try:
+        with hub_stand_in.hub() as hub:
+            done = publish(project, hub)
+            assert done.returncode == 1
+            assert "error: that is the source" in done.stderr
+            assert REPOSITORY not in hub.repositories
+    finally:
+        artifacts.manifest.write_bytes(before)
 
 
 @pytest.mark.parametrize("token", [None, "hf_of_another"])

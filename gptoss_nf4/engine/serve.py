@@ -78,6 +78,8 @@ def _for_memory(checkpoint: Path, config: dict, weight_bytes: int, memory: Memor
         usable = int(UTILIZATION * memory.total)
         if memory.free < usable:
             share = int(100 * max(memory.free - SPARE_BYTES, 0) / memory.total)
+            if share == 0:
+                return []  # vLLM says best that nothing is free
             arguments += ["--gpu-memory-utilization", f"{share / 100:.2f}"]
             usable = memory.total * share // 100
     if usable - weight_bytes - OTHER_BYTES < cache_bytes(config, checkpoint / "config.json"):

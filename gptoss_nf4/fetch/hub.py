@@ -23,7 +23,7 @@ def download(repository: str, revision: str | None, say: Callable[[str], None] =
     compared with the hub's: SHA-256 for large files, git's blob SHA-1 for small ones. UserError where any of this fails.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
@@ -39,7 +39,7 @@ def download(repository: str, revision: str | None, say: Callable[[str], None] =
             expected="a repository that you may read",
             next_step="check the name and the revision, or run `hf auth login`",
         ) from None
-    except (HTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             "download failed",
             where=repository,

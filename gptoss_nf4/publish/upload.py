@@ -12,6 +12,7 @@ from gptoss_nf4.errors import UserError, first_line
 from gptoss_nf4.publish.card import metric, write_card
 from gptoss_nf4.storage.artifacts import CARD, Artifacts
 from gptoss_nf4.storage.digests import read_digests, verify
+from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.storage.repository import OWNER_AND_NAME
 from gptoss_nf4.storage.writing import git_blob_sha1
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
     from huggingface_hub.hf_api import RepoSibling
 
-# What vLLM and transformers read in a repository. Files so called that are not of this checkpoint are deleted there.
+# What vLLM and transformers read in a repository. Files so called of an earlier checkpoint of ours are deleted there.
 READ_BY_ENGINES = (".safetensors", ".json", ".jinja", ".bin")
 
 
@@ -35,7 +36,8 @@ def publish(
     The repository is made where there is none, and is private then if `private`. An existing one stays as it is: public or
     not. Afterwards the hub's digest of every file is compared with ours.
 
-    UserError where the checkpoint is not what was proved: nothing is uploaded then. And where the upload fails.
+    UserError where the checkpoint is not what was proved, where the repository is the source itself, and where it has
+    weights that did not come from here: nothing is uploaded then. And where the upload fails.
     """
     if not OWNER_AND_NAME.fullmatch(repository):
         raise UserError(
@@ -46,11 +48,12 @@ def publish(
             next_step="pass repository=me/my-finetune",
         )
     require_proved_checkpoint(artifacts, metrics)
+    _require_other_than_source(artifacts, repository)
     write_card(artifacts, metrics, repository)
     files = uploaded_files(artifacts)
     total = sum(path.stat().st_size for path in files.values())
     say(f"{len(files)} files, {total / 1e9:.2f} GB, to {repository}")
-    commit = _commit(files, repository, private)
+    commit = _commit(files, artifacts.digest_list.name, repository, private)
     return str(commit.commit_url)
 
 
@@ -70,20 +73,48 @@ def require_proved_checkpoint(artifacts: Artifacts, metrics: Path) -> None:
     verify(artifacts.checkpoint, recorded, next_step="run `dvc repro prove`, then publish again")
 
 
+def _require_other_than_source(artifacts: Artifacts, repository: str) -> None:
+    """UserError for the repository that was converted: the fine-tune in it would be replaced."""
+    source = str(read_json_object(artifacts.manifest)["source"].get("repository"))
+    if source.lower() == repository.lower():
+        raise UserError(
+            "that is the source",
+            where="repository",
+            got=repository,
+            expected="another one than the fine-tune's own, which would be replaced",
+            next_step=f"pass repository={repository}-nf4, for one",
+        )
+
+
+def _require_ours(there: list[str], digest_list: str, repository: str) -> None:
+    """UserError for a repository with weights that were not uploaded from here: they would be replaced."""
+    weights = [name for name in there if name.endswith((".safetensors", ".bin"))]
+    if weights and digest_list not in there:
+        raise UserError(
+            "somebody else's weights",
+            where=repository,
+            got=f"{weights[0]}, and no {digest_list}",
+            expected="a new repository, or one that publish.py filled",
+            next_step="pass another repository=",
+        )
+
+
 def uploaded_files(artifacts: Artifacts) -> dict[str, Path]:
     """What is uploaded, by its name in the repository: the files that were proved, their digests, and the card."""
     files = {name: artifacts.checkpoint / name for name in read_digests(artifacts.digest_list)}
     return files | {artifacts.digest_list.name: artifacts.digest_list, CARD: artifacts.card}
 
 
-def _commit(files: dict[str, Path], repository: str, private: bool) -> "CommitInfo":
+def _commit(files: dict[str, Path], digest_list: str, repository: str, private: bool) -> "CommitInfo":
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        stale = [name for name in api.list_repo_files(repository) if name not in files and name.endswith(READ_BY_ENGINES)]
+        there = api.list_repo_files(repository)
+        _require_ours(there, digest_list, repository)
+        stale = [name for name in there if name not in files and "/" not in name and name.endswith(READ_BY_ENGINES)]
         commit = api.create_commit(
             repository,
             [
@@ -93,7 +124,7 @@ def _commit(files: dict[str, Path], repository: str, private: bool) -> "CommitIn
             commit_message="Upload a checkpoint converted by gptoss-nf4",
         )
         _require_same(api, repository, commit.oid, files)
-    except (HTTPError, OSError, RuntimeError) as error:
+    except (HTTPError, HFValidationError, OSError, RuntimeError) as error:
         # RuntimeError: huggingface_hub's for one file, with the reason as its cause.
         reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise UserError(

@@ -3,8 +3,7 @@
 - `series.py`: the numbers that are drawn, from what the stages wrote. `dvc plots show` and the report draw the same ones.
 - `facts.py`: everything that the report tells, read from the files of the stages; what is missing is said.
 - `chart.py`: one chart as inline SVG: a pure function.
-- `markup.py`: the few HTML elements that the page is made of. Every text is escaped there.
-- `page.py`: the page in one function.
+- `page.py`: the page in one function, from `templates/`. Jinja2 escapes every text.
 
-May import `storage`, `format` and `errors`. Imported by the stages only.
+May import `storage`. Imported by the stages only.
 """

@@ -8,6 +8,7 @@ from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
 from gptoss_nf4.storage.digests import read_digests
 from gptoss_nf4.storage.reading import read_json_object
+from gptoss_nf4.storage.writing import sha256_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class Facts:
         return bool(self.exactness and self.digests)
 
 
+def _of_these_settings(digests: dict[str, str], checkpoint: Path) -> bool:
+    """Whether the proof is of a checkpoint with the settings and tensors that are here now. `verify` reads all bytes."""
+    files = (checkpoint / "config.json", checkpoint / INDEX_FILE)
+    return all(file.exists() and digests.get(file.name) == sha256_of(file) for file in files)
+
+
 def gather(artifacts: Artifacts, metrics: Path, layers: int, adapters: list[str]) -> Facts:
     """Read what is there of the model with `layers` layers and `adapters`. UserError for a damaged file.
 
@@ -82,6 +89,10 @@ def gather(artifacts: Artifacts, metrics: Path, layers: int, adapters: list[str]
     config = read(artifacts.checkpoint / "config.json", "assemble", "The settings of the result")
     index = artifacts.checkpoint / INDEX_FILE
     exactness = metric("exactness.json", "prove", "The proof")
+    digests = read_digests(artifacts.digest_list) if exactness and artifacts.digest_list.exists() else None
+    if digests and not _of_these_settings(digests, artifacts.checkpoint):
+        exactness = digests = None
+        missing.append(Missing("The proof of what is here now", "prove"))
     smoke = metric("smoke.json", "smoke", "The comparison with transformers")
     benchmark = metric("benchmark.json", "benchmark", "The speed")
     found = [
@@ -99,7 +110,7 @@ def gather(artifacts: Artifacts, metrics: Path, layers: int, adapters: list[str]
         total_bytes=read_json_object(index)["metadata"]["total_size"] if index.exists() else None,
         dtypes=dtypes,
         exactness=exactness,
-        digests=read_digests(artifacts.digest_list) if exactness and artifacts.digest_list.exists() else None,
+        digests=digests,
         smoke=smoke,
         benchmark=benchmark,
         adapters=found,

@@ -141,7 +141,7 @@ def base_on_hub(repository: str, revision: str | None) -> str | None:
     Only what says so counts: a config.json, which some trainers write beside an adapter too, makes it a model.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         hf_hub_download(repository, "config.json", revision=revision)
@@ -152,8 +152,9 @@ def base_on_hub(repository: str, revision: str | None) -> str | None:
             found = read_json_object(Path(hf_hub_download(repository, ADAPTER_CONFIG, revision=revision)))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
             return None
-        return found.get("base_model_name_or_path")
-    except (HfHubHTTPError, OSError):
+        base = found.get("base_model_name_or_path")
+        return base if isinstance(base, str) and base else None
+    except (HfHubHTTPError, HFValidationError, OSError):
         return None
     return None
 
@@ -161,11 +162,11 @@ def base_on_hub(repository: str, revision: str | None) -> str | None:
 def hub_config(repository: str, revision: str | None) -> Path:
     """Download the repository's config.json into the hub's cache and return its path. UserError where that fails."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(repository, "config.json", revision=revision))
-    except (HTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             "cannot read the repository's config.json",
             where="Hugging Face",
