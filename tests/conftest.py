@@ -15,6 +15,10 @@ from gptoss_nf4.source.model import Model
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
 
+# What tests start is no part of a `make test` around them: make would name itself make[1] and tell its directories.
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
+    os.environ.pop(name, None)
+
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 

@@ -205,7 +205,7 @@ def failing_on(condition) -> object:
             replace(H100, chosen=Decoding.PERMUTES, starts_early=False),
             f"{ladder.WITHOUT_TABLE}; {ladder.WITHOUT_EARLY}",
         ),
-        (lambda gpu: True, None, ladder.WITHOUT_KERNELS),
+        (lambda gpu: True, None, Fake.without),
     ],
 )
 def test_the_least_is_given_up(condition, expected, told, monkeypatch):

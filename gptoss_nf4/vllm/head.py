@@ -17,8 +17,7 @@ from gptoss_nf4.vllm.proving.ladder import require_usable
 logger = logging.getLogger("vllm.gptoss_nf4")
 
 VARIABLE = "GPTOSS_NF4_HEAD"  # of the environment: one of FORMS, to compare them or to report a fault
-PACKED, DENSE = FORMS = ("packed", "dense")
-DEFAULT = PACKED  # by what `benchmarks.head` measured (NOTES.md)
+PACKED, DENSE = FORMS = ("packed", "dense")  # the first by default: faster for up to 16 rows (NOTES.md)
 
 
 class HeadMethod(UnquantizedEmbeddingMethod):
@@ -59,7 +58,7 @@ class HeadMethod(UnquantizedEmbeddingMethod):
 
 def reason_for_dense(vllm_config: VllmConfig) -> str | None:
     """Why the head has to stay dense whatever its weight is, in a few words. UserError for a wrong `VARIABLE`."""
-    form = os.environ.get(VARIABLE) or DEFAULT
+    form = os.environ.get(VARIABLE) or PACKED
     if form not in FORMS:
         raise UserError(
             "bad environment variable",
@@ -70,24 +69,26 @@ def reason_for_dense(vllm_config: VllmConfig) -> str | None:
         )
     model = vllm_config.model_config
     if form == DENSE:
-        return f"{VARIABLE}={DENSE}" if VARIABLE in os.environ else "it is not faster"
+        return f"{VARIABLE}={DENSE}"
     if not runs_on_kernels(model.dtype):
         return "the kernels run on a GPU, in float16 and bfloat16"
     if model.head_dtype != model.dtype:
         return f"logits are computed in {model.head_dtype}"
     if envs.VLLM_BATCH_INVARIANT:
         return "VLLM_BATCH_INVARIANT asks for vLLM's own product"
+    if vllm_config.speculative_config is not None and vllm_config.speculative_config.use_eagle():
+        return "vLLM compares it with the draft model's"
     return None
 
 
 def packed_or_reason(weight: torch.Tensor) -> TwelveBits | str:
     """The weight [rows, in] packed, and proven to be so by this GPU; or why it stays as it is, in a few words."""
-    packed = pack(weight)
-    if isinstance(packed, str):
-        return packed
     try:
+        packed = pack(weight)
+        if isinstance(packed, str):
+            return packed
         flaw = head_launch.flaw(packed, weight)
-    except Exception as error:  # a compiler or driver that cannot run the kernels: the dense weight serves as well
+    except Exception as error:  # too little memory, or kernels that do not run: the dense weight serves as well
         require_usable(weight.device, error, f"{VARIABLE}={DENSE}")
         return f"its kernels do not run here ({type(error).__name__}: {first_line(error)})"
     return flaw or packed

@@ -98,7 +98,8 @@ class Nf4MoEMethod(FusedMoEMethodBase):
         config = get_current_vllm_config_or_none()
         told = config is not None and config.aux_output_config.enable_return_routed_experts
         parallel = self.moe.moe_parallel_config
-        return not (told or self.moe.is_lora_enabled or parallel.enable_eplb or parallel.dp_size > 1)
+        shared = parallel.enable_eplb or parallel.dp_size > 1 or parallel.pcp_size > 1
+        return not (told or shared or self.moe.is_lora_enabled or envs.VLLM_MOE_ROUTING_SIMULATION_STRATEGY)
 
     def _loader(self, layer: RoutedExperts, part: Part) -> Loader:
         """How the checkpoint's tensor, of all experts, becomes this rank's parameter: see `Transfer`."""

@@ -1,6 +1,7 @@
 """The router on our kernel: a dense layer of so few rows that vLLM's product takes longer than its bytes ask for."""
 
 import torch
+from vllm import envs
 from vllm.model_executor.layers.fused_moe import GateLinear
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
@@ -26,6 +27,8 @@ def use_kernel(model: torch.nn.Module) -> None:
 
 
 def _fits(router: GateLinear) -> bool:
+    if envs.VLLM_BATCH_INVARIANT:
+        return False
     weight, bias = router.weight, router.bias
     if not runs_on_kernels(weight.dtype) or bias is None or type(router.quant_method) is not UnquantizedLinearMethod:
         return False

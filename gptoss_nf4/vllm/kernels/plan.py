@@ -35,6 +35,8 @@ class Gpu:
     """Shared memory of a multiprocessor."""
     starts_early: bool
     """A kernel can be started before the one in front of it has ended, see `ahead`."""
+    multiprocessors: int = 0
+    """How many it has."""
     chosen: Decoding | None = None
     """In place of the decoding that the shared memory suggests."""
 
@@ -45,8 +47,6 @@ class Gpu:
         # Whether the table leaves room for six programs of four warps, as registers do.
         roomy = self.shared_bytes >= 6 * (PAIRS_BYTES + 2048)
         return Decoding.SHARED_TABLE if roomy else Decoding.PERMUTES
-
-    multiprocessors: int = 0
 
     @property
     def holds_tables(self) -> bool:

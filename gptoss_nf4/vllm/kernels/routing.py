@@ -2,9 +2,8 @@
 
 vLLM does this in three kernels. Here the router's product leaves its logits, and
 
-- of one token, every program of the experts' kernels finds its expert by itself (`choice_of_token`), which takes less
-time than
-  a launch;
+- of one token, every program of the experts' kernels finds its expert by itself (`choice_of_token`), in less time than a
+  launch takes;
 - of a batch, one program does it all (`route`);
 - of many tokens, `choose` finds the experts, and vLLM's `moe_align_block_size` sorts.
 

@@ -87,6 +87,7 @@ def swiglu_experts(
     decoder = fill_shared(weight.table) if SHARED_TABLE else load_table(weight.table)
     start_early(EARLY)
     if routing.slots is not None and block * BM >= tl.load(routing.padded_count):
+        wait_for_t(lora)
         return
     expert = _expert(routing, block, top_k)
     if expert < 0:
@@ -127,6 +128,7 @@ def down_experts(
     tile, block = 2 * tl.program_id(0), tl.program_id(1)
     decoder = fill_shared(weight.table) if SHARED_TABLE else load_table(weight.table)
     if routing.slots is not None and block * BM >= tl.load(routing.padded_count):
+        wait_for_t(lora)
         start_early(EARLY)
         return
     expert = _expert(routing, block, count)

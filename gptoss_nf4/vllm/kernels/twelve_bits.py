@@ -1,4 +1,4 @@
-"""A dense 16-bit weight in 12 bits a weight, bit for bit. Pure functions on tensors; the kernels are in `head`.
+"""A dense 16-bit weight in 12 bits a weight, bit for bit: pure functions. The kernels are in `head` and `head_large`.
 
 Trained weights use few exponents. So the exponent's upper bits need not be stored as they are: three bits choose one of
 eight values that a table lists.
@@ -132,7 +132,7 @@ def scale_of(largest: float, dtype: torch.dtype) -> float:
 
 
 def unpack(packed: TwelveBits) -> torch.Tensor:
-    """The weight [rows, in] that was packed. The plain way, for tests; `head.dequantize` is the kernel."""
+    """The weight [rows, in] that was packed. The plain way, for tests; `head_launch.dequantize` is the kernel."""
     shift = SHIFTS[packed.dtype]
     word, *low = packed.words.long().unbind(2)  # [R, C, l, s] and, for each q, [R, C, l, (e h)]
     low = torch.stack([each.unflatten(-1, (2, 2)) for each in low], 3).flatten(3, 4)  # [R, C, l, s, h]

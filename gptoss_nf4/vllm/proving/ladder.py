@@ -24,8 +24,7 @@ MAX_ERROR = 0.15
 PROVEN_TRITON = "3.7.1"
 # What each step costs: ratios of times in NOTES.md ("Kernels, versions", "Adapters" and "Serving").
 WITHOUT_TABLE = "decoding by permutes: the expert kernels take up to 1.25 times as long"
-WITHOUT_EARLY = "no early starts: a layer with adapters takes up to 1.2 times as long"
-WITHOUT_KERNELS = "dequantizing all weights in every step: one takes 6 to 9 times as long"
+WITHOUT_EARLY = "no early starts: kernels wait for each other, with adapters up to 1.2 times as long"
 
 
 def weaker(gpu: Gpu) -> Iterator[tuple[Gpu, str]]:
@@ -97,7 +96,7 @@ def proven(products: Sequence[Product], gpu: Gpu, device: torch.device) -> tuple
         if found is None:
             return candidate, None if first is None else _told(first, cost)
         first = first or found
-    return None, _told(str(first), WITHOUT_KERNELS)
+    return None, _told(str(first), products[0].without)
 
 
 def _told(what: str, cost: str) -> str:
