@@ -4,11 +4,10 @@
     python -m benchmarks.head --plans    in addition the plans that suit each number of rows, in bfloat16
 
 Weights are normally distributed, in bfloat16, and the same cast to float16. Either form is larger than any GPU's L2 cache.
-Contenders take turns, each a CUDA graph of several launches. Times are medians, smallest and largest in brackets.
+Contenders take turns, each a CUDA graph of several launches.
 """
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,9 @@ import torch
 from torch.nn.functional import linear
 from triton.runtime.errors import OutOfResources
 
+from benchmarks.graphs import graph_us
 from benchmarks.tables import markdown
+from benchmarks.values import LEGEND, Values
 from benchmarks.weights import GPT_OSS_20B
 from gptoss_nf4.vllm.kernels import head_launch
 from gptoss_nf4.vllm.kernels.head_launch import Few, Many, Plan
@@ -54,7 +55,8 @@ def main() -> None:
     every_plan = arguments.parse_args().plans
     if not torch.cuda.is_available():
         sys.exit("error: benchmarks.head: no NVIDIA GPU: got none, expected Ampere or newer; run it on such a machine")
-    print(torch.cuda.get_device_name(), torch.__version__, "\n")
+    print(torch.cuda.get_device_name(), torch.__version__)
+    print(f"Each time: {LEGEND}\n")
     torch.manual_seed(0)
     checks, times, plans = [], [], []
     for dtype in DTYPES:
@@ -123,9 +125,9 @@ def compare(weight: torch.Tensor, packed: TwelveBits, counts: tuple[int, ...]) -
         x = torch.randn(count, HIDDEN, device=DEVICE).to(weight.dtype)
         calls: list[Callable] = [lambda x=x: head_launch.linear(x, packed), lambda x=x: linear(x, weight)]
         ours, dense = in_turn(calls)
-        rates = [packed.nbytes / statistics.median(ours) / 1e3, weight.nbytes / statistics.median(dense) / 1e3]
-        ratio = statistics.median(dense) / statistics.median(ours)
-        rows.append([str(count), said(ours), f"{rates[0]:.0f}", said(dense), f"{rates[1]:.0f}", f"{ratio:.2f}"])
+        rates = [packed.nbytes / ours.median / 1e3, weight.nbytes / dense.median / 1e3]
+        ratio = dense.median / ours.median
+        rows.append([str(count), ours.text(0), f"{rates[0]:.0f}", dense.text(0), f"{rates[1]:.0f}", f"{ratio:.2f}"])
     return rows
 
 
@@ -144,7 +146,7 @@ def compare_plans(packed: TwelveBits) -> list[list[str]]:
             else:
                 calls[plan] = call
         for plan, times in zip(calls, in_turn(list(calls.values())), strict=True):
-            rows.append([str(count), name(plan), said(times), f"{packed.nbytes / statistics.median(times) / 1e3:.0f}"])
+            rows.append([str(count), name(plan), times.text(0), f"{packed.nbytes / times.median / 1e3:.0f}"])
     return rows
 
 
@@ -162,31 +164,9 @@ def planned(x: torch.Tensor, packed: TwelveBits, plan: Plan | None) -> Callable[
     return lambda: head_launch.linear(x, packed, plan=plan)
 
 
-def in_turn(calls: list[Callable]) -> list[list[float]]:
-    """Microseconds of each call, `ROUNDS` times, one call after the other in each round."""
-    graphs = []
-    for call in calls:
-        call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(LAUNCHES):
-                call()
-        graphs.append(graph)
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(ROUNDS + 1):
-        for graph, mine in zip(graphs, times, strict=True):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            mine.append(start.elapsed_time(end) * 1e3 / LAUNCHES)
-    return [mine[1:] for mine in times]
-
-
-def said(times: list[float]) -> str:
-    return f"{statistics.median(times):.0f} ({min(times):.0f}-{max(times):.0f})"
+def in_turn(calls: list[Callable]) -> list[Values]:
+    """Microseconds of each call."""
+    return graph_us([[call] * LAUNCHES for call in calls], ROUNDS)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,16 @@ device-to-device copy (bytes read and written) and a sum (bytes read).
 
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks.bandwidth import copy_bandwidth, read_bandwidth
+from benchmarks.graphs import graph_us
 from benchmarks.tables import markdown
-from benchmarks.values import LEGEND, Values
+from benchmarks.values import LEGEND
 from benchmarks.weights import BLOCKSIZE, GPT_OSS_20B
 from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.vllm.activation import clamped_swiglu
@@ -50,33 +51,6 @@ def main() -> None:
     print(markdown(ERROR_COLUMNS, errors()))
     print(markdown(EXPERT_COLUMNS, expert_times(copy, read)))
     print(markdown(LINEAR_COLUMNS, linear_times()))
-
-
-def graph_us(variants: list[list[Callable]], replays: int = 20) -> list[Values]:
-    """Microseconds of a call of each variant: calls that are captured in one graph. The graphs are replayed in turn."""
-    graphs = [captured(calls) for calls in variants]
-    times: list[list[float]] = [[] for _ in variants]
-    for replay in range(replays + 1):
-        for graph, calls, found in zip(graphs, variants, times, strict=True):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            if replay:  # the first is not counted
-                found.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return [Values(tuple(found)) for found in times]
-
-
-def captured(calls: list[Callable]) -> torch.cuda.CUDAGraph:
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from benchmarks import kernels
 from benchmarks.bandwidth import copy_bandwidth, read_bandwidth
 from benchmarks.cards import CARDS, H200, Card
+from benchmarks.graphs import graph_us
 from benchmarks.prediction import predictions
 from benchmarks.rtx3090 import BATCHES, OFF, comparable, head_bytes, off_by, step
 from benchmarks.tables import markdown
@@ -203,7 +204,7 @@ def head(read: float) -> list[str]:
     """The dense head, one row of activations: what cuBLAS makes of the largest weight."""
     weight = torch.randn(GPT_OSS_20B.vocabulary, GPT_OSS_20B.hidden, dtype=kernels.DTYPE, device="cuda")
     x = torch.randn(1, GPT_OSS_20B.hidden, dtype=kernels.DTYPE, device="cuda")
-    (times,) = kernels.graph_us([[lambda: torch.nn.functional.linear(x, weight)] * 2])
+    (times,) = graph_us([[lambda: torch.nn.functional.linear(x, weight)] * 2])
     rate = head_bytes(GPT_OSS_20B, 16) / times.median / 1e3
     return [f"Head, dense, 16 bits, 1 row: {times.text(0)} us, {rate:.0f} GB/s, {rate / read / 1e3:.0%} of the read rate."]
 

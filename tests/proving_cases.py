@@ -15,8 +15,9 @@ import torch
 
 from gptoss_nf4.vllm.kernels import codebook, sort
 from gptoss_nf4.vllm.kernels.plan import examined
+from gptoss_nf4.vllm.proving.inputs import Adapters
 from gptoss_nf4.vllm.proving.ladder import fault
-from gptoss_nf4.vllm.proving.products import Adapters, DenseAdapters, Experts, Linear, Product, Router
+from gptoss_nf4.vllm.proving.products import DenseAdapters, Experts, Linear, Product, Router
 
 CPU = torch.device("cpu")
 SMALL = {"quant_type": "nf4", "dtype": torch.float16, "most_tokens": 40}

@@ -19,8 +19,9 @@ from gptoss_nf4.vllm import ops
 from gptoss_nf4.vllm.kernels.arguments import Packed
 from gptoss_nf4.vllm.kernels.plan import settle
 from gptoss_nf4.vllm.kernels.variants import META, Launch, recorded
+from gptoss_nf4.vllm.proving.inputs import Adapters
 from gptoss_nf4.vllm.proving.ladder import launches, weaker
-from gptoss_nf4.vllm.proving.products import Adapters, DenseAdapters, Experts, Linear, Product, Router
+from gptoss_nf4.vllm.proving.products import DenseAdapters, Experts, Linear, Product, Router
 
 D = GPT_OSS_20B
 DTYPE = torch.float16

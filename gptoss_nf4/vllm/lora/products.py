@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 
 from gptoss_nf4.vllm.lora.linear import DenseLinear, PackedLinear
-from gptoss_nf4.vllm.proving.products import Adapters, DenseAdapters, Product
+from gptoss_nf4.vllm.proving.inputs import Adapters
+from gptoss_nf4.vllm.proving.products import DenseAdapters, Product
 
 
 def products_with_adapters(module: torch.nn.Module, most_tokens: int) -> list[Product]:

@@ -20,7 +20,7 @@ from gptoss_nf4.vllm.proving.products import Product
 logger = logging.getLogger("vllm.gptoss_nf4")
 
 MAX_ERROR = 0.15
-"""Of `products.worst`. Rounding to bfloat16 gives 0.03 at most on these inputs, a wrong weight or slot about 1."""
+"""Of `inputs.worst`. Rounding to bfloat16 gives 0.03 at most on these inputs, a wrong weight or slot about 1."""
 PROVEN_TRITON = "3.7.1"
 # What each step costs: ratios of times in NOTES.md ("Kernels, versions", "Adapters" and "Serving").
 WITHOUT_TABLE = "decoding by permutes: the expert kernels take up to 1.25 times as long"

@@ -1,36 +1,29 @@
 """What the layers compute with our kernels, on real widths, to be compiled and tried.
 
 Trials take the widths of the layer: so what they run are the variants that the model runs. They take few tokens and two
-experts, random codes, and a reference in float32 that shares nothing with the kernels but the order of packed weights: the
-codebook comes from `gptoss_nf4.format.codec`.
+experts, random codes (`inputs`), and a reference in float32.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
-from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.vllm.activation import clamped_swiglu
-from gptoss_nf4.vllm.kernels import launch, tiles
+from gptoss_nf4.vllm.kernels import launch
 from gptoss_nf4.vllm.kernels.arguments import Packed
 from gptoss_nf4.vllm.kernels.lora import Factors
 from gptoss_nf4.vllm.kernels.plan import MAX_LINEAR_ROWS, Plan, gpu_of, plan_experts, plan_linear
 from gptoss_nf4.vllm.kernels.routing import choose
 from gptoss_nf4.vllm.kernels.sort import local_experts
 from gptoss_nf4.vllm.kernels.variants import META
+from gptoss_nf4.vllm.proving.inputs import Adapters, Draw, worst
 
 EXPERTS = 2  # of this rank that a trial uses
 SOME_TOKENS = 3
-
-
-def alike(number: int) -> int:
-    """A small number for which Triton compiles as it does for `number`: it tells 1, and what 16 divides, from the rest."""
-    return 1 if number == 1 else 16 if number % 16 == 0 else 2
 
 
 class Product(ABC):
@@ -48,91 +41,6 @@ class Product(ABC):
     @abstractmethod
     def errors(self, device: torch.device) -> Iterator[tuple[str, float]]:
         """Run every kernel once: which one, and how far its worst result is off, in units of the results' size."""
-
-
-@dataclass(frozen=True)
-class Adapters:
-    """Stacks of adapters of a weight, as `kernels.lora.Factors` has them."""
-
-    held: int
-    rank: int
-    ends: tuple[int, ...] = ()
-
-    def factors(self, experts: int, rows: int, inputs: int, tokens: int, dtype: torch.dtype, draw: "Draw") -> Factors:
-        """Random ones, of few adapters and experts but on `meta`. Tokens ask for the first, for none, and so on."""
-        slices = max(1, len(self.ends))
-        held, experts = (self.held, experts) if draw.device == META else (alike(self.held), alike(experts))
-        a = draw.normal(held, experts, slices * self.rank, inputs) / inputs**0.5
-        b = draw.normal(held, experts, rows, self.rank) / self.rank**0.5
-        asked_for = -(torch.arange(tokens, device=draw.device) % 2)
-        return Factors(a.to(dtype), b.to(dtype), asked_for, ends=self.ends)
-
-    def delta(self, factors: Factors, x: torch.Tensor, expert: int = 0) -> torch.Tensor:
-        """float32 [tokens, rows]: what the first adapter adds for each row of x."""
-        a, b = factors.a[0, expert].float(), factors.b[0, expert].float()
-        ends = self.ends or (len(b),)
-        starts = (0, *ends)
-        parts = [
-            linear(linear(x.float(), part), b[start:end])
-            for part, start, end in zip(a.chunk(len(ends)), starts, ends, strict=False)
-        ]
-        return torch.cat(parts, dim=-1) * factors.scale
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Random tensors on a device, always the same, that leave torch's own generator as it is. On `meta`: empty ones."""
-
-    device: torch.device
-    generator: torch.Generator | None
-
-    @classmethod
-    def on(cls, device: torch.device) -> "Draw":
-        return cls(device, None if device == META else torch.Generator(device).manual_seed(0))
-
-    def normal(self, *shape: int) -> torch.Tensor:
-        empty = torch.empty(shape, dtype=torch.float32, device=self.device)
-        return empty if self.generator is None else empty.normal_(generator=self.generator)
-
-    def below(self, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        empty = torch.empty(shape, dtype=dtype, device=self.device)
-        return empty if self.generator is None else empty.random_(0, high, generator=self.generator)
-
-    def weight(
-        self,
-        experts: int,
-        rows: int,
-        inputs: int,
-        blocksize: int,
-        quant_type: str,
-        dtype: torch.dtype,
-        gate_and_up: bool = False,
-    ) -> tuple[Packed, torch.Tensor, torch.Tensor]:
-        """Packed, and what it means in float32: weight [experts, rows, inputs] and bias [experts, rows]."""
-        if self.device == META:
-            rows = 2 * tiles.padded_rows(rows // 2) if gate_and_up else rows
-            return _weight_without_memory(experts, rows, inputs, blocksize, quant_type, dtype)
-        codes = self.below(256, experts, rows, inputs // 2, dtype=torch.uint8)
-        absmax = (self.normal(experts, rows, inputs // blocksize).abs() + 0.5) / inputs**0.5
-        bias = (self.normal(experts, rows) * 0.2).to(dtype)
-        tiled = [tiles.gate_and_up_tiles(t, 1).contiguous() if gate_and_up else t for t in (codes, absmax, bias)]
-        tiled[2] = pad(tiled[2], (0, tiles.padded_rows(tiled[2].shape[1]) - tiled[2].shape[1]))
-        packed = Packed(*tiles.pack(tiled[0], tiled[1], blocksize), tiled[2], blocksize, quant_type)
-        book = torch.from_numpy(CODEBOOKS[quant_type]).to(self.device)
-        dense = torch.stack([book[torch.stack((each >> 4, each & 15), -1).flatten(-2).int()] for each in codes])
-        return packed, dense * absmax.repeat_interleave(blocksize, -1), bias.float()
-
-
-@cache
-def _weight_without_memory(
-    experts: int, rows: int, inputs: int, blocksize: int, quant_type: str, dtype: torch.dtype
-) -> tuple[Packed, torch.Tensor, torch.Tensor]:
-    """`Draw.weight` on meta, made once."""
-    row_tiles, tile = tiles.padded_rows(rows) // tiles.ROWS, tiles.tile_inputs(blocksize)
-    codes = torch.empty(experts, row_tiles, inputs // tile, tiles.LANES, tile // tiles.ROWS, dtype=torch.int32, device=META)
-    absmax = torch.empty(experts, row_tiles, inputs // blocksize, tiles.ROWS, dtype=torch.float16, device=META)
-    bias = torch.empty(experts, row_tiles * tiles.ROWS, dtype=dtype, device=META)
-    return Packed(codes, absmax, bias, blocksize, quant_type), absmax, bias
 
 
 @dataclass(frozen=True)
@@ -372,11 +280,6 @@ class Experts(Product):
                 down += self.w2_adapters.delta(w2_factors, middle, expert)
             expected[token] += down * weights[token, choice]
         return expected
-
-
-def worst(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference in units of `expected`'s root mean square; NaN where `result` has one."""
-    return float((result.float() - expected).abs().max() / expected.square().mean().sqrt().clamp(min=1e-6))
 
 
 def _aligned(ids: torch.Tensor, block: int, experts: int, expert_map: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
