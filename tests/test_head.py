@@ -201,7 +201,8 @@ def test_weights_of_many_rows_go_from_registers_into_wgmma(dtype):
 
 
 def config(dtype: torch.dtype = torch.bfloat16, head_dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace:
-    return SimpleNamespace(model_config=SimpleNamespace(dtype=dtype, head_dtype=head_dtype))
+    model = SimpleNamespace(dtype=dtype, head_dtype=head_dtype)
+    return SimpleNamespace(model_config=model, speculative_config=None)
 
 
 @pytest.fixture
@@ -236,7 +237,7 @@ def test_the_method_packs_and_frees_the_dense_weight(head, caplog):
     assert torch.equal(method.apply(layer, x), torch.nn.functional.linear(x, weight))
 
 
-@pytest.mark.parametrize("reason", ["tied", "spread", "flaw", "kernels", "float32", "head_dtype", "variable"])
+@pytest.mark.parametrize("reason", ["tied", "spread", "flaw", "kernels", "float32", "head_dtype", "variable", "draft"])
 def test_the_method_leaves_the_weight_dense(head, monkeypatch, reason):
     weight = normal(200, 2880, torch.bfloat16)
     layer, vllm_config = layer_of(weight), config()
@@ -252,6 +253,8 @@ def test_the_method_leaves_the_weight_dense(head, monkeypatch, reason):
         vllm_config = config(head_dtype=torch.float32)
     elif reason == "variable":
         monkeypatch.setenv(head.VARIABLE, "dense")
+    elif reason == "draft":
+        vllm_config.speculative_config = SimpleNamespace(use_eagle=lambda: True)
     method = head.HeadMethod(vllm_config)
     if reason == "tied":
         method.tie_weights(layer, layer_of(weight))
