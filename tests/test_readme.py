@@ -87,7 +87,7 @@ RUN_HERE = {
     "cd /mnt/usb/checkpoint && sha256sum -c ../checkpoint.sha256": Trial("layer-1.safetensors: OK", (USB,)),
     "dvc remote add --default store /mnt/share/store": Trial("", (STORE,)),
     "dvc push": Trial("files? pushed"),
-    "dvc pull --allow-missing": Trial("up to date|files? fetched|No file hash info"),
+    "dvc pull --allow-missing": Trial("up to date|files? (fetched|added|modified|deleted)|No file hash info"),
     "dvc gc --workspace --force": Trial("objects"),
     "make free": Trial("GB"),
     "dvc exp run -S dtype=bfloat16 assemble": Trial("values to bfloat16"),
