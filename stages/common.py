@@ -100,7 +100,11 @@ def _bring_sample(artifacts: Artifacts) -> None:
     artifacts.root.mkdir(parents=True, exist_ok=True)
     with (artifacts.root / ".sample.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the stages of several layers may start at once
-        if not (artifacts.source / "config.json").exists():
+        try:
+            (artifacts.source / "config.json").stat()
+        except PermissionError:
+            return  # the stage says what it cannot read
+        except FileNotFoundError:
             overrides = sys.argv[1:] if _is_stage else []  # those of other scripts are not settings
             subprocess.run([sys.executable, str(ROOT / "stages/fetch.py"), *overrides], check=True)
 
