@@ -409,22 +409,27 @@ def test_every_change_of_the_permutes_fails():
 
 
 @pytest.mark.parametrize("dtype", BITS)
-def test_every_change_of_the_scaling_fails(dtype):
-    """Of what the text has in addition to the permutes."""
-    words, text, permutes = some_words(), SCALED[dtype], decode.PERMUTES.value
+@pytest.mark.parametrize(
+    ("texts", "run", "unscaled", "least"),
+    [(SCALED, scaled, decode.PERMUTES.value, 200), (SCALED_LOOKUPS, looked_up_and_scaled, decode.LOOKUPS.value, 100)],
+    ids=["permutes", "lookups"],
+)
+def test_every_change_of_the_scaling_fails(texts, run, unscaled, least, dtype):
+    """Of what the text has in addition to decoding without a scale."""
+    words, text = some_words(), texts[dtype]
     scales = [tuple(torch.tensor(each, dtype=dtype) for each in pair) for pair in ((0.0271, 3.3), (0.0, 1.7), (2.9, 0.0))]
     cases = [(quant_type, pair) for quant_type in CODEBOOKS for pair in scales]
     expected = [expected_pairs(words, quant_type, dtype, pair) for quant_type, pair in cases]
 
     def decodes(changed: str) -> bool:
         return all(
-            equal(scaled(changed, words, quant_type, dtype, pair), pairs)
+            equal(run(changed, words, quant_type, dtype, pair), pairs)
             for (quant_type, pair), pairs in zip(cases, expected, strict=True)
         )
 
-    every = [mutant for mutant in mutants(text) if mutant.statement not in permutes]
+    every = [mutant for mutant in mutants(text) if mutant.statement not in unscaled]
     assert decodes(text)
-    assert len(every) > 200
+    assert len(every) > least
     assert_only_equivalents_live(every, decodes, [])
 
 
@@ -442,26 +447,6 @@ def test_every_change_of_the_lookups_fails(part, least, equivalents):
     assert decodes(text)
     assert len(every) > least
     assert_only_equivalents_live(every, decodes, equivalents)
-
-
-@pytest.mark.parametrize("dtype", BITS)
-def test_every_change_of_the_lookups_scaling_fails(dtype):
-    """Of what the text has in addition to the lookups."""
-    words, text = some_words(), SCALED_LOOKUPS[dtype]
-    scales = [tuple(torch.tensor(each, dtype=dtype) for each in pair) for pair in ((0.0271, 3.3), (0.0, 1.7), (2.9, 0.0))]
-    cases = [(quant_type, pair) for quant_type in CODEBOOKS for pair in scales]
-    expected = [expected_pairs(words, quant_type, dtype, pair) for quant_type, pair in cases]
-
-    def decodes(changed: str) -> bool:
-        return all(
-            equal(looked_up_and_scaled(changed, words, quant_type, dtype, pair), pairs)
-            for (quant_type, pair), pairs in zip(cases, expected, strict=True)
-        )
-
-    every = [mutant for mutant in mutants(text) if mutant.statement not in decode.LOOKUPS.value]
-    assert decodes(text)
-    assert len(every) > 100
-    assert_only_equivalents_live(every, decodes, [])
 
 
 @pytest.mark.parametrize("shift", EXPANSIONS)

@@ -9,10 +9,10 @@ from gptoss_nf4.errors import UserError, first_line
 from gptoss_nf4.source.model import HUB_PATTERNS
 from gptoss_nf4.storage.machine import cores, require_disk
 from gptoss_nf4.storage.progress import Progress, size_text
-from gptoss_nf4.storage.writing import git_blob_sha1, sha256_of
+from gptoss_nf4.storage.repository import digests
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 
 def download(repository: str, revision: str | None, say: Callable[[str], None] = lambda line: None) -> tuple[Path, str]:
@@ -70,20 +70,14 @@ def _check_digests(directory: Path, info: "ModelInfo") -> None:
     size = sum(path.stat().st_size for path in came)
     # hashlib lets go of the interpreter lock.
     with Progress(size, "checking the download") as progress, ThreadPoolExecutor(cores()) as pool:
-        checks = [
-            pool.submit(_check, path, each.lfs.sha256 if each.lfs else None, each.blob_id, progress)
-            for path, each in came.items()
-        ]
+        checks = [pool.submit(_check, path, each, progress) for path, each in came.items()]
         for check in checks:
             check.result()
 
 
-def _check(path: Path, sha256: str | None, blob_id: str | None, progress: Progress) -> None:
-    expected = sha256 or blob_id
-    if expected is None:
-        return
-    got = sha256_of(path, progress.advance) if sha256 else git_blob_sha1(path, progress.advance)
-    if got != expected:
+def _check(path: Path, hub_file: "RepoSibling", progress: Progress) -> None:
+    expected, got = digests(hub_file, path, progress.advance)
+    if expected is not None and got != expected:
         raise UserError(
             "wrong digest",
             where=path,

@@ -13,12 +13,10 @@ from gptoss_nf4.publish.card import metric, write_card
 from gptoss_nf4.storage.artifacts import CARD, Artifacts
 from gptoss_nf4.storage.digests import read_digests, verify
 from gptoss_nf4.storage.reading import read_json_object
-from gptoss_nf4.storage.repository import OWNER_AND_NAME
-from gptoss_nf4.storage.writing import git_blob_sha1
+from gptoss_nf4.storage.repository import OWNER_AND_NAME, digests
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
-    from huggingface_hub.hf_api import RepoSibling
 
 # What vLLM and transformers read in a repository. Files so called of an earlier checkpoint of ours are deleted there.
 READ_BY_ENGINES = (".safetensors", ".json", ".jinja", ".bin")
@@ -139,19 +137,9 @@ def _commit(files: dict[str, Path], digest_list: str, repository: str, private: 
 
 def _require_same(api: "HfApi", repository: str, commit: str, files: dict[str, Path]) -> None:
     """UserError where the hub has another file at `commit` than we have here."""
-    from gptoss_nf4.storage.writing import sha256_of
-
-    there: dict[str, RepoSibling] = {
-        each.rfilename: each for each in api.model_info(repository, revision=commit, files_metadata=True).siblings
-    }
+    there = {each.rfilename: each for each in api.model_info(repository, revision=commit, files_metadata=True).siblings}
     for name, path in files.items():
-        sibling = there.get(name)
-        if sibling is None:
-            got, expected = "no such file", "a file"
-        elif sibling.lfs:
-            got, expected = sibling.lfs.sha256, sha256_of(path)
-        else:
-            got, expected = sibling.blob_id, git_blob_sha1(path)
+        got, expected = digests(there[name], path) if name in there else ("no such file", "a file")
         if got != expected:
             raise UserError(
                 "upload is not the checkpoint",

@@ -130,11 +130,6 @@ def packed_experts(
     return out
 
 
-@packed_experts.register_fake
-def _(x: torch.Tensor, *_: object) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 @torch.library.custom_op("gptoss_nf4::packed_experts_of_logits", mutates_args=())
 def packed_experts_of_logits(
     x: torch.Tensor,
@@ -167,6 +162,7 @@ def packed_experts_of_logits(
     return launch.experts_of_logits(x, logits, top_k, is_padding, expert_map, w13, w2, moe_align_block_size)
 
 
+@packed_experts.register_fake
 @packed_experts_of_logits.register_fake
 def _(x: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
