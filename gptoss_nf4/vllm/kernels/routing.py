@@ -17,6 +17,7 @@ import triton.language as tl
 from gptoss_nf4.vllm.kernels.ahead import start_early
 from gptoss_nf4.vllm.kernels.arguments import Routing
 from gptoss_nf4.vllm.kernels.lora import early_launch
+from gptoss_nf4.vllm.kernels.sort import store_blocks
 
 LARGEST = tl.constexpr(3e38)  # -3e38 is above what stands for experts that have been taken, and those that do not exist
 NONE = tl.constexpr(float("-inf"))
@@ -167,19 +168,8 @@ def _route(
     padded_e = (tl.sum(one_te, axis=0) + BLOCK - 1) // BLOCK * BLOCK
     end_e = tl.cumsum(padded_e, axis=0)
     place_te = (end_e - padded_e)[None, :] + tl.cumsum(one_te, axis=0) - 1
-    total = tl.sum(padded_e, axis=0)
-    tl.store(padded_count, total)
-    count = tokens * TOP_K
-    free = tl.arange(0, PADDED)
-    tl.store(slots + free, tl.zeros_like(free) + count, mask=free < total)
-    tl.debug_barrier()
-    tl.store(slots + place_te, slot_te, mask=chosen_te)
-    block = tl.arange(0, BLOCKS)
-    used = block * BLOCK < total
-    owner = tl.sum((end_e[None, :] <= block[:, None] * BLOCK).to(tl.int32), axis=1)
-    if expert_map is not None:
-        owner = tl.load(expert_map + owner, mask=used, other=-1)
-    tl.store(experts + block, owner, mask=used)
+    routing = slots, experts, padded_count, expert_map
+    store_blocks(routing, padded_e, end_e, slot_te, place_te, chosen_te, tokens * TOP_K, BLOCK, BLOCKS, PADDED)
 
 
 def routes(tokens: int, experts: int) -> bool:

@@ -14,6 +14,33 @@ import triton.language as tl
 MAX_COMPARISONS = 1 << 13  # slots x experts: 256 x 32 take a third of the shared memory that a program may have
 
 
+@triton.jit
+def store_blocks(
+    routing, padded_e, end_e, slot, place, exists, count, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr
+):
+    """The blocks of slots and their experts, by one program.
+
+    Args:
+        routing: pointers (slots, experts, padded count) to write, and the expert map to read or None.
+        padded_e, end_e: int32 [experts], the number of an expert's slots in whole blocks, and its running sum.
+        slot, place, exists: of one shape: slots, where they go, and which of them go anywhere.
+        count: the number of slots, which fills up a block.
+    """
+    slots, experts, padded_count, expert_map = routing
+    total = tl.sum(padded_e, axis=0)
+    tl.store(padded_count, total)
+    free = tl.arange(0, PADDED)
+    tl.store(slots + free, tl.zeros_like(free) + count, mask=free < total)
+    tl.debug_barrier()
+    tl.store(slots + place, slot, mask=exists)
+    block = tl.arange(0, BLOCKS)
+    used = block * BLOCK < total
+    owner = tl.sum((end_e[None, :] <= block[:, None] * BLOCK).to(tl.int32), axis=1)
+    if expert_map is not None:
+        owner = tl.load(expert_map + owner, mask=used, other=-1)
+    tl.store(experts + block, owner, mask=used)
+
+
 @triton.jit(do_not_specialize=["count"])
 def _sort_slots(
     ids,
@@ -37,18 +64,8 @@ def _sort_slots(
     padded = (tl.sum(matches, axis=0) + BLOCK - 1) // BLOCK * BLOCK
     end = tl.cumsum(padded, axis=0)
     place = rank + tl.sum(matches * (end - padded)[None, :], axis=1)
-    total = tl.sum(padded, axis=0)
-    tl.store(padded_count, total)
-    free = tl.arange(0, PADDED)
-    tl.store(slots + free, tl.zeros_like(free) + count, mask=free < total)
-    tl.debug_barrier()
-    tl.store(slots + place, slot, mask=chosen >= 0)  # other=-1 above: beyond count too
-    block = tl.arange(0, BLOCKS)
-    used = block * BLOCK < total
-    owner = tl.sum((end[None, :] <= block[:, None] * BLOCK).to(tl.int32), axis=1)
-    if expert_map is not None:
-        owner = tl.load(expert_map + owner, mask=used, other=-1)
-    tl.store(experts + block, owner, mask=used)
+    routing = slots, experts, padded_count, expert_map
+    store_blocks(routing, padded, end, slot, place, chosen >= 0, count, BLOCK, BLOCKS, PADDED)  # -1 beyond count too
 
 
 @triton.jit(do_not_specialize=["count"])
