@@ -110,7 +110,7 @@ def test_registering_is_quick_and_touches_nothing_heavy():
     assert found.milliseconds < 200  # this machine may be busy; importing the kernels took 1,500
     assert not found.cuda_initialized
     ours = {name for name in found.imported if name.startswith("gptoss_nf4.vllm.")}
-    assert ours == {f"gptoss_nf4.vllm.{name}" for name in ("register", "config", "settings")}
+    assert ours == {f"gptoss_nf4.vllm.{name}" for name in ("register", "config", "settings", "transfer")}
     assert not {"bitsandbytes", "triton"} & {name.split(".")[0] for name in found.imported}
 
 
