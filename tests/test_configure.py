@@ -1,5 +1,6 @@
 """stages/configure.py: values as a shell passes them, keys that change alone, bad values, and names of sources."""
 
+import copy
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -96,13 +98,24 @@ def link(source: Path, directory: Path) -> Path:
     return directory
 
 
+COMPOSED: dict[tuple, dict] = {}  # by what was chosen: most of a run is Hydra's composing, which gives the same each time
+
+
 def written(cwd: Path, *typed: str) -> dict:
     """params.yaml after `configure.py TYPED`, run in this process. The directory of conf/ is the project's."""
     import configure
 
+    compose = configure._from_conf
+
+    def composed(chosen: dict[str, str]) -> dict:
+        key = tuple(chosen.items())
+        COMPOSED[key] = COMPOSED.get(key) or compose(chosen)
+        return copy.deepcopy(COMPOSED[key])
+
     sys.argv = ["configure.py", *typed]
     assert Path.cwd() == cwd
-    configure.main()
+    with mock.patch.object(configure, "_from_conf", composed):
+        configure.main()
     stored = params(cwd)
     as_hydra_reads_it = OmegaConf.to_container(OmegaConf.load(cwd / "params.yaml"), resolve=True)
     assert stored == yaml.safe_load((cwd / "params.yaml").read_text()) == as_hydra_reads_it

@@ -209,6 +209,7 @@ def test_an_adapter_on_the_hub(project, hub, adapters):  # noqa: F811
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_converted_is_one_line(project, tiny, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     adapter = tmp_path / "lora"

@@ -13,6 +13,7 @@ FUZZ = ROOT / "tests/fuzz"
 RUNS, SEED = 20_000, 20260103
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("atheris"), reason="atheris has no build for this platform")
 @pytest.mark.parametrize("target", ["header", "state"])
 def test_no_input_gets_past_the_checks(target, tmp_path, capsys):

@@ -142,6 +142,7 @@ def test_what_does_not_fit_says_why(weight, reason):
     assert reason in packed
 
 
+@pytest.mark.slow
 def test_kernels():
     """On a GPU the kernels themselves; elsewhere their logic, through Triton's interpreter."""
     seed = random.randrange(1 << 30)

@@ -166,6 +166,7 @@ def a_tokenizer_of_terabytes(directory: Path) -> None:
         file.truncate(1 << 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

@@ -111,6 +111,7 @@ def test_every_plan_is_among_those_compiled(capability):
         assert {plan_linear(rows, row_tiles, gpu) for rows in range(1, 200)} == compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "cases"), [("kernel_cases.py", 19), ("lora_kernel_cases.py", 14), ("routing_kernel_cases.py", 8)]
 )

@@ -42,6 +42,7 @@ def as_found():
 # ---- trials ----
 
 
+@pytest.mark.slow
 def test_trials_pass_where_kernels_are_right_and_fail_where_they_are_wrong():
     """Through Triton's interpreter, in a process of its own, with the default dtype that vLLM sets while it makes layers.
 

@@ -42,16 +42,15 @@ def published_model(tiny, tmp_path_factory) -> Path:
     write_json(root / "metrics/exactness.json", {"model": "mine", "mode": "exact", "dtype": "float16"} | found)
     write_json(root / "metrics/dtypes.json", {"model": "mine"} | dtypes)
     write_digests(artifacts.checkpoint, artifacts.digest_list)
+    done = run(root, "configure.py", "model=local", f"model.path={source}", "model.name=mine")
+    assert done.returncode == 0, done.stderr
     return root
 
 
 @pytest.fixture
 def project(published_model, tmp_path) -> Path:
     """A copy of it, in which stages run."""
-    root = Path(shutil.copytree(published_model, tmp_path / "project"))
-    done = run(root, "configure.py", "model=local", f"model.path={published_model / 'my-finetune'}", "model.name=mine")
-    assert done.returncode == 0, done.stderr
-    return root
+    return Path(shutil.copytree(published_model, tmp_path / "project"))
 
 
 def run(project: Path, script: str, *overrides: str, environment: dict | None = None) -> subprocess.CompletedProcess:

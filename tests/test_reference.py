@@ -129,6 +129,7 @@ WIDE = Dimensions(
 )
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_layer(tiny, tmp_path):
     """In a process of its own: the largest resident size after this model, less that after a small one."""
     synthetic.write_checkpoint(tmp_path, WIDE)

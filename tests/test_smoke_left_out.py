@@ -44,6 +44,7 @@ def run(project: Path, script: str, *overrides: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_smoke_says_that_it_left_vllm_out(project):
     said = run(project, "smoke.py", "engine.max_minutes=0")
     assert "smoke: left out: vLLM, which needs about" in said
@@ -54,6 +55,7 @@ def test_smoke_says_that_it_left_vllm_out(project):
     assert "top1_agreement" not in written
 
 
+@pytest.mark.slow
 def test_an_environment_without_a_value_and_a_cache_of_no_number(project):
     """null sets nothing. A cache that is no number is one line."""
     run(project, "smoke.py", "engine.max_minutes=0", "engine.env.VLLM_CPU_KVCACHE_SPACE=null", "+engine.env.FOO=null")
@@ -61,6 +63,7 @@ def test_an_environment_without_a_value_and_a_cache_of_no_number(project):
         run(project, "smoke.py", "engine.env.VLLM_CPU_KVCACHE_SPACE=much")
 
 
+@pytest.mark.slow
 def test_smoke_adapter_says_so_too(project):
     said = run(project, "smoke_adapter.py", "adapter=mine", "engine.max_minutes=0")
     assert "smoke_adapter: mine, left out: vLLM" in said

@@ -146,7 +146,7 @@ def plain(operator):
     return operator._init_fn
 
 
-QUICK = [(86, None, 0, 32), (90, 4, 64, 32)]
+QUICK = [(86, None, 0, 32)]
 THOROUGH = product(GPUS, [(None, 0, 32), (None, 0, 16), (1, 16, 32), (4, 64, 32), (2, 8, 16)])
 
 
