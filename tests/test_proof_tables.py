@@ -154,7 +154,7 @@ TABLES: dict[str, tuple[Patch, str]] = {
         "residual_scale",
     ),
     "another method": (set_to(assemble, "QUANT_METHOD", "bitsandbytes"), "quant_method"),
-    "another version": (set_to(assemble, "FORMAT_VERSION", 2), "format_version"),
+    "another version": (set_to(assemble, "format_version", lambda blocks: 2), "format_version"),
     "another order recorded": (
         config_with(lambda c: c["quantization_config"].update(w13_order="concatenated")),
         "w13_order",

@@ -6,9 +6,10 @@ import torch
 from bitsandbytes.functional import QuantState
 
 from gptoss_nf4.format import names
+from gptoss_nf4.format.blocks import OUTPUTS
 from gptoss_nf4.format.bnb import dequantize_float32
 from gptoss_nf4.format.quant_state import QUANT_TYPES
-from gptoss_nf4.source.interface import OUTPUTS, Module, Source
+from gptoss_nf4.source.interface import Module, Source
 from gptoss_nf4.storage.checkpoint import Checkpoint
 
 

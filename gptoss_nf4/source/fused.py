@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.source.interface import OUTPUTS, Floating, Module
+from gptoss_nf4.format.blocks import OUTPUTS
+from gptoss_nf4.source.interface import Floating, Module
 from gptoss_nf4.source.packed import Packed
 from gptoss_nf4.source.stored import StoredSource
 from gptoss_nf4.storage.checkpoint import Checkpoint
