@@ -24,7 +24,7 @@ from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.quant_state import QuantState
 from gptoss_nf4.format.residual import AUTO, KEY, resolve
-from gptoss_nf4.format.result import FORMAT_VERSION, QUANT_METHOD
+from gptoss_nf4.format.result import QUANT_METHOD, format_version
 from gptoss_nf4.format.rows import INTERLEAVED
 from gptoss_nf4.samples.embedded import model_config
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
@@ -205,7 +205,7 @@ def write_nf4(directory: Path, d: Dimensions, device: str, dtype: str) -> None:
     maker = Maker(d, device)
     quantization = {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version({}),
         "quant_type": "nf4",
         "blocksize": BLOCKSIZE,
         "w13_order": INTERLEAVED,

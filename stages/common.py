@@ -34,7 +34,7 @@ from yaml import YAMLError  # noqa: E402
 
 from gptoss_nf4.errors import UserError, printable  # noqa: E402
 from gptoss_nf4.format.dimensions import Dimensions  # noqa: E402
-from gptoss_nf4.source.model import SAMPLE_KINDS, AdapterSource, Model  # noqa: E402
+from gptoss_nf4.source.model import SAMPLE_KINDS, SYNTHETIC_KINDS, AdapterSource, Model  # noqa: E402
 from gptoss_nf4.storage.artifacts import Artifacts  # noqa: E402
 from gptoss_nf4.storage.writing import write_json  # noqa: E402
 
@@ -83,7 +83,7 @@ def model_of(cfg: DictConfig) -> tuple[Model, Artifacts]:
     if not isinstance(cfg.model.layers, ListConfig):
         raise _bad("model.layers", cfg.model.layers)
     fields = {key: cfg.model[key] for key in ("name", "kind", "path", "repository", "revision", "expected")}
-    if cfg.model.kind == "synthetic":
+    if cfg.model.kind in SYNTHETIC_KINDS:
         fields["dimensions"] = Dimensions(layers=len(cfg.model.layers), **cfg.model.dimensions)
     model, artifacts = Model(**fields), Artifacts.of(cfg.model.name)
     if model.kind in SAMPLE_KINDS and artifacts.manifest.exists() and Path(sys.argv[0]).stem != "fetch":

@@ -16,8 +16,9 @@ from gptoss_nf4.convert.plan import NF4, RequantOptions
 from gptoss_nf4.convert.requant import requant
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.fetch import fetch
+from gptoss_nf4.format.blocks import OUTPUTS
 from gptoss_nf4.source import layouts
-from gptoss_nf4.source.interface import OUTPUTS, Floating, Module, Source
+from gptoss_nf4.source.interface import Floating, Module, Source
 from gptoss_nf4.source.model import open_source
 from gptoss_nf4.source.split import SplitSource
 from gptoss_nf4.storage.checkpoint import INDEX_FILE, Checkpoint

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from gptoss_nf4.convert.plan import QuantizedTarget, RequantOptions, plan_layer
 from gptoss_nf4.format import residual
+from gptoss_nf4.format.blocks import INPUTS
 from gptoss_nf4.format.dtypes import check_dtype
-from gptoss_nf4.format.result import FORMAT_VERSION, MERGED_ADAPTER, QUANT_METHOD
+from gptoss_nf4.format.result import BLOCKS_ALONG, MERGED_ADAPTER, QUANT_METHOD, format_version
 from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.side_files import GENERATION_CONFIG, generation_config, template_files, tokenizer_files
 from gptoss_nf4.storage.artifacts import Artifacts
@@ -68,18 +69,20 @@ def build_config(
 ) -> dict:
     """The source's settings with our dtype, and the quantization_config by which vLLM selects the plugin."""
     targets = [t for layer in range(source.dimensions.layers) for t in plan_layer(source, layer, options)]
-    quantized = next(target for target in targets if isinstance(target, QuantizedTarget))
+    four_bit = [target for target in targets if isinstance(target, QuantizedTarget)]
+    directions = {target.name: target.blocks_along for target in four_bit if target.blocks_along != INPUTS}
     return source.config | {
         "dtype": dtype,
         "quantization_config": {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
-            "quant_type": quantized.quant_type,
-            "blocksize": quantized.blocksize,
+            "format_version": format_version(directions),
+            "quant_type": four_bit[0].quant_type,
+            "blocksize": four_bit[0].blocksize,
             "w13_order": options.w13_order,
             "requant_mode": options.mode,
             residual.KEY: residual_scale,
             "modules_to_not_convert": [target.name for target in targets if not isinstance(target, QuantizedTarget)],
         }
+        | ({BLOCKS_ALONG: directions} if directions else {})
         | ({MERGED_ADAPTER: merge.recorded(str(options.merge))} if merge else {}),
     }

@@ -8,9 +8,10 @@ import numpy as np
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format import names
+from gptoss_nf4.format.blocks import INPUTS, OUTPUTS, state_shape
 from gptoss_nf4.format.quant_state import BLOCKSIZES, QUANT_TYPES, QuantState
 from gptoss_nf4.format.rows import INTERLEAVED, W13_ORDERS, w13_rows
-from gptoss_nf4.source.interface import INPUTS, Module, Source, becomes_dense
+from gptoss_nf4.source.interface import Module, Source, becomes_dense
 
 EXACT = "exact"
 NF4 = "nf4"
@@ -95,14 +96,18 @@ class Target:
 
 @dataclass(frozen=True)
 class QuantizedTarget(Target):
-    """A target in 4 bit."""
+    """A target in 4 bit. Its codes lie in rows of outputs whatever the direction of blocks: see `format/blocks.py`."""
 
     quant_type: str
     blocksize: int
+    blocks_along: str = INPUTS
 
     def state(self, dtype: str) -> QuantState:
-        """bitsandbytes' state of the fused weight, without double quantization."""
-        return QuantState(self.quant_type, self.blocksize, dtype, self.shape)
+        """bitsandbytes' state of the fused weight, without double quantization.
+
+        Where blocks run along the outputs, it is the state of the weight after turning it back.
+        """
+        return QuantState(self.quant_type, self.blocksize, dtype, state_shape(self.shape, self.blocks_along))
 
     def holds(self, part: Module) -> bool:
         """Whether codes and absmax of `part`, one of the target's, can be moved into it as they are."""
@@ -110,7 +115,7 @@ class QuantizedTarget(Target):
         return (
             state is not None
             and (state.quant_type, state.blocksize) == (self.quant_type, self.blocksize)
-            and part.blocks_along == INPUTS
+            and part.blocks_along == self.blocks_along
         )
 
 
@@ -140,23 +145,36 @@ def _plan_target(source: Source, layer: int, fusion: names.Fusion, options: Requ
     if becomes_dense(fusion, parts):
         return DenseTarget(name, fusion, parts)
     if options.mode == NF4:
-        quant_type, blocksize = options.quant_type, options.blocksize
+        quant_type, blocksize, blocks_along = options.quant_type, options.blocksize, INPUTS
     else:
-        quant_type, blocksize = _stored_quantization(source, name, parts)
-    columns = parts[0].shape[1]
-    if columns % blocksize:
+        quant_type, blocksize = _stored_quantization(source, name, parts, fusion.stacked)
+        blocks_along = parts[0].blocks_along
+    if blocks_along == OUTPUTS and fusion == names.W13 and options.w13_order != INTERLEAVED:
         raise UserError(
-            "rows are not whole blocks",
+            "gate and up share blocks",
             where=name,
-            got=f"in_features {columns} and blocksize {blocksize}",
-            expected="a blocksize that divides in_features, since rows are moved whole",
+            got=f"requant.w13_order={options.w13_order} and blocks of {blocksize} outputs, half of them of gate",
+            expected=f"requant.w13_order={INTERLEAVED}, since blocks are moved whole",
+            next_step=f"pass requant.w13_order={INTERLEAVED}",
+        )
+    rows, columns = parts[0].shape
+    blocked, features = ("out_features", rows) if blocks_along == OUTPUTS else ("in_features", columns)
+    if features % blocksize or columns % 2:
+        raise UserError(
+            f"{'columns' if blocks_along == OUTPUTS else 'rows'} are not whole blocks",
+            where=name,
+            got=f"{blocked} {features} and blocksize {blocksize}" if features % blocksize else f"in_features {columns}",
+            expected=f"a blocksize that divides {blocked}, since blocks are moved whole, and an even in_features",
             next_step=_advice(source),
         )
-    return QuantizedTarget(name, fusion, parts, quant_type, blocksize)
+    return QuantizedTarget(name, fusion, parts, quant_type, blocksize, blocks_along)
 
 
-def _stored_quantization(source: Source, name: str, parts: tuple[Module, ...]) -> tuple[str, int]:
-    """(quant_type, blocksize) that the parts of a target share with the rest of the model. UserError where they do not."""
+def _stored_quantization(source: Source, name: str, parts: tuple[Module, ...], stacked: bool) -> tuple[str, int]:
+    """(quant_type, blocksize) that the parts of a target share with the rest of the model. UserError where they do not.
+
+    Their blocks have one direction, in what is not stacked that of the inputs.
+    """
     dense = [part for part in parts if part.state is None]
     if dense:
         raise UserError(
@@ -166,13 +184,13 @@ def _stored_quantization(source: Source, name: str, parts: tuple[Module, ...]) -
             expected="4-bit experts only in mode exact",
             next_step="use requant.mode=nf4, which quantizes them and reports the error",
         )
-    across = [part for part in parts if part.blocks_along != INPUTS]
+    across = [part for part in parts if part.blocks_along != (parts[0].blocks_along if stacked else INPUTS)]
     if across:
         raise UserError(
             "blocks run across rows",
             where=across[0].name,
             got=f"blocks of neighbouring {across[0].blocks_along}",
-            expected="blocks along the inputs in mode exact, since rows are moved whole",
+            expected=f"{'one direction in all experts' if stacked else 'blocks along the inputs'} in mode exact",
             next_step="use requant.mode=nf4, which quantizes again and reports the error",
         )
     states = {(part.state.quant_type, part.state.blocksize) for part in parts if part.state} | _states_of_model(source)

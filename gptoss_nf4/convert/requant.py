@@ -10,10 +10,11 @@ import numpy as np
 
 from gptoss_nf4.convert.plan import EXACT, DenseTarget, QuantizedTarget, RequantOptions, Target, plan_layer
 from gptoss_nf4.errors import UserError
+from gptoss_nf4.format.blocks import INPUTS, OUTPUTS, absmax_shape, rows_of_outputs
 from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.format.quant_state import MAX_ABSMAX
 from gptoss_nf4.format.rows import rows_of_blocks
-from gptoss_nf4.source.interface import INPUTS, Module, Source
+from gptoss_nf4.source.interface import Module, Source
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.tensor_reader import read_array, read_header
 from gptoss_nf4.storage.tensor_writer import Declared, writing_tensors
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from gptoss_nf4.adapters.canonical import Delta
     from gptoss_nf4.convert.merge import Merge
 
-# Rows of one module: codes uint8 [rows, in_features / 2] and absmax float32 [rows, in_features / blocksize].
+# Rows of one module: codes uint8 [rows, in_features / 2] and absmax float32, both as `format/blocks.py` has them.
 Rows = tuple[np.ndarray, np.ndarray]
 ROWS = 64  # at a time: a whole matrix in float64 does not fit a core's cache
 # What happens to a module of the source.
@@ -66,7 +67,8 @@ def requant(
     """Write the layer's fused 4-bit tensors and its report, and return the size of the tensors' file in bytes.
 
     Each quantized target has three tensors: `<target>.weight` uint8 [..., rows, in / 2], its `.absmax` float32
-    [..., rows, in / blocksize] and its `.quant_map` float32 [16]. The codes are written expert by expert. Meanwhile absmax
+    [..., rows, in / blocksize], or [..., rows / blocksize, in] where blocks run along the outputs, and its `.quant_map`
+    float32 [16]. The codes are written expert by expert. Meanwhile absmax
     stays in memory: with a blocksize of 64 it has an eighth of the codes' size. `device` is torch's, for mode nf4.
 
     With `merge`, deltas are added before quantizing. Modules without one are moved if their format is the target's.
@@ -87,7 +89,8 @@ def requant(
                 handling = _handling(part, target, options, deltas)
                 handled.setdefault(handling, []).append(part.name)
                 if handling == MOVED:
-                    codes, scale = rows_of_blocks(source.codes(part), absmax[part.weight], part.shape)
+                    to_rows = rows_of_outputs if part.blocks_along == OUTPUTS else rows_of_blocks
+                    codes, scale = to_rows(source.codes(part), absmax[part.weight], part.shape)
                 else:
                     error = errors.setdefault(target.name, AddedError())
                     weight = _float32_weight(source, part, absmax.get(part.weight), device, deltas.get(part.name))
@@ -116,9 +119,10 @@ def _read_absmax(artifacts: Artifacts, layer: int) -> dict[str, np.ndarray]:
 
 def _declared(target: QuantizedTarget) -> list[Declared]:
     *rows, columns = target.shape
+    absmax = absmax_shape(target.shape, target.blocksize, target.blocks_along)
     return [
         Declared(target.weight, "U8", (*rows, columns // 2)),
-        Declared(f"{target.weight}.absmax", "F32", (*rows, columns // target.blocksize)),
+        Declared(f"{target.weight}.absmax", "F32", absmax),
         Declared(f"{target.weight}.quant_map", "F32", CODEBOOKS[target.quant_type].shape),
     ]
 
@@ -188,7 +192,8 @@ def _spread(scales: list[np.ndarray]) -> dict:
 def _describe(target: Target, error: AddedError | None, absmax: dict | None) -> dict:
     described: dict = {"shape": target.shape, "quant_type": None, "blocksize": None}
     if isinstance(target, QuantizedTarget):
-        described |= {"quant_type": target.quant_type, "blocksize": target.blocksize, "absmax": absmax}
+        described |= {"quant_type": target.quant_type, "blocksize": target.blocksize, "blocks_along": target.blocks_along}
+        described["absmax"] = absmax
     if isinstance(target, DenseTarget):
         described["joined_dense"] = target.joined
     return described | ({"added_error": error.as_dict()} if error else {})

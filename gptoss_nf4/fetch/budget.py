@@ -7,7 +7,7 @@ from pathlib import Path
 from gptoss_nf4.format import names
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.dtypes import ITEM_BYTES, SAFETENSORS_NAMES
-from gptoss_nf4.source.interface import INPUTS, Source
+from gptoss_nf4.source.interface import Source
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.machine import available_memory, cores, free_disk
 from gptoss_nf4.storage.progress import size_text
@@ -81,7 +81,7 @@ def _duration(seconds: float) -> str:
 def _quantized_anew(source: Source) -> int:
     """Weights of the largest module that mode nf4 alone converts. 0 where there is none."""
     modules = (module for fusion in names.FUSIONS if fusion.stacked for module in source.modules(0, fusion))
-    anew = (module for module in modules if module.state is None or module.blocks_along != INPUTS)
+    anew = (module for module in modules if module.state is None)
     return max((math.prod(module.shape) for module in anew), default=0)
 
 

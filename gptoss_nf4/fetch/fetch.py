@@ -17,7 +17,7 @@ from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.names import FUSIONS
 from gptoss_nf4.source.interface import Source, becomes_dense
 from gptoss_nf4.source.layouts import open_checkpoint
-from gptoss_nf4.source.model import EMBEDDED_KINDS, Model
+from gptoss_nf4.source.model import EMBEDDED_KINDS, SYNTHETIC_KINDS, Model
 from gptoss_nf4.source.side_files import require_side_files, side_files, unread
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.digests import verify
@@ -80,14 +80,14 @@ def _make_available(model: Model, artifacts: Artifacts, say: Callable[[str], Non
 
         massive = model.kind == "embedded_massive"
         dimensions = embedded.MASSIVE_DIMENSIONS if massive else embedded.TINY
-        embedded.write_checkpoint(artifacts.source, dimensions, massive=massive)
+        embedded.write_checkpoint(artifacts.source, dimensions, massive=massive, stacked=model.kind == "embedded_fused")
         return artifacts.source, {"kind": model.kind}
-    if model.kind == "synthetic" and model.dimensions:
+    if model.kind in SYNTHETIC_KINDS and model.dimensions:
         from gptoss_nf4.samples import synthetic
 
         if not _holds(artifacts.source, model.dimensions):
             require_disk(synthetic_bytes(model.dimensions), artifacts.source, "the synthetic source")
-            synthetic.write_checkpoint(artifacts.source, model.dimensions)
+            synthetic.write_checkpoint(artifacts.source, model.dimensions, stacked=model.kind == "synthetic_fused")
         return artifacts.source, {"kind": model.kind, "values": "random: for measuring the conversion only"}
     if model.kind == "hub":
         directory, commit = hub.download(str(model.repository), model.revision, say)

@@ -6,6 +6,7 @@
 - `codec.py`, `bnb.py`: 4-bit codes to values, by our own code and by bitsandbytes'.
 - `quant_state.py`: bitsandbytes' quantization state.
 - `rows.py`: moving whole rows, which changes no weight.
+- `blocks.py`: the dimension along which blocks run, and turning codes from one to the other, which changes none either.
 - `dtypes.py`, `cast.py`, `counts.py`: names of dtypes, casting, and counts of what is lost.
 - `residual.py`: the scale that keeps the residual stream inside float16.
 - `result.py`: which tensors a converted checkpoint holds.

@@ -157,17 +157,17 @@ def _angles(config: Any, where: object) -> tuple[list[float], float]:
     return frequencies.tolist(), factor
 
 
-def require_quantization(section: object, asked: Asked, dense: list[str], where: object) -> None:
+def require_quantization(section: object, asked: Asked, dense: list[str], turned: list[str], where: object) -> None:
     """Check `quantization_config`, by which the plugin reads the weights. UserError names the key.
 
-    `dense` are the modules of attention that are not 4-bit. In mode exact the type and the blocksize are the source's: the
-    comparison of the weights checks them.
+    `dense` are the modules of attention that are not 4-bit, and `turned` the experts whose blocks run along the outputs. In
+    mode exact the type and the blocksize are the source's: the comparison of the weights checks them.
     """
     if not isinstance(section, dict):
         raise differs(where, "quantization_config", section, "an object")
     required = {
         "quant_method": "gptoss_nf4",
-        "format_version": 1,
+        "format_version": 2 if turned else 1,  # version 1 knows no such blocks
         "quant_type": asked.quant_type,
         "blocksize": asked.blocksize,
         "w13_order": asked.w13_order,
@@ -175,6 +175,8 @@ def require_quantization(section: object, asked: Asked, dense: list[str], where:
         "residual_scale": asked.scale,
         "modules_to_not_convert": dense,
     }
+    if turned:
+        required["blocks_along"] = dict.fromkeys(turned, "outputs")
     if asked.merged_adapter is not None:
         required["merged_adapter"] = asked.merged_adapter
     if asked.mode == EXACT:

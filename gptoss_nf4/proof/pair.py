@@ -9,7 +9,7 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.proof.compare import INTERLEAVED, Difference, difference, places
 from gptoss_nf4.proof.config import EXACT, Asked
 from gptoss_nf4.proof.names import Pair
-from gptoss_nf4.proof.stored import DTYPES, Dense, FourBit, Matrix, Tensors, Values
+from gptoss_nf4.proof.stored import DTYPES, Dense, FourBit, Matrix, Tensors, TurnedFourBit, Values
 
 NEXT_STEP = "run `dvc repro -f prove`, which converts again; if it stays, report it"
 
@@ -27,6 +27,14 @@ def pair_bytes(pair: Pair, before: Tensors, after: Tensors) -> int:
     return after.bytes(pair.target) + sum(before.bytes(name) for name in pair.sources)
 
 
+def keeps_outputs_together(pair: Pair, before: Tensors, asked: Asked) -> bool:
+    """Whether blocks of the pair's target run along the outputs. Those of fused 4-bit experts do, [experts, in, out].
+
+    Mode exact keeps them.
+    """
+    return bool(asked.mode == EXACT and pair.fused and pair.entry.four_bit and before.four_bit(pair.sources[0]))
+
+
 def compare_pair(
     pair: Pair, before: Tensors, after: Tensors, asked: Asked, advance: Callable[[int], None]
 ) -> tuple[Difference, list[Fault]]:
@@ -39,20 +47,26 @@ def compare_pair(
     values = _result_values(pair, before, after, asked)
     _require_shape(pair, matrices, values)
     order = asked.w13_order if pair.entry.gate_and_up else INTERLEAVED
-    whole = Matrix(pair.target, values, 0, (sum(matrix.rows for matrix in matrices), matrices[0].columns))
-    size, done, place = pair_bytes(pair, before, after), 0, 0
+    size, done = pair_bytes(pair, before, after), 0
     total, faults = Difference(), []
+    if isinstance(values, TurnedFourBit):
+        matrices = [matrix.as_stored for matrix in matrices]
+    rows_of_all, place = sum(matrix.rows for matrix in matrices), 0
     for number, matrix in enumerate(matrices):
         if pair.entry.kind.endswith("_weight") and (pair.target, number) in asked.changed:
             place += matrix.rows
             continue
         found, again = Difference(), _quantized_again(matrix, values, asked)
+        if isinstance(values, TurnedFourBit):
+            result = Matrix(pair.target, values.expert(number), 0, matrix.shape)
+        else:
+            result = Matrix(pair.target, values, place * matrix.columns, matrix.shape)
         for start in range(0, matrix.rows, matrix.rows_at_a_time):
             rows = matrix.read(start, min(start + matrix.rows_at_a_time, matrix.rows))
             for which, lies_at in places(order, matrix.rows, start):
                 expected = rows[which]
-                found += difference(expected, whole.read(place + lies_at, place + lies_at + len(expected)))
-            reached = size * (place + start + len(rows)) // whole.rows
+                found += difference(expected, result.read(lies_at, lies_at + len(expected)))
+            reached = size * (place + start + len(rows)) // rows_of_all
             advance(reached - done)
             done = reached
         place += matrix.rows
@@ -68,7 +82,7 @@ def compare_pair(
     return total, faults
 
 
-def _quantized_again(matrix: Matrix, values: Values, asked: Asked) -> bool:
+def _quantized_again(matrix: Matrix, values: Values | TurnedFourBit, asked: Asked) -> bool:
     """Whether the conversion changed the codes of `matrix`. A merge moves those of its own format, as mode exact does."""
     if not isinstance(values, FourBit) or asked.mode == EXACT:
         return False
@@ -77,7 +91,7 @@ def _quantized_again(matrix: Matrix, values: Values, asked: Asked) -> bool:
     return asked.merged_adapter is None or not movable
 
 
-def _result_values(pair: Pair, before: Tensors, after: Tensors, asked: Asked) -> Values:
+def _result_values(pair: Pair, before: Tensors, after: Tensors, asked: Asked) -> Values | TurnedFourBit:
     """The values of the pair's target. UserError where the plugin would not read them as they are stored."""
     name, dtype = pair.target, getattr(torch, asked.dtype)
     four_bit = pair.entry.four_bit
@@ -92,16 +106,22 @@ def _result_values(pair: Pair, before: Tensors, after: Tensors, asked: Asked) ->
     section, state = after.checkpoint.config["quantization_config"], after.state(name)
     _require(name, (state.quant_type, state.blocksize), (section["quant_type"], section["blocksize"]))
     _require(name, state.dtype, dtype)
-    *rows, columns = state.shape
+    *others, columns = state.shape
+    codes, absmax = (*others, columns // 2), (*others, columns // state.blocksize)
+    turned = keeps_outputs_together(pair, before, asked)
+    if turned:
+        _require(name, len(state.shape), 3)
+        experts, columns, rows = state.shape
+        codes, absmax = (experts, rows, columns // 2), (experts, rows // state.blocksize, columns)
     for stored, expected in (
-        (after.stored[name], (torch.uint8, (*rows, columns // 2))),
-        (after.stored[f"{name}.absmax"], (torch.float32, (*rows, columns // state.blocksize))),
+        (after.stored[name], (torch.uint8, codes)),
+        (after.stored[f"{name}.absmax"], (torch.float32, absmax)),
     ):
         _require(stored.name, (DTYPES.get(stored.dtype, torch.uint8), stored.shape), expected)
-    return FourBit(after.stored[name], state)
+    return TurnedFourBit(after.stored[name], state) if turned else FourBit.stored(after.stored[name], state)
 
 
-def _require_shape(pair: Pair, matrices: list[Matrix], values: Values) -> None:
+def _require_shape(pair: Pair, matrices: list[Matrix], values: Values | TurnedFourBit) -> None:
     """Experts are stacked along a new first dimension, and other matrices joined along their rows. UserError otherwise."""
     rows, *rest = matrices[0].shape
     stacked = ".experts." in pair.target

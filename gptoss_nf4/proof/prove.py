@@ -12,7 +12,7 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.proof.compare import Difference
 from gptoss_nf4.proof.config import Asked, load, require_function, require_quantization
 from gptoss_nf4.proof.names import Pair, pair_up
-from gptoss_nf4.proof.pair import NEXT_STEP, Fault, compare_pair, pair_bytes
+from gptoss_nf4.proof.pair import NEXT_STEP, Fault, compare_pair, keeps_outputs_together, pair_bytes
 from gptoss_nf4.proof.stored import Tensors
 from gptoss_nf4.storage.machine import cores
 from gptoss_nf4.storage.progress import Progress
@@ -79,7 +79,8 @@ def prove(source: Path, result: Path, asked: Asked) -> Exactness:
     model = load(after.checkpoint.config, where)
     pairs = pair_up(before.stored, after.stored, model.num_hidden_layers, model.num_local_experts)
     dense = [p.target.removesuffix(".weight") for p in pairs if p.entry.four_bit is None and not after.four_bit(p.target)]
-    require_quantization(after.checkpoint.config.get("quantization_config"), asked, dense, where)
+    turned = [p.target.removesuffix(".weight") for p in pairs if keeps_outputs_together(p, before, asked)]
+    require_quantization(after.checkpoint.config.get("quantization_config"), asked, dense, turned, where)
     _require_whole(source, after)
     exactness = Exactness(len(before.stored), len(after.stored))
     size = sum(pair_bytes(pair, before, after) for pair in pairs)

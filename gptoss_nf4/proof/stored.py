@@ -1,10 +1,12 @@
 """The values of stored tensors, a few rows at a time. 4-bit ones are dequantized by bitsandbytes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, get_4bit_type
 
@@ -42,36 +44,79 @@ class Dense:
 
 
 class FourBit:
-    """A 4-bit tensor, whose codes may be stored as any dtype. Values are float32, as bitsandbytes dequantizes them.
+    """4-bit weights in the order in which bitsandbytes stores them. Values are float32, as bitsandbytes dequantizes them.
 
-    `blocks` are its (quant_type, blocksize).
+    `blocks` are their (quant_type, blocksize), `absmax` is float32, flat. `codes` gives the bytes from number `first` to
+    `last`, two codes each.
     """
 
-    def __init__(self, codes: TensorInfo, state: QuantState):
-        self.shape = tuple(state.shape)
-        if codes.bytes != -(-prod(self.shape) // 2):
-            raise _unreadable(codes.name, f"{codes.bytes} bytes", f"half a byte for each weight of {list(self.shape)}")
-        if not torch.equal(state.code, get_4bit_type(state.quant_type, device="cpu")):
-            raise _unreadable(f"{codes.name}.quant_map", "other values", f"bitsandbytes' {state.quant_type} codebook")
-        self._codes, self._state = codes, state
-        self.blocks = (state.quant_type, state.blocksize)
-        self._absmax = state.absmax
-        if state.nested:
-            self._absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    def __init__(
+        self, shape: tuple[int, ...], blocks: tuple[str, int], absmax: torch.Tensor, codes: Callable[[int, int], np.ndarray]
+    ):
+        self.shape, self.blocks = shape, blocks
+        self._absmax, self._codes = absmax, codes
+
+    @classmethod
+    def stored(cls, codes: TensorInfo, state: QuantState) -> "FourBit":
+        """A tensor, whose codes may be stored as any dtype."""
+        _require_state(codes, state)
+        absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+        return cls(
+            tuple(state.shape),
+            (state.quant_type, state.blocksize),
+            absmax,
+            lambda first, last: read_range(codes.file, codes.start + first, codes.start + last),
+        )
 
     def read(self, first: int, last: int) -> torch.Tensor:
-        block = self._state.blocksize
+        quant_type, block = self.blocks
         begin = first // block * block
-        codes = read_range(self._codes.file, self._codes.start + begin // 2, self._codes.start + -(-last // 2))
+        codes = self._codes(begin // 2, -(-last // 2))
         # One row: bitsandbytes' CPU kernel would begin a new block with each row, also where rows are not whole blocks.
         state = QuantState(
             absmax=self._absmax[begin // block : -(-last // block)],
             shape=torch.Size([1, last - begin]),
             dtype=torch.float32,
             blocksize=block,
-            quant_type=self._state.quant_type,
+            quant_type=quant_type,
         )
         return dequantize_4bit(torch.from_numpy(codes).view(-1, 1), state).view(-1)[first - begin :]
+
+
+class TurnedFourBit:
+    """Experts of the result whose blocks run along the outputs. Their codes lie in rows of outputs, [experts, out, in / 2].
+
+    absmax is float32 [experts, out / blocksize, in]. The state is that of the weights as bitsandbytes would store them,
+    [experts, in, out]: once codes and absmax are turned back, it reads them.
+    """
+
+    def __init__(self, codes: TensorInfo, state: QuantState):
+        _require_state(codes, state)
+        experts, columns, rows = state.shape
+        self.shape = (experts, rows, columns)
+        self.blocks = (state.quant_type, state.blocksize)
+        self._codes, self._absmax = codes, state.absmax.view(experts, -1, columns)
+
+    def expert(self, number: int) -> FourBit:
+        """One expert in bitsandbytes' order, [in, out]."""
+        _, rows, columns = self.shape
+        size = rows * columns // 2
+        start = self._codes.start + number * size
+        codes = read_range(self._codes.file, start, start + size).reshape(rows, columns // 2)
+        by_output = np.empty((rows, columns), np.uint8)  # a code in each byte
+        by_output[:, 0::2], by_output[:, 1::2] = codes >> 4, codes & 15
+        by_input = by_output.T
+        turned = (by_input[:, 0::2] << 4 | by_input[:, 1::2]).reshape(-1)
+        absmax = self._absmax[number].T.reshape(-1)
+        return FourBit((columns, rows), self.blocks, absmax, lambda first, last: turned[first:last])
+
+
+def _require_state(codes: TensorInfo, state: QuantState) -> None:
+    """UserError where `codes` are not as many as the state says, or not of bitsandbytes' codebook."""
+    if codes.bytes != -(-prod(state.shape) // 2):
+        raise _unreadable(codes.name, f"{codes.bytes} bytes", f"half a byte for each weight of {list(state.shape)}")
+    if not torch.equal(state.code, get_4bit_type(state.quant_type, device="cpu")):
+        raise _unreadable(f"{codes.name}.quant_map", "other values", f"bitsandbytes' {state.quant_type} codebook")
 
 
 @dataclass(frozen=True)
@@ -94,6 +139,11 @@ class Matrix:
     @property
     def columns(self) -> int:
         return self.shape[1] if len(self.shape) > 1 else 1
+
+    @property
+    def as_stored(self) -> "Matrix":
+        """The same values, row by row as they are stored: the transpose of a matrix that is stored transposed."""
+        return Matrix(self.name, self.values, self.start, self.shape[::-1]) if self.transposed else self
 
     @property
     def rows_at_a_time(self) -> int:
@@ -137,7 +187,7 @@ class Tensors:
             raise _unreadable(name, got, "a quantization state that bitsandbytes reads") from None
 
     def values(self, name: str) -> Values:
-        return FourBit(self.stored[name], self.state(name)) if self.four_bit(name) else Dense(self.stored[name])
+        return FourBit.stored(self.stored[name], self.state(name)) if self.four_bit(name) else Dense(self.stored[name])
 
     def matrices(self, name: str, fused: bool) -> list[Matrix]:
         """The matrix or vector that tensor `name` is; or, if it is `fused`, each expert's."""

@@ -1,4 +1,4 @@
-"""The embedded model: a small gpt-oss in the published split layout, written by bitsandbytes itself.
+"""The embedded model: a small gpt-oss in the published split layout or the fused one, written by bitsandbytes itself.
 
 It is small, but has everything that has gone wrong before: interleaved gate and up, biases and sinks that are not zero, a
 router in another dtype than the rest, several shards, absmax that is not a whole number of nested blocks, and an
@@ -18,6 +18,7 @@ import torch
 from gptoss_nf4.format import names
 from gptoss_nf4.format.config_fields import LAYER_TYPES, RMS_NORM_EPS, SWIGLU_LIMIT
 from gptoss_nf4.format.dimensions import Dimensions
+from gptoss_nf4.samples import fused
 from gptoss_nf4.source import split
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
 from gptoss_nf4.storage.writing import write_file, write_json, write_text
@@ -102,12 +103,30 @@ def random_tensor(name: str, shape: tuple[int, ...], std: float, mean: float = 0
 
 
 def quantized(name: str, weight: torch.Tensor, blocksize: int = 64) -> dict[str, torch.Tensor]:
-    """`weight`, floating [out, in], rounded to bfloat16 and stored as bitsandbytes does with double quantization."""
+    """`weight`, floating of any shape, rounded to bfloat16 and stored as bitsandbytes does with double quantization."""
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(weight.to(OTHER_DTYPE), blocksize=blocksize, compress_statistics=True, quant_type="nf4")
     sidecars = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
     return {name: packed, **sidecars}
+
+
+def weight_of(module: str, shape: tuple[int, int]) -> torch.Tensor:
+    """The weight of that canonical name, float32 [out, in]."""
+    return random_tensor(f"{module}.weight", shape, std=2.0 / math.sqrt(shape[1]))
+
+
+def fused_tensors(d: Dimensions, blocksize: int = 64) -> Iterator[dict[str, torch.Tensor]]:
+    """The same weights in the fused layout: a dictionary for each layer, then one for the tensors outside the layers."""
+    for layer, tensors in enumerate(split_tensors(d, blocksize)):
+        if layer == d.layers:
+            yield tensors
+            continue
+        found = fused.stacked_biases(tensors, d, layer)
+        for stack, modules, (_, columns, rows) in fused.stacks(d, layer):
+            weights = torch.stack([weight_of(module, (rows, columns)).T for module in modules])
+            found |= quantized(stack, weights, blocksize)
+        yield found
 
 
 def split_tensors(d: Dimensions, blocksize: int = 64, massive: bool = False) -> Iterator[dict[str, torch.Tensor]]:
@@ -118,16 +137,15 @@ def split_tensors(d: Dimensions, blocksize: int = 64, massive: bool = False) -> 
     """
     for layer in range(d.layers):
         tensors: dict[str, torch.Tensor] = {}
-        for _, module, (rows, columns) in names.modules_of(d, layer):
-            weight = random_tensor(f"{module}.weight", (rows, columns), std=2.0 / math.sqrt(columns))
-            tensors |= quantized(f"{module}.weight", weight, blocksize)
-            tensors[f"{module}.bias"] = random_tensor(f"{module}.bias", (rows,), std=0.2).to(OTHER_DTYPE)
-        for key, shape in split.kept_shapes(d).items():
+        for _, module, shape in names.modules_of(d, layer):
+            tensors |= quantized(f"{module}.weight", weight_of(module, shape), blocksize)
+            tensors[f"{module}.bias"] = random_tensor(f"{module}.bias", shape[:1], std=0.2).to(OTHER_DTYPE)
+        for key, kept in split.kept_shapes(d).items():
             name, norm = names.prefix(layer) + key, key.endswith("layernorm.weight")
             dtype = ROUTER_DTYPE if "router" in key else OTHER_DTYPE
             # The router's logits are of about unit size, so routing spreads over the experts.
             std = 0.1 if norm else 1.0 / math.sqrt(d.hidden) if key == "mlp.router.linear.weight" else 0.5
-            tensors[name] = random_tensor(name, shape, std=std, mean=1.0 if norm else 0.0).to(dtype)
+            tensors[name] = random_tensor(name, kept, std=std, mean=1.0 if norm else 0.0).to(dtype)
         if massive:
             _make_massive(tensors, layer, d)
         yield tensors
@@ -157,13 +175,19 @@ def _undo_massive(norm: torch.Tensor, layers_before: int, d: Dimensions) -> None
     norm[MASSIVE_CHANNEL] = 0
 
 
-def write_checkpoint(directory: Path, d: Dimensions = TINY, blocksize: int = 64, massive: bool = False) -> None:
-    """Write the whole model: a shard for each layer and one for the rest, index, config and tokenizer."""
+def write_checkpoint(
+    directory: Path, d: Dimensions = TINY, blocksize: int = 64, massive: bool = False, stacked: bool = False
+) -> None:
+    """Write the whole model: a shard for each layer and one for the rest, index, config and tokenizer.
+
+    With `stacked` in the fused layout, which has no massive channel.
+    """
     from safetensors.torch import save_file
 
     weight_map: dict[str, str] = {}
     total = 0
-    for number, tensors in enumerate(split_tensors(d, blocksize, massive)):
+    made = fused_tensors(d, blocksize) if stacked else split_tensors(d, blocksize, massive)
+    for number, tensors in enumerate(made):
         file = f"model-{number + 1:05d}-of-{d.layers + 1:05d}.safetensors"
         write_file(directory / file, partial(save_file, tensors, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(tensors, file)

@@ -1,4 +1,4 @@
-"""A full-size source that needs no download: the published split layout filled with random codes.
+"""A full-size source that needs no download: the published split layout, or the fused one, filled with random codes.
 
 It measures the conversion and generates no text. Every tensor of the real checkpoint is there in its real shape, absmax has
 a plausible size, and states are as bitsandbytes writes them. But nothing was ever quantized. Codes depend on the tensor's
@@ -19,7 +19,7 @@ from gptoss_nf4.format import names
 from gptoss_nf4.format.codec import NF4_MAP
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.dtypes import ITEM_BYTES
-from gptoss_nf4.samples import embedded
+from gptoss_nf4.samples import embedded, fused
 from gptoss_nf4.source import split
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
 from gptoss_nf4.storage.tensor_writer import Declared, writing_tensors
@@ -33,8 +33,11 @@ ABSMAX_MEAN, ABSMAX_SPREAD = (
 PIECE_VALUES = 1 << 22
 
 
-def write_checkpoint(directory: Path, d: Dimensions) -> None:
-    """Write the model: a shard for each layer and one for the rest, index, config and the embedded model's tokenizer."""
+def write_checkpoint(directory: Path, d: Dimensions, stacked: bool = False) -> None:
+    """Write the model: a shard for each layer and one for the rest, index, config and the embedded model's tokenizer.
+
+    With `stacked` in the fused layout.
+    """
     from bitsandbytes.functional import create_dynamic_map
 
     nested_map = create_dynamic_map().numpy()
@@ -42,7 +45,8 @@ def write_checkpoint(directory: Path, d: Dimensions) -> None:
     total = 0
 
     def write_shard(layer: int) -> tuple[str, dict[str, int]]:
-        tensors = layer_tensors(d, layer, nested_map) if layer < d.layers else outside_tensors(d)
+        of_layer = stacked_layer_tensors if stacked else layer_tensors
+        tensors = of_layer(d, layer, nested_map) if layer < d.layers else outside_tensors(d)
         file = f"model-{layer + 1:05d}-of-{d.layers + 1:05d}.safetensors"
         # Largest items first, so that every tensor is aligned.
         tensors.sort(key=lambda tensor: -ITEM_BYTES[tensor.declared.dtype])
@@ -102,7 +106,7 @@ def bfloat16(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -
     return Made(Declared(name, "BF16", shape), pieces)
 
 
-def quantized(name: str, shape: tuple[int, int], nested_map: np.ndarray) -> list[Made]:
+def quantized(name: str, shape: tuple[int, ...], nested_map: np.ndarray) -> list[Made]:
     """A 4-bit weight and its sidecars, as bitsandbytes stores them with double quantization."""
     elements = math.prod(shape)
     blocks = -(-elements // BLOCKSIZE)
@@ -131,10 +135,27 @@ def layer_tensors(d: Dimensions, layer: int, nested_map: np.ndarray) -> list[Mad
     for _, module, shape in names.modules_of(d, layer):
         tensors += quantized(f"{module}.weight", shape, nested_map)
         tensors.append(bfloat16(f"{module}.bias", shape[:1], 0.02))
+    return [*tensors, *_kept_tensors(d, lambda key: names.prefix(layer) + key)]
+
+
+def _kept_tensors(d: Dimensions, name: Callable[[str], str]) -> Iterator[Made]:
+    """Router, sinks and norms; `name` makes the stored name of the published layout's within the layer."""
     for key, kept in split.kept_shapes(d).items():
         norm = key.endswith("layernorm.weight")
-        tensors.append(bfloat16(names.prefix(layer) + key, kept, 0.1 if norm else 0.02, mean=1.0 if norm else 0.0))
-    return tensors
+        yield bfloat16(name(key), kept, 0.1 if norm else 0.02, mean=1.0 if norm else 0.0)
+
+
+def stacked_layer_tensors(d: Dimensions, layer: int, nested_map: np.ndarray) -> list[Made]:
+    """Those of `layer_tensors` in the fused layout; codes are others, since they are drawn by the tensor's name."""
+    tensors: list[Made] = []
+    for fusion, module, shape in names.modules_of(d, layer):
+        if not fusion.stacked:
+            tensors += quantized(f"{module}.weight", shape, nested_map)
+            tensors.append(bfloat16(f"{module}.bias", shape[:1], 0.02))
+    for stack, _, stacked in fused.stacks(d, layer):
+        tensors += quantized(stack, stacked, nested_map)
+        tensors.append(bfloat16(f"{stack}_bias", (d.experts, stacked[2]), 0.02))
+    return [*tensors, *_kept_tensors(d, lambda key: fused.stored_name(layer, names.prefix(layer) + key))]
 
 
 def outside_tensors(d: Dimensions) -> list[Made]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gptoss_nf4.format import names
+from gptoss_nf4.format.blocks import INPUTS
 from gptoss_nf4.format.codec import CODEBOOKS, dequantize
 from gptoss_nf4.format.config_fields import served_config
 from gptoss_nf4.format.dimensions import Dimensions
@@ -22,18 +23,14 @@ from gptoss_nf4.storage.checkpoint import Checkpoint
 if TYPE_CHECKING:
     import torch
 
-# Values of `blocks_along`: the dimension of the weight along which a block, whose weights share an absmax, runs.
-INPUTS = "inputs"
-OUTPUTS = "outputs"
-
 
 @dataclass(frozen=True)
 class Module:
     """One weight matrix and how it is quantized.
 
     `name` is canonical and full. `shape` is logical: [out_features, in_features]. `state` is None where the source left
-    the weight in 16 or 32 bit; `blocks_along` has no meaning then. Where blocks run along the outputs, codes and absmax are
-    those of the transposed weight, [in_features, out_features], and so is the shape of `state`.
+    the weight in 16 or 32 bit; `blocks_along`, a direction of `format/blocks.py`, has no meaning then. Where that is the
+    outputs, codes and absmax are those of the transposed weight, [in_features, out_features], and so is `state.shape`.
     """
 
     name: str
@@ -146,8 +143,6 @@ class Source(ABC):
         expert = self.modules(0, names.W13)[0]
         if expert.state is None:
             lines.append("the experts were never 4-bit: requant.mode=nf4 quantizes them and reports the error it adds")
-        elif expert.blocks_along == OUTPUTS:
-            lines.append("blocks of the experts run along the outputs: requant.mode=nf4 quantizes them again")
         kept = [*names.outside_shapes(self.dimensions), *(names.prefix(0) + n for n in names.kept_shapes(self.dimensions))]
         dense = [name for name in kept if self.floating(name).dequantized]
         if dense:

@@ -14,10 +14,12 @@ from gptoss_nf4.storage.artifacts import CARD, Artifacts
 from gptoss_nf4.storage.checkpoint import ADAPTER_CONFIG
 from gptoss_nf4.storage.reading import read_json_object
 
-EMBEDDED_KINDS = ("embedded", "embedded_massive")
-SAMPLE_KINDS = (*EMBEDDED_KINDS, "synthetic")  # stage fetch writes these itself, into the artifacts
+EMBEDDED_KINDS = ("embedded", "embedded_massive", "embedded_fused")
+SYNTHETIC_KINDS = ("synthetic", "synthetic_fused")
+SAMPLE_KINDS = (*EMBEDDED_KINDS, *SYNTHETIC_KINDS)  # stage fetch writes these itself, into the artifacts
 KINDS = (*SAMPLE_KINDS, "hub", "local")
-NEEDED = {"local": "path", "hub": "repository", "synthetic": "dimensions"}  # kind -> the field that it cannot do without
+# kind -> the field that it cannot do without
+NEEDED = {"local": "path", "hub": "repository", **dict.fromkeys(SYNTHETIC_KINDS, "dimensions")}
 
 MAX_NAME_BYTES = 200  # a file system takes 255
 
@@ -30,8 +32,8 @@ HUB_PATTERNS = ("*.safetensors", "*.json", TEMPLATE, f"{TEMPLATE_DIRECTORY}/*.ji
 class Model:
     """Which source to convert; `name` also names the artifacts.
 
-    `path` counts for kind local, `repository` and `revision` for hub, `dimensions` for synthetic. UserError for an unknown
-    kind, and for one without what it needs.
+    `path` counts for kind local, `repository` and `revision` for hub, `dimensions` for synthetic ones. UserError for an
+    unknown kind, and for one without what it needs.
     """
 
     name: str

@@ -20,7 +20,7 @@ The life of a weight:
 Glossary:
 
 - *codes*: 4-bit numbers, two a byte; a weight is `codebook[code] * absmax` of its block.
-- *absmax*: one scale for each block of `blocksize` (64) weights along a row.
+- *absmax*: one scale for each block of `blocksize` (64) weights along a row, or down a column (`format/blocks.py`).
 - *w13*, *w2*: an expert's two weights: gate and up rows [2 * intermediate, hidden], and down [hidden, intermediate].
 - *slot*: a token and one of its k experts; a batch has tokens * k slots.
 - *packed*: in the kernels' order; a *tile* is the 16 rows by 64 inputs that one warp multiplies at a time.

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gptoss_nf4.errors import UserError
+from gptoss_nf4.format.blocks import OUTPUTS, absmax_shape
 from gptoss_nf4.format.rows import INTERLEAVED, interleaved_rows
 from gptoss_nf4.vllm.kernels.tiles import gate_and_up_tiles, pack_absmax, pack_codes, pad_rows, tile_inputs
 from gptoss_nf4.vllm.loading import blocksize_of_shard, repeat_absmax, require_packable
@@ -34,14 +36,33 @@ class Part:
     check: Callable[[torch.Tensor], None] = lambda rows: None
 
 
+def blocks_of_rank(settings: Settings, name: str, rows: int, columns: int, prefix: str) -> tuple[str, int]:
+    """(direction of blocks, blocksize) of w13 or w2, called `name`, in the layer `prefix`; `rows` and `columns` of a rank.
+
+    The blocksize is the checkpoint's, or a smaller one with which this rank's columns, or rows, are whole blocks. UserError
+    where there is none, or where a byte would be cut.
+    """
+    blocks_along = settings.blocks_along(f"{prefix}.{name}")
+    if blocks_along == OUTPUTS and columns % 2:
+        raise UserError(
+            "tensor parallel size does not fit",
+            where=prefix,
+            got=f"{columns} inputs for each rank",
+            expected="a multiple of 2, since a byte has the codes of two",
+            next_step="use a smaller tensor_parallel_size, or expert parallelism",
+        )
+    blocked = rows if blocks_along == OUTPUTS else columns
+    return blocks_along, blocksize_of_shard(settings.blocksize, blocked, prefix, blocks_along)
+
+
 class ExpertWeight(ABC):
     """One of the two weights of the local experts, logical [E, rows, columns] on this rank.
 
-    `blocksize` is the checkpoint's, or a smaller one with which this rank's columns are whole blocks. `packed` says whether
-    the weight is kept in the order that the kernels read.
+    `blocks_along` and `blocksize` are those of `blocks_of_rank`. `packed` says whether the weight is kept in the order that
+    the kernels read.
     """
 
-    name: str  # w13 or w2; the names of the parameters begin with it
+    name: str  # w13 or w2; the names of the parameters begin with it, and so does its name in the checkpoint
 
     def __init__(
         self, rows: int, columns: int, *, settings: Settings, tp_size: int, tp_rank: int, packed: bool, prefix: str
@@ -51,7 +72,7 @@ class ExpertWeight(ABC):
         self.tp_size, self.tp_rank = tp_size, tp_rank
         self.packed = packed
         self.prefix = prefix
-        self.blocksize = blocksize_of_shard(settings.blocksize, columns, prefix)
+        self.blocks_along, self.blocksize = blocks_of_rank(settings, self.name, rows, columns, prefix)
 
     @abstractmethod
     def shard(self, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -66,12 +87,16 @@ class ExpertWeight(ABC):
         return rows
 
     def parts(self, num_experts: int, bias_dtype: torch.dtype) -> list[Part]:
-        """Codes uint8 [E, rows, columns / 2], absmax float32 [E, rows, columns / blocksize] and bias [E, rows]."""
+        """Codes uint8 [E, rows, columns / 2], absmax float32 and bias [E, rows].
+
+        absmax is [E, rows, columns / blocksize], or [E, rows / blocksize, columns] where blocks run along the outputs.
+        """
         codes = (num_experts, self.rows, self.columns // 2)
-        absmax = (num_experts, self.rows, self.columns // self.blocksize)
+        absmax = absmax_shape((num_experts, self.rows, self.columns), self.blocksize, self.blocks_along)
+        blocks_dim = -2 if self.blocks_along == OUTPUTS else -1
 
         def absmax_of_rank(tensor: torch.Tensor) -> torch.Tensor:
-            return self.shard(repeat_absmax(tensor, self.settings.blocksize, self.blocksize), absmax)
+            return self.shard(repeat_absmax(tensor, self.settings.blocksize, self.blocksize, blocks_dim), absmax)
 
         def check_absmax(rows: torch.Tensor) -> None:
             if self.packed:
@@ -105,15 +130,16 @@ class W13(ExpertWeight):
     name = "w13"
 
     def shard(self, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        return self._rows_of_rank(tensor)
+        return self._rows_of_rank(tensor, shape[1])
 
     def shard_bias(self, bias: torch.Tensor) -> torch.Tensor:
-        return self._rows_of_rank(bias)
+        return self._rows_of_rank(bias, self.rows)
 
-    def _rows_of_rank(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _rows_of_rank(self, tensor: torch.Tensor, rows: int) -> torch.Tensor:
+        """Its `rows` rows; or groups of rows, which are interleaved."""
         if self.settings.w13_order != INTERLEAVED:
             tensor = tensor[:, torch.from_numpy(interleaved_rows(self.settings.w13_order, tensor.shape[1]))]
-        return tensor if self.tp_size == 1 else tensor.narrow(1, self.tp_rank * self.rows, self.rows)
+        return tensor if self.tp_size == 1 else tensor.narrow(1, self.tp_rank * rows, rows)
 
     def tiled(self, rows: torch.Tensor) -> torch.Tensor:
         return gate_and_up_tiles(rows, 1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
+from gptoss_nf4.format.blocks import INPUTS
 from gptoss_nf4.vllm.activation import clamped_swiglu
 from gptoss_nf4.vllm.dequantize import dequantize
 
@@ -113,20 +114,22 @@ def used_experts(
     w2_lora_a: torch.Tensor | None = None,
     w2_lora_b: torch.Tensor | None = None,
     w2_lora_scale: float = 1.0,
+    w13_blocks_along: str = INPUTS,
+    w2_blocks_along: str = INPUTS,
 ) -> torch.Tensor:
-    """`run_used_experts` on 4-bit weights: codes uint8 [E, rows, in / 2], absmax float32 [E, rows, in / blocksize].
+    """`run_used_experts` on 4-bit weights: codes uint8 [E, rows, in / 2], absmax float32 as `dequantize` takes it.
 
-    The last six are the fields of `ExpertsLoRA`, all or none.
+    `adapters` and the five after it are the fields of `ExpertsLoRA`, all or none.
     """
     lora = None
     if adapters is not None:
         lora = ExpertsLoRA(adapters, w13_lora_a, w13_lora_b, w2_lora_a, w2_lora_b, w2_lora_scale)
 
     def w13(expert: int) -> torch.Tensor:
-        return dequantize(w13_codes[expert], w13_absmax[expert], w13_blocksize, quant_type, x.dtype)
+        return dequantize(w13_codes[expert], w13_absmax[expert], w13_blocksize, quant_type, x.dtype, w13_blocks_along)
 
     def w2(expert: int) -> torch.Tensor:
-        return dequantize(w2_codes[expert], w2_absmax[expert], w2_blocksize, quant_type, x.dtype)
+        return dequantize(w2_codes[expert], w2_absmax[expert], w2_blocksize, quant_type, x.dtype, w2_blocks_along)
 
     return run_used_experts(x, topk_weights, topk_ids, expert_map, w13, w13_bias, w2, w2_bias, lora)
 

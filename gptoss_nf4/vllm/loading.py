@@ -7,6 +7,7 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 
 from gptoss_nf4.errors import UserError
+from gptoss_nf4.format.blocks import INPUTS
 from gptoss_nf4.format.quant_state import BLOCKSIZES
 from gptoss_nf4.vllm.kernels.tiles import MAX_PACKED_ABSMAX
 
@@ -75,27 +76,30 @@ def most_tokens() -> int:
     return 1 if config is None else config.scheduler_config.max_num_batched_tokens
 
 
-def blocksize_of_shard(blocksize: int, in_features: int, prefix: str) -> int:
-    """The largest blocksize, up to `blocksize`, with which a rank's `in_features` are whole blocks. UserError if none is.
+def blocksize_of_shard(blocksize: int, features: int, prefix: str, blocks_along: str = INPUTS) -> int:
+    """The largest blocksize, up to `blocksize`, with which a rank's `features` are whole blocks. UserError if none is.
 
-    Both halves of a block have the same absmax. So halving the blocksize and repeating absmax is exact: 2880 / 2 = 1440
-    inputs are 22.5 blocks of 64, but 45 of 32.
+    `features` are those along which blocks run: inputs, or outputs. Both halves of a block have the same absmax. So halving
+    the blocksize and repeating absmax is exact: 2880 / 2 = 1440 are 22.5 blocks of 64, but 45 of 32.
     """
-    shard = gcd(blocksize, in_features)
+    shard = gcd(blocksize, features)
     if shard not in BLOCKSIZES:
         raise UserError(
             "tensor parallel size does not fit",
             where=prefix,
-            got=f"{in_features} inputs for each rank",
+            got=f"{features} {blocks_along} for each rank",
             expected=f"a multiple of {BLOCKSIZES[0]}",
             next_step="use a smaller tensor_parallel_size, or expert parallelism",
         )
     return shard
 
 
-def repeat_absmax(absmax: torch.Tensor, blocksize: int, shard_blocksize: int) -> torch.Tensor:
-    """absmax [..., blocks] of `blocksize` as [..., blocks * n] of `shard_blocksize`, where n is their quotient."""
-    return absmax if blocksize == shard_blocksize else absmax.repeat_interleave(blocksize // shard_blocksize, dim=-1)
+def repeat_absmax(absmax: torch.Tensor, blocksize: int, shard_blocksize: int, dim: int = -1) -> torch.Tensor:
+    """absmax [..., blocks] of `blocksize` as [..., blocks * n] of `shard_blocksize`, where n is their quotient.
+
+    `dim` is the dimension of the blocks: the last, or the last but one where they run along the outputs.
+    """
+    return absmax if blocksize == shard_blocksize else absmax.repeat_interleave(blocksize // shard_blocksize, dim=dim)
 
 
 def require_packable(absmax: torch.Tensor, where: str) -> None:

@@ -12,12 +12,12 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from gptoss_nf4.errors import UserError
+from gptoss_nf4.format.blocks import OUTPUTS
 from gptoss_nf4.vllm import experts, ops  # noqa: F401  (register torch.ops.gptoss_nf4)
 from gptoss_nf4.vllm.dequantize import dequantize
-from gptoss_nf4.vllm.expert_weights import W2, W13, ExpertWeight, Part
+from gptoss_nf4.vllm.expert_weights import W2, W13, ExpertWeight, Part, blocks_of_rank
 from gptoss_nf4.vllm.loading import (
     Loader,
-    blocksize_of_shard,
     current_device,
     most_tokens,
     register_parameter,
@@ -73,17 +73,29 @@ class Nf4MoEMethod(FusedMoEMethodBase):
                 register_parameter(layer, self.prefix, part.name, kept.shape, kept.dtype, load)
 
     def packs(self, product: Experts) -> bool:
-        """Whether the weights are kept in the kernels' order."""
-        return runs_on_kernels(product.dtype) and all_work([product], current_device())
+        """Whether the weights are kept in the kernels' order. UserError for blocks along the outputs: they read no such."""
+        if not runs_on_kernels(product.dtype):
+            return False
+        for name in (W13.name, W2.name):
+            if self.settings.blocks_along(f"{self.prefix}.{name}") == OUTPUTS:
+                raise UserError(
+                    "blocks that no kernel reads",
+                    where=f"{self.prefix}.{name}",
+                    got=f"blocks along the {OUTPUTS}",
+                    expected="blocks along the inputs, on a GPU in float16 or bfloat16",
+                    next_step="convert the source again with requant.mode=nf4, or serve with --dtype float32",
+                )
+        return all_work([product], current_device())
 
     def _product(self, num_experts: int, hidden: int, intermediate: int, dtype: torch.dtype) -> Experts:
         """What the kernels have to compute for a layer of these widths, of this rank."""
-        blocksize = self.settings.blocksize
+        _, w13_blocksize = blocks_of_rank(self.settings, W13.name, 2 * intermediate, hidden, self.prefix)
+        _, w2_blocksize = blocks_of_rank(self.settings, W2.name, hidden, intermediate, self.prefix)
         return Experts(
             hidden=hidden,
             intermediate=intermediate,
-            w13_blocksize=blocksize_of_shard(blocksize, hidden, self.prefix),
-            w2_blocksize=blocksize_of_shard(blocksize, intermediate, self.prefix),
+            w13_blocksize=w13_blocksize,
+            w2_blocksize=w2_blocksize,
             quant_type=self.settings.quant_type,
             dtype=dtype,
             experts=self.moe.num_experts,
@@ -192,6 +204,7 @@ class Nf4MoEMethod(FusedMoEMethodBase):
 
     def _weights(self, layer: RoutedExperts) -> dict:
         """The layer's weights as the operators name them."""
+        directions = {"w13_blocks_along": layer.nf4_w13.blocks_along, "w2_blocks_along": layer.nf4_w2.blocks_along}
         return {
             "w13_codes": layer.w13_codes,
             "w13_absmax": layer.w13_absmax,
@@ -202,7 +215,7 @@ class Nf4MoEMethod(FusedMoEMethodBase):
             "w2_bias": layer.w2_expert_bias,
             "w2_blocksize": layer.nf4_w2.blocksize,
             "quant_type": self.settings.quant_type,
-        }
+        } | ({} if layer.nf4_packed else directions)
 
     def _dequantize_all(
         self, layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
@@ -214,7 +227,9 @@ class Nf4MoEMethod(FusedMoEMethodBase):
         from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
         def dense(codes: torch.Tensor, absmax: torch.Tensor, weight: ExpertWeight) -> torch.Tensor:
-            return dequantize(codes, absmax, weight.blocksize, self.settings.quant_type, x.dtype)
+            return dequantize(
+                codes, absmax, weight.blocksize, self.settings.quant_type, x.dtype, blocks_along=weight.blocks_along
+            )
 
         return fused_experts(
             x,
