@@ -17,8 +17,8 @@ from documents import all_commands, all_snippets
 from harmony_files import encoding
 from openai import BadRequestError, OpenAI
 from scripted_model import ANSWER, ARGUMENTS, EOS, FRENCH_ANSWER, THOUGHT, TOOL, write_checkpoint
-from vllm_server import server
 
+from benchmarks.vllm_server import server
 from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.flow import convert
 from gptoss_nf4.storage.artifacts import Artifacts

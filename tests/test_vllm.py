@@ -14,10 +14,10 @@ import torch
 from conftest import converted_for_interpreter, edit_shard, local, make_dense
 from openai import OpenAI
 from project_imports import ROOT
-from vllm_server import server
 from whole_model import log_probabilities, whole_model
 
 from benchmarks.dtypes import PROMPTS, served
+from benchmarks.vllm_server import server
 from gptoss_nf4.check.agreement import Agreement
 from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.engine.generate import generate

@@ -19,9 +19,9 @@ from conftest import converted_for_interpreter, local
 from openai import OpenAI
 from project_imports import ROOT
 from safetensors.torch import load_file, save_file
-from vllm_server import server
 from whole_model import log_probabilities, whole_model
 
+from benchmarks.vllm_server import server
 from gptoss_nf4.adapters.adapter import Adapter
 from gptoss_nf4.check.agreement import Agreement, Generation
 from gptoss_nf4.convert.plan import RequantOptions

@@ -1,4 +1,4 @@
-"""Running `vllm serve` for a test."""
+"""Running `vllm serve` for a test or a benchmark."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from gptoss_nf4.errors import UserError
@@ -19,27 +20,48 @@ START_SECONDS = 900  # a cold start compiles and captures CUDA graphs
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server that answers at `url`, and its first process."""
+
+    url: str
+    pid: int
+
+
 @contextmanager
 def server(checkpoint: Path, engine_args: dict, log: Path) -> Iterator[str]:
     """Run `vllm serve` on a free port of this machine; yields its base URL."""
+    with server_process(checkpoint, engine_args, log) as started:
+        yield started.url
+
+
+@contextmanager
+def server_process(checkpoint: Path, engine_args: dict, log: Path) -> Iterator[Server]:
+    """`server`, where more than the URL is asked for."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [*VLLM, "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port), *as_flags(engine_args)]
-    with running(command, f"http://127.0.0.1:{port}", log) as url:
-        yield url
+    with _running(command, f"http://127.0.0.1:{port}", log) as started:
+        yield started
 
 
 @contextmanager
 def running(command: list[str], url: str, log: Path) -> Iterator[str]:
     """Run `command`, which serves at `url`; yields that."""
+    with _running(command, url, log):
+        yield url
+
+
+@contextmanager
+def _running(command: list[str], url: str, log: Path) -> Iterator[Server]:
     started = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         _wait_until_ready(url, process, log, started)
-        yield url
+        yield Server(url, process.pid)
     finally:
         _end(process)
 
