@@ -80,6 +80,7 @@ def composed(typed: Sequence[str], current: dict | None = None, adapters: Sequen
     adapter = None
     if settings["model"]["kind"] == "local":
         directory = Path(os.path.realpath(require_directory(unquoted(settings["model"]["path"]))))
+        require_writable("model.path", str(directory))
         adapter = adapter_as_model(directory, settings["model"]["base"])
         if adapter is None:
             require_checkpoint(directory)

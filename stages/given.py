@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common import ROOT
 from omegaconf import OmegaConf
+from settings import require_writable
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.source.model import safe_model_name
@@ -39,6 +40,7 @@ def directory_of(given: str, where: str) -> Path:
             expected="a directory, or a Hub repository as owner/name",
             next_step="check the path",
         )
+    require_writable(where, str(directory))
     return directory
 
 

@@ -194,7 +194,10 @@ def check(settings: dict) -> None:
 
 
 def require_writable(key: str, value: object) -> None:
-    """UserError for a text that YAML, or `${`, with which DVC and Hydra refer to other settings, would change."""
+    """UserError for a text that no file can hold, or that YAML or `${` would change: DVC's and Hydra's for other settings.
+
+    A file's name that is not UTF-8 is no text: Python has halves of characters for its bytes.
+    """
     if isinstance(value, dict):
         for name, each in value.items():
             require_writable(str(name), each)
@@ -207,6 +210,7 @@ def require_writable(key: str, value: object) -> None:
 
 def _is_writable(value: str) -> bool:
     try:
-        return "${" not in value and yaml.safe_load(OmegaConf.to_yaml({"x": value}).encode()) == {"x": value}
+        value.encode()
+        return "${" not in value and yaml.safe_load(OmegaConf.to_yaml({"x": value})) == {"x": value}
     except (UnicodeEncodeError, yaml.YAMLError):
         return False

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import profiles  # noqa: F401  how many examples hypothesis draws
 import pytest
 import torch
 from safetensors.torch import load_file, save_file

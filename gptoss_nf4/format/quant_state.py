@@ -60,7 +60,7 @@ class QuantState:
             return UserError("bad quantization state", where=where, got=got, expected=expected, next_step=COPY_AGAIN)
 
         try:
-            fields = json.loads(data)
+            fields = json.loads(data.decode())  # bitsandbytes does not take UTF-16 either
         except (ValueError, RecursionError) as error:
             raise bad(f"text that is not JSON ({error})", "a JSON object") from None
         if not isinstance(fields, dict):

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gptoss_nf4.errors import COPY_AGAIN, UserError
 
@@ -86,6 +87,14 @@ def read_text(path: Path) -> str:
         raise UserError("not text", where=path, got=error, expected="UTF-8", next_step=COPY_AGAIN) from None
 
 
+def parsed_json(text: str, **options: Any) -> Any:
+    """The value of a JSON text; `options` are json.loads'. ValueError for text that is not JSON, or no text when read."""
+    value = json.loads(text, **options)
+    if _HALF_OF_A_PAIR.search(text):
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def read_json_object(path: Path) -> dict:
     """The JSON object in `path`. UserError where the file is missing, cannot be read or holds something else."""
     if not path.exists():
@@ -106,9 +115,7 @@ def read_json_object(path: Path) -> dict:
             next_step="save it as UTF-8 without a byte order mark",
         )
     try:
-        value = json.loads(text)
-        if _HALF_OF_A_PAIR.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
+        value = parsed_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError("not JSON", where=path, got=error, expected="a JSON object", next_step=COPY_AGAIN) from None
     if not isinstance(value, dict):

@@ -5,7 +5,6 @@ bytes spares each of them the import of torch.
 Format: https://github.com/huggingface/safetensors#format (8-byte header length, JSON header, data).
 """
 
-import json
 import math
 import os
 import struct
@@ -16,7 +15,7 @@ import numpy as np
 
 from gptoss_nf4.errors import COPY_AGAIN, UserError
 from gptoss_nf4.format.dtypes import FLOATING, ITEM_BYTES, NUMPY_DTYPES
-from gptoss_nf4.storage.reading import reading
+from gptoss_nf4.storage.reading import parsed_json, reading
 
 # Three times what gpt-oss-120b would need in one file. The safetensors library allows 100 MB, but a header of empty lists
 # takes twenty times its size in memory once it is parsed.
@@ -61,17 +60,20 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise damaged(f"a header of {length} bytes in a file of {size}", "a header that ends inside the file")
         try:
-            header = json.loads(stream.read(length), object_pairs_hook=_unique)
+            text = stream.read(length).decode()  # json.loads alone would take UTF-16 too, which no other reader does
+            header = parsed_json(text, object_pairs_hook=_unique, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             raise damaged(f"a header that is not JSON ({error})", "a JSON header") from None
     if not isinstance(header, dict):
         raise damaged("a header that is not a JSON object", "a JSON object")
+    metadata = header.pop("__metadata__", None)
+    texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if metadata is not None and not texts:
+        raise damaged(f"__metadata__ of {str(metadata)[:80]}", "texts by name")
 
     tensors = {}
     data_start = 8 + length
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         stored = entry.get("dtype") if isinstance(entry, dict) else None
         if isinstance(stored, str) and stored not in ITEM_BYTES:
             raise UserError(
@@ -113,6 +115,11 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     if len(result) != len(pairs):
         raise ValueError("a key that comes twice")
     return result
+
+
+def _no_number(name: str) -> None:
+    """ValueError for NaN and Infinity, which Python's JSON takes for numbers."""
+    raise ValueError(f"{name} is no number")
 
 
 def read_range(file: Path, start: int, end: int) -> np.ndarray:
