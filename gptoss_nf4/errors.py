@@ -3,14 +3,16 @@
 # The next step where bytes are not those that somebody saved, and the one where config.json and the weights disagree.
 COPY_AGAIN = "copy or download it again from where it is whole, or save it again"
 OTHER_CONFIG = "config.json and the weights are not of one model: put the config.json there that was saved with them"
+MAX_SHOWN = 600  # characters of what came
 
 
 class UserError(Exception):
     """A fault in the input or the set-up, told in one line: what, where, what came, what was expected, what to do."""
 
     def __init__(self, what: str, *, where: object, got: object, expected: object, next_step: str):
-        line = f"{what}: {where}: got {got}, expected {expected}; {next_step}"
-        super().__init__(printable(line))
+        got = str(got)  # it may come from a stranger's file, at any length
+        shown = got if len(got) <= MAX_SHOWN else f"{got[:MAX_SHOWN]}..."
+        super().__init__(printable(f"{what}: {where}: got {shown}, expected {expected}; {next_step}"))
 
 
 def printable(text: str) -> str:

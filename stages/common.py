@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -27,9 +28,11 @@ def _one_line_for_ctrl_c(kind: type[BaseException], error: BaseException, trace:
 sys.excepthook = _one_line_for_ctrl_c
 
 import hydra  # noqa: E402
+from checks import ADAPTER_FIELDS, CHECKS, adapters, check  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
-from omegaconf import DictConfig, ListConfig, OmegaConf  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+from params import reason, settings  # noqa: E402
 from yaml import YAMLError  # noqa: E402
 
 from gptoss_nf4.errors import UserError, printable  # noqa: E402
@@ -54,13 +57,12 @@ def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
     def report(cfg: DictConfig) -> None:
         started = time.monotonic()
         name = Path(sys.argv[0]).stem
-        try:
+        with _one_line():  # here, since Hydra adds a line of its own to an error
+            require_settings(cfg)
             line = function(cfg)
             seconds = time.monotonic() - started
             if name not in NO_STAGES:
                 write_json(Artifacts.of(cfg.model.name).seconds(name, cfg.layer), {"seconds": seconds})
-        except UserError as error:
-            sys.exit(f"error: {error}")
         print(f"{name}: {line}, {seconds:.1f} s\n", end="", flush=True)  # one write: others print too
 
     run = hydra.main(version_base="1.3", config_path="../conf", config_name="stage")(report)
@@ -69,19 +71,33 @@ def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
         global _is_stage
         _is_stage = True
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing several lines
-        try:
+        with _one_line():
+            settings()  # says what is wrong with params.yaml in better words than Hydra
             run()
-        except (HydraException, OmegaConfBaseException, YAMLError) as error:
-            line = printable(" ".join(str(error).split()))
-            sys.exit(f"error: {line}; `python stages/configure.py` writes params.yaml, and chooses model= and engine=")
 
     return main
 
 
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """End the script with one line and status 1 where the settings cannot be composed, or a UserError says why."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        line = printable(reason(error))
+        sys.exit(f"error: {line}; `python stages/configure.py` writes params.yaml, and chooses model= and engine=")
+
+
+def require_settings(cfg: DictConfig) -> None:
+    """UserError for the first setting in `cfg` that cannot be. Before this, its values may have any type."""
+    found = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check(found, CHECKS | {"adapters": adapters})
+
+
 def model_of(cfg: DictConfig) -> tuple[Model, Artifacts]:
     """The model of params.yaml, and where its artifacts lie."""
-    if not isinstance(cfg.model.layers, ListConfig):
-        raise _bad("model.layers", cfg.model.layers)
     fields = {key: cfg.model[key] for key in ("name", "kind", "path", "repository", "revision", "expected")}
     if cfg.model.kind in SYNTHETIC_KINDS:
         fields["dimensions"] = Dimensions(layers=len(cfg.model.layers), **cfg.model.dimensions)
@@ -111,24 +127,7 @@ def _bring_sample(artifacts: Artifacts) -> None:
 
 def adapters_of(cfg: DictConfig) -> list[AdapterSource]:
     """The adapters of params.yaml."""
-    fields = ("path", "repository", "revision", "any_base")
-    if not isinstance(cfg.adapters, DictConfig):
-        raise _bad("adapters", cfg.adapters)
-    for name, entry in cfg.adapters.items():
-        if not isinstance(entry, DictConfig) or set(fields) - set(entry):
-            raise _bad(f"adapters.{name}", entry)
-    return [AdapterSource(name, **{key: entry[key] for key in fields}) for name, entry in cfg.adapters.items()]
-
-
-def _bad(key: str, got: object) -> UserError:
-    """The error for a value that params.yaml has from another hand than configure.py's."""
-    return UserError(
-        "bad setting",
-        where=key,
-        got=got,
-        expected="what configure.py writes",
-        next_step="run `python stages/configure.py` with what you changed, such as adapters.NAME=DIRECTORY",
-    )
+    return [AdapterSource(name, **{key: entry[key] for key in ADAPTER_FIELDS}) for name, entry in cfg.adapters.items()]
 
 
 def adapter_of(cfg: DictConfig) -> AdapterSource:

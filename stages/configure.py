@@ -9,26 +9,26 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
+from checks import CHECKS, bad, check, mapping, one_of
 from common import METRICS, ROOT
 from given import adapter_as_model, adapter_entry, adapter_name, adapter_typed, adapters_typed, directory_of, unquoted
 from hydra import compose, initialize_config_dir
 from merging import merge_input, suffix_of
 from naming import free_adapter_name, free_name, require_free_name, require_own_adapter
 from omegaconf import DictConfig, OmegaConf
-from settings import CHECKS, bad, check, mapping, no_setting, one_of, put, require_writable, split, value_of
+from params import PARAMS, broken, read_params, reading_conf
+from settings import no_setting, put, require_writable, split, value_of
 
+from gptoss_nf4.convert.plan import MODES
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.owner import claim
 from gptoss_nf4.source.layouts import layer_count
 from gptoss_nf4.source.model import check_model_name, hub_config, origin_of
 from gptoss_nf4.source.refused import require_checkpoint, require_directory
 from gptoss_nf4.storage.artifacts import Artifacts
-from gptoss_nf4.storage.reading import read_text
 from gptoss_nf4.storage.repository import is_repository
 from gptoss_nf4.storage.writing import write_text
 
-PARAMS = Path("params.yaml")
 HEADER = "# Made from conf/ by `python stages/configure.py`; change values there, or pass them to it.\n"
 GROUPS = ("model", "engine")
 MISSING = "???"  # OmegaConf's mark of a value that the user has to give
@@ -91,7 +91,7 @@ def composed(typed: Sequence[str], current: dict | None = None, adapters: Sequen
         repository, revision = settings["model"]["repository"], settings["model"]["revision"]
         settings["model"]["layers"] = _layers(hub_config(repository, revision).parent)
     _name(settings["model"], settings["requant"]["merge"])
-    check(settings)
+    check(settings, CHECKS | {"requant.mode": one_of(MODES)})
     artifacts = Artifacts.of(settings["model"]["name"])
     if adapter is not None:
         name = free_adapter_name(adapter[0], str(directory), artifacts, settings["adapters"])
@@ -151,10 +151,13 @@ def _completed(current: dict, defaults: dict) -> dict:
 
 
 def _from_conf(chosen: dict[str, str]) -> dict:
-    """conf/ with the chosen models and engines."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        settings = OmegaConf.to_container(compose("config", [f"{group}={name}" for group, name in chosen.items()]))
-    return settings | {"adapters": settings["adapters"] or {}}
+    """conf/ with the chosen models and engines. UserError where a file there is broken."""
+    with reading_conf(), initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", [f"{group}={name}" for group, name in chosen.items()])
+        settings = OmegaConf.to_container(cfg, resolve=True)
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(group), dict) for group in GROUPS):
+        raise bad("conf/", settings, "sections for model and engine", "restore the files there: `git checkout conf`")
+    return settings | {"adapters": settings.get("adapters") or {}}
 
 
 def _group_of(model: dict) -> str:
@@ -234,21 +237,12 @@ def current() -> dict | None:
     """What params.yaml holds; None where there is none. UserError where that is no set of settings."""
     if not PARAMS.exists():
         return None
-    try:
-        found = yaml.safe_load(read_text(PARAMS))
-    except yaml.YAMLError as error:
-        found = " ".join(str(error).split())
+    found = read_params()
     try:
         _group_of(found["model"])
     except (TypeError, KeyError):
-        raise UserError(
-            "broken settings",
-            where=PARAMS,
-            got=found if isinstance(found, str) else "something else",
-            expected="what configure.py writes",
-            next_step="name the model (model=...), or give no arguments to go back to the embedded model",
-        ) from None
-    return dict(found)
+        raise broken("a model without kind and defined_by") from None
+    return found
 
 
 def configure(typed: Sequence[str], adapters: Sequence[str] = ()) -> DictConfig:

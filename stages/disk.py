@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
 from common import ROOT
+from params import read_params
 
+from gptoss_nf4.errors import UserError
 from gptoss_nf4.storage.machine import free_disk
 from gptoss_nf4.storage.progress import size_text
 
-CACHE, ARTIFACTS, PARAMS = Path(".dvc/cache"), Path("artifacts"), Path("params.yaml")
+CACHE, ARTIFACTS = Path(".dvc/cache"), Path("artifacts")
 DVC_GC = [sys.executable, "-m", "dvc", "gc", "--workspace", "--force", "--quiet"]
 
 
@@ -44,7 +45,11 @@ def main() -> None:
         if subprocess.run(DVC_GC).returncode:
             sys.exit("error: dvc gc failed: run `dvc gc --workspace` to see why; nothing else was deleted")
         print(f"{size_text(before - taken(CACHE, ARTIFACTS))} freed")
-    print("\n".join(lines(yaml.safe_load(PARAMS.read_text())["model"]["name"])))
+    try:
+        current = str(read_params()["model"].get("name"))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(lines(current)))
 
 
 if __name__ == "__main__":

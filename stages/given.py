@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common import ROOT
 from omegaconf import OmegaConf
+from params import reading_conf
 from settings import require_writable
 
 from gptoss_nf4.errors import UserError
@@ -153,7 +154,9 @@ def adapter_name(place: str) -> str:
 def repository_as_model(repository: str) -> list[str]:
     """The overrides that choose a Hub repository as the model: by its name in conf/model/ where it has one."""
     for group in sorted((ROOT / "conf/model").glob("*.yaml")):
-        if OmegaConf.load(group).get("repository") == repository:
+        with reading_conf():
+            known = OmegaConf.load(group).get("repository")
+        if known == repository:
             return [f"model={group.stem}"]
     return ["model=hub", f"model.repository={repository}"]
 

@@ -22,9 +22,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import connection, forkserver
 from pathlib import Path
 
-import yaml
-from common import model_of
-from omegaconf import OmegaConf
+from common import model_of, require_settings
+from omegaconf import DictConfig
+from params import settings
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.budget import stage_bytes
@@ -190,21 +190,21 @@ def record(done: dict[str, list[str]], kinds: dict[str, list[str]]) -> None:
         dvc("commit", "--force", *targets)
 
 
-def sizes_of(kinds: dict[str, list[str]], params: dict) -> dict[str, int]:
+def sizes_of(kinds: dict[str, list[str]], cfg: DictConfig) -> dict[str, int]:
     """Bytes that the stages of `kinds` will write, by kind."""
-    source = open_source(*model_of(OmegaConf.create(params)))
-    return {kind: sum(stage_bytes(source, stage, params["dtype"]) for stage in stages) for kind, stages in kinds.items()}
+    source = open_source(*model_of(cfg))
+    return {kind: sum(stage_bytes(source, stage, cfg.dtype) for stage in stages) for kind, stages in kinds.items()}
 
 
 def repro(targets: list[str]) -> int:
     """Run what is out of date. Returns the status of the `dvc repro` at the end."""
-    dvc("repro", "--single-item", "fetch")  # also says what is wrong with params.yaml
-    params = yaml.safe_load(Path("params.yaml").read_text())
-    layers, merge = params["model"]["layers"], params["requant"]["merge"]
-    if merge:  # the layers need it
-        dvc("repro", "--single-item", f"adapter@{merge}")
-    if kinds := kinds_of_stages(layers, changed_stages()):
-        run_stages(kinds, sizes_of(kinds, params), len(os.sched_getaffinity(0)))
+    cfg = settings()
+    require_settings(cfg)
+    dvc("repro", "--single-item", "fetch")
+    if cfg.requant.merge:  # the layers need it
+        dvc("repro", "--single-item", f"adapter@{cfg.requant.merge}")
+    if kinds := kinds_of_stages(list(cfg.model.layers), changed_stages()):
+        run_stages(kinds, sizes_of(kinds, cfg), len(os.sched_getaffinity(0)))
     return subprocess.run([*DVC, "repro", *targets]).returncode
 
 

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import adapters_of
-from configure import current
-from omegaconf import DictConfig, OmegaConf
+from common import adapters_of, require_settings
+from omegaconf import DictConfig
+from params import settings
 
 from gptoss_nf4.engine.serve import Memory, ServedAdapter, serve_arguments
 from gptoss_nf4.errors import UserError
@@ -65,7 +65,9 @@ def main() -> None:
         print(f"{__doc__}\nAll arguments: vllm serve --help")
         return
     try:
-        full = [*command(OmegaConf.create(current() or {})), *sys.argv[1:]]
+        cfg = settings()
+        require_settings(cfg)
+        full = [*command(cfg), *sys.argv[1:]]
     except UserError as error:
         sys.exit(f"error: {error}")
     print(shlex.join(full), flush=True)

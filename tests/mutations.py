@@ -5,6 +5,8 @@ import random
 import struct
 from pathlib import Path
 
+from json_mutations import retyped
+
 from gptoss_nf4.storage.checkpoint import INDEX_FILE, Checkpoint
 
 STATE = "quant_state.bitsandbytes__nf4"
@@ -215,6 +217,33 @@ def edit_config(directory, rng):
     (directory / "config.json").write_text(text)
 
 
+def retype_header(directory, rng):
+    """A dtype, a shape or an offset in another type: 10.0 for 10, a text for a number."""
+    file = shard_of(directory, rng)
+    _, header = header_of(file)
+    name = rng.choice(sorted(header))
+    header |= {name: retyped({name: header[name]}, rng).get(name)}
+    if rng.random() < 0.05:
+        header[f"{name}\ud800"] = header.pop(name)
+    put_header(file, json.dumps(header).encode())
+
+
+def retype_state(directory, rng):
+    name = any_tensor(directory, rng, STATE)
+    fields = json.loads(Checkpoint(directory).raw(name).tobytes())
+    changed = retyped(fields, rng)
+    if isinstance(changed.get("nested_offset"), (int, float)) and "nested_offset" in fields:
+        # Another finite offset is another model, which `change_offset` is for.
+        changed["nested_offset"] = fields["nested_offset"]
+    rewrite_tensor(directory, name, json.dumps(changed).encode())
+
+
+def retype_json(directory, rng):
+    """A value in any JSON file beside the weights."""
+    file = rng.choice(sorted(path for path in directory.iterdir() if path.suffix == ".json"))
+    file.write_text(json.dumps(retyped(json.loads(file.read_text()), rng)))
+
+
 def lose_a_file(directory, rng):
     rng.choice(sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".json"))).unlink()
 
@@ -239,6 +268,9 @@ WHY_HARMLESS = {
     "edit_header": "the same meaning written another way",
     "edit_index": "shards are taken by their headers; the index only has to fit",
     "edit_config": "a key that no weight depends on is carried over",
+    "retype_header": "the name of a library in the format's free text",
+    "retype_state": "the offset is a number still, and so it is left as it was",
+    "retype_json": "a key that no weight depends on is carried over, or left out",
     "lose_a_file": "without an index all shards are read; the tokenizer's and generation's configs have defaults",
 }
 CONTENT = (flip_content, change_offset)
@@ -252,6 +284,9 @@ MUTATIONS = {
     bad_scales: 40,
     edit_index: 40,
     edit_config: 50,
+    retype_header: 60,
+    retype_state: 30,
+    retype_json: 60,
     lose_a_file: 10,
     flip_content: 60,
     change_offset: 10,

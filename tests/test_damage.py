@@ -25,6 +25,8 @@ from mutations import (
     edit_state,
     flip,
     lose_a_file,
+    retype_json,
+    retype_state,
 )
 
 from gptoss_nf4.convert.assemble import assemble
@@ -108,8 +110,9 @@ def injected(
             else:
                 changed = {n for n in reference if result.get(n) != reference[n]}
                 # config.json and tokenizer files carry the source's own text, whatever it says.
-                if mutate in (edit_config, lose_a_file):
+                if mutate in (edit_config, lose_a_file, retype_json):
                     changed -= {"config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"}
+                    changed -= {"special_tokens_map.json", "added_tokens.json"}
                 assert not changed, (mutate.__name__, number, changed)
                 counts["harmless"] += 1
             assert not list(tmp_path.rglob("*.part"))
@@ -139,7 +142,8 @@ def test_damage_to_other_layouts_is_detected_or_harmless(tmp_path, layout, capsy
     tried = {
         mutate: count // 5
         for mutate, count in MUTATIONS.items()
-        if mutate is not edit_index and (quantized or mutate not in (edit_state, break_state, bad_scales, change_offset))
+        if mutate is not edit_index
+        and (quantized or mutate not in (edit_state, break_state, retype_state, bad_scales, change_offset))
     }
     options = RequantOptions() if layout in layout_makers.EXACT else RequantOptions(mode=NF4)
     # That 16-bit weights are float16 and not bfloat16 is content too: nothing else in the files tells.

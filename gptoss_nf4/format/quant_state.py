@@ -18,6 +18,7 @@ from gptoss_nf4.format.dtypes import DTYPES
 QUANT_TYPES = ("nf4", "fp4")
 MAX_ABSMAX = 65504.0  # float16's largest number: a weight beyond it could not be served in float16
 FIELDS = ("quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset")
+MAX_DIMENSIONS = 8  # no weight has more than three; Python does not print the product of thousands of large numbers
 MAX_STATE_BYTES = 1 << 16  # bitsandbytes writes some 200
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes 0.50 `dequantize_4bit`
 
@@ -60,7 +61,7 @@ class QuantState:
             return UserError("bad quantization state", where=where, got=got, expected=expected, next_step=COPY_AGAIN)
 
         try:
-            fields = json.loads(data.decode())  # bitsandbytes does not take UTF-16 either
+            fields = json.loads(data.decode())  # from bytes, json.loads would also take UTF-16
         except (ValueError, RecursionError) as error:
             raise bad(f"text that is not JSON ({error})", "a JSON object") from None
         if not isinstance(fields, dict):
@@ -76,8 +77,10 @@ class QuantState:
             return value
 
         shape = fields.get("shape")
-        if not isinstance(shape, list) or not all(type(n) is int and 0 < n < 2**40 for n in shape):
+        if not isinstance(shape, list) or not all(type(n) is int and 0 < n < 2**40 for n in shape[: MAX_DIMENSIONS + 1]):
             raise bad(f"shape={str(shape)[:40]!r}", "a list of positive whole numbers")
+        if len(shape) > MAX_DIMENSIONS:
+            raise bad(f"shape={str(shape)[:40]!r}", f"at most {MAX_DIMENSIONS} dimensions")
         if fields.get("quant_type") not in QUANT_TYPES:
             raise bad(f"quant_type={fields.get('quant_type')!r}", " or ".join(QUANT_TYPES))
         if fields.get("dtype") not in DTYPES:

@@ -20,6 +20,8 @@ from gptoss_nf4.storage.reading import parsed_json, reading
 # Three times what gpt-oss-120b would need in one file. The safetensors library allows 100 MB, but a header of empty lists
 # takes twenty times its size in memory once it is parsed.
 MAX_HEADER_BYTES = 1 << 25
+# No tensor of gpt-oss has more than four. A product of many large numbers takes minutes, and Python does not print it.
+MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 next_step="save the model in 4 bit or in 16 bit, or copy the file again",
             )
         try:
+            if not isinstance(entry["shape"], list) or not isinstance(entry["data_offsets"], list):
+                raise TypeError
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):  # 8.0 and true are neither
+            numbers = (start, end, *shape)
+            if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):  # not 8.0, true
                 raise ValueError
             expected_bytes = math.prod(shape) * ITEM_BYTES[dtype]
         except (KeyError, TypeError, ValueError):

@@ -1,7 +1,8 @@
-"""Coverage-guided fuzzing of what reads a stranger's bytes: python tests/fuzz/fuzz.py header|state [libFuzzer's options]
+"""Coverage-guided fuzzing of what reads a stranger's bytes: python tests/fuzz/fuzz.py header|state|config [options]
 
-`header` opens a checkpoint whose only shard is the input; `state` parses the input as a quantization state. A UserError is
-the answer to bad input; any other exception, or an answer that contradicts the input, ends the run with the input on disk.
+`header` opens a checkpoint whose only shard is the input; `state` parses the input as a quantization state; `config` reads
+the input as config.json, and writes what the result would have of it. `options` are libFuzzer's. A UserError is the answer
+to bad input; any other exception, or an answer that contradicts the input, ends the run with the input on disk.
 """
 
 import sys
@@ -12,8 +13,11 @@ import atheris
 
 with atheris.instrument_imports(include=["gptoss_nf4", "json"]):
     from gptoss_nf4.errors import UserError
+    from gptoss_nf4.format.config_fields import ignored_keys, served_config
     from gptoss_nf4.format.quant_state import BLOCKSIZES, QuantState
     from gptoss_nf4.storage.checkpoint import Checkpoint
+    from gptoss_nf4.storage.reading import read_json_object
+    from gptoss_nf4.storage.writing import write_json
 
 CORPUS = Path(__file__).parent / "corpus"
 MAX_BYTES = 4096
@@ -31,6 +35,7 @@ def header(data: bytes) -> None:
         return
     for name, info in checkpoint.tensors.items():
         require(8 <= info.start <= info.end <= len(data), "inside the file")
+        require(len(name.encode()) <= len(data), "a name that can be written")
         require(checkpoint.raw(name).tobytes() == data[info.start : info.end], "the file's own bytes")
     require(sum(info.bytes for info in checkpoint.tensors.values()) <= len(data), "no byte twice")
 
@@ -46,12 +51,24 @@ def state(data: bytes) -> None:
         require(QuantState.from_json(found.to_json().tobytes(), "again") == found, "the same when written and read")
 
 
+def config(data: bytes) -> None:
+    file, written = directory / "input.json", directory / "written.json"
+    file.write_bytes(data)
+    try:
+        found = read_json_object(file)
+        write_json(written, found)  # what is read can be written: half a character could not
+        require(list(read_json_object(written)) == list(found), "the same keys when written and read")
+        write_json(written, {"result": served_config(found, file), "ignored": ignored_keys(found)})
+    except UserError as error:
+        require(str(error).isprintable(), "one line")
+
+
 def require(holds: bool, what: str) -> None:
     if not holds:
         raise AssertionError(what)
 
 
-TARGETS = {"header": header, "state": state}
+TARGETS = {"header": header, "state": state, "config": config}
 
 
 def main() -> None:
