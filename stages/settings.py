@@ -92,6 +92,7 @@ def require_writable(key: str, value: object) -> None:
 
 def _is_writable(value: str) -> bool:
     try:
+        value.encode()  # YAML would escape half a character
         return "${" not in value and yaml.safe_load(OmegaConf.to_yaml({"x": value}).encode()) == {"x": value}
     except YAML_ERRORS:  # UnicodeEncodeError is a ValueError
         return False

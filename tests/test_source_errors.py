@@ -161,7 +161,8 @@ def test_a_truncated_shard_and_a_missing_shard(source_copy, tmp_path):
         (["stages/fetch.py", "model.kind=hub"], "model.repository"),
         (["stages/dequant.py", "layer=99"], "layer=99"),
         (["stages/requant.py", "layer=0", "requant.mode=fast"], "requant.mode"),
-        (["stages/normalize.py", "dtype=int8", "model.name=absent"], "fetch"),
+        (["stages/normalize.py", "dtype=int8", "model.name=absent"], "dtype"),
+        (["stages/normalize.py", "model.name=absent"], "fetch"),
         (["stages/normalize.py", "dtyp=bfloat16"], "dtyp"),
     ],
 )
