@@ -58,7 +58,13 @@ Axes. In this package the name of a tensor ends in the letters of its axes, from
 Codes only move. absmax becomes float16 in units of 1 / ABSMAX_FACTOR: at most 2^-11 off, a quarter of what
 rounding the codebook to bfloat16 does, and half the bytes. Rows g and g + 8 stand side by side, since a lane
 needs both.
+
+Where blocks run along the outputs (`format/blocks.py`), codes are packed the same, and absmax [B, inputs] stays in its
+order: B counts blocks of outputs then. The kernels multiply activations by it, so it takes their dtype. bfloat16 rounds
+it by 2^-9 at most, as the products of `large` do in either direction.
 """
+
+from math import ceil, log2
 
 import torch
 
@@ -70,8 +76,13 @@ MAX_PACKED_ABSMAX = 255.0
 
 
 def tile_inputs(blocksize: int) -> int:
-    """Inputs of a tile, 64 or 32."""
+    """Inputs of a tile, 64 or 32, of a weight whose blocks run along the inputs."""
     return min(MAX_INPUTS, blocksize)
+
+
+def tile_inputs_across(inputs: int) -> int:
+    """The same where they run along the outputs: the weight has so many inputs, a multiple of 32."""
+    return MAX_INPUTS if inputs % MAX_INPUTS == 0 else MAX_INPUTS // 2
 
 
 def padded_rows(rows: int) -> int:
@@ -139,9 +150,42 @@ def pack_absmax(absmax: torch.Tensor) -> torch.Tensor:
     return absmax_RBgr.reshape(*batch, row_tiles, blocks, ROWS)
 
 
+def pack_absmax_of_inputs(absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """absmax of blocks along the outputs, float32 [..., B, in], at most MAX_PACKED_ABSMAX: `dtype`, times ABSMAX_FACTOR."""
+    return (absmax * ABSMAX_FACTOR).to(dtype)
+
+
+def fit_absmax(absmax: torch.Tensor, factor: float) -> tuple[torch.Tensor, float]:
+    """absmax of blocks along the outputs so that activations times it stay in float16: its largest value in (1/2, 1].
+
+    A product is no larger than the activation then, and where it is smaller than float16's normal numbers, so is its
+    share of the sum.
+
+    Args:
+        absmax: float16 or bfloat16, any shape. factor: by which it was multiplied.
+
+    Returns:
+        absmax times a power of two, and `factor` times that power.
+    """
+    largest = float(absmax.abs().max()) if absmax.numel() else 0.0
+    if not 0 < largest < float("inf"):
+        return absmax, factor
+    power = 2.0 ** -ceil(log2(largest))
+    return absmax * power, factor * power
+
+
 def pack(weight: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [..., rows, in / 2] and absmax [..., rows, in / blocksize] by `pack_codes` and `pack_absmax`."""
     return pack_codes(weight, tile_inputs(blocksize)), pack_absmax(absmax)
+
+
+def pack_across(weight: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`pack` where blocks run along the outputs, for activations in `dtype`: codes, absmax, and by what it is multiplied.
+
+    weight: uint8 [..., rows, in / 2]. absmax: float32 [..., rows / blocksize, in].
+    """
+    codes = pack_codes(weight, tile_inputs_across(absmax.shape[-1]))
+    return codes, *fit_absmax(pack_absmax_of_inputs(absmax, dtype), ABSMAX_FACTOR)
 
 
 def gate_and_up_tiles(rows: torch.Tensor, dim: int) -> torch.Tensor:
