@@ -125,7 +125,7 @@ def _load_weights(tiles, weight, C_w):
 
     absmax: pairs [w, g]. Where blocks run along the outputs, that of each input, in the order of `_load_x`; both row tiles
     have the same one, since the first has an even number and a block has 32 rows or more. Beyond the last input tile that
-    one is read again, with absmax 0: one minimum instead of masks on all loads.
+    one is read again, with absmax 0, or by `_load_x` with x 0: one minimum instead of masks on all loads.
     """
     S: tl.constexpr = weight.S
     exists_w = C_w < weight.C
@@ -137,8 +137,7 @@ def _load_weights(tiles, weight, C_w):
     if weight.ROW_TILES_PER_BLOCK:
         # Eight times the same, since eight lanes of a warp hold the same inputs of different rows of x.
         k_qMwmk = _inputs(C_w, S) + tl.zeros([1, 1, 1, 8, 1], tl.int32)
-        exists_qMwmk = exists_w[None, None, :, None, None]
-        absmax1 = tl.load(tiles.absmax + k_qMwmk, mask=exists_qMwmk, other=0.0)
+        absmax1 = tl.load(tiles.absmax + k_qMwmk)
         absmax2 = absmax1
     else:
         pair_wg = (C_w // weight.TILES_PER_BLOCK)[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -164,14 +163,18 @@ def _prefetch(tiles, weight, C_w):
 def _load_x(rows, weight, C_w):
     """x of the warps' input tiles `C_w` (the last one beyond it): [q, M, w, m, k], zeros for slot -1.
 
-    M counts groups of eight rows and k the 32 inputs (t e h p) of a half.
+    M counts groups of eight rows and k the 32 inputs (t e h p) of a half. Where blocks run along the outputs, x beyond the
+    last tile is 0.
     """
     S: tl.constexpr = weight.S
     BM: tl.constexpr = rows.slot_m.shape[0]
+    slot_qMwmk = tl.reshape(rows.slot_m, [1, BM // 8, 1, 8, 1])
+    used_qMwmk = slot_qMwmk >= 0
+    if weight.ROW_TILES_PER_BLOCK:
+        used_qMwmk &= (C_w < weight.C)[None, None, :, None, None]
     C_w = tl.minimum(C_w, weight.C - 1)
     k_qMwmk = _inputs(C_w, S)
-    slot_qMwmk = tl.reshape(rows.slot_m, [1, BM // 8, 1, 8, 1])
-    return tl.load(rows.x + slot_qMwmk // rows.top_k * rows.K + k_qMwmk, mask=slot_qMwmk >= 0, other=0.0)
+    return tl.load(rows.x + slot_qMwmk // rows.top_k * rows.K + k_qMwmk, mask=used_qMwmk, other=0.0)
 
 
 @triton.jit
