@@ -31,6 +31,14 @@ def tiny(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def tiny_fused(tmp_path_factory) -> Path:
+    """The embedded checkpoint in the fused layout; do not write into it."""
+    directory = tmp_path_factory.mktemp("tiny_fused") / "source"
+    embedded.write_checkpoint(directory, stacked=True)
+    return directory
+
+
 @pytest.fixture
 def source_copy(tiny: Path, tmp_path: Path) -> Path:
     """A copy of the embedded checkpoint to damage."""
@@ -54,6 +62,14 @@ def converted(tiny: Path, tmp_path_factory) -> Path:
     from gptoss_nf4.flow import convert
 
     model, artifacts = local(tiny, tmp_path_factory.mktemp("converted"))
+    convert(model, artifacts, RequantOptions(), "float16")
+    return artifacts.checkpoint
+
+
+@pytest.fixture(scope="session")
+def converted_fused(tiny_fused: Path, tmp_path_factory) -> Path:
+    """The same of the fused layout; do not write into it."""
+    model, artifacts = local(tiny_fused, tmp_path_factory.mktemp("converted_fused"))
     convert(model, artifacts, RequantOptions(), "float16")
     return artifacts.checkpoint
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, GptOssForCausalLM
 
 from gptoss_nf4.samples import embedded
@@ -109,7 +109,23 @@ def fused_nested_4_bit(directory: Path) -> Tensors:
 
 
 def fused_fp4_and_attention_in_16_bit(directory: Path) -> Tensors:
-    return fused_4_bit(directory, attention=False, quant_type="fp4", blocksize=128)
+    return fused_4_bit(directory, attention=False, compress_statistics=True, quant_type="fp4", blocksize=64)
+
+
+def fused_stored_as(dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[Path], Tensors]:
+    """Codes of the experts in another dtype and shape, as bnb_4bit_quant_storage and FSDP leave them."""
+
+    def make(directory: Path) -> Tensors:
+        experts = fused_nested_4_bit(directory)
+        tensors = load_file(directory / "model.safetensors")
+        write(directory, tensors | {name: tensors[name].flatten().view(dtype).reshape(shape) for name in experts})
+        return experts
+
+    return make
+
+
+def fused_with_blocks_across_rows(directory: Path) -> Tensors:
+    return fused_4_bit(directory, attention=False, quant_type="fp4", blocksize=128)  # w2 has 192 outputs
 
 
 def split(directory: Path, quantize=quantized, dense=lambda name: False, also=(), rename=lambda name: name) -> Tensors:
@@ -183,12 +199,17 @@ EXACT = {
     "fp4": split_fp4,
     "router, head and embeddings in 4 bit": router_head_and_embeddings_in_4_bit,
     "wrapped names": wrapped_names,
+    "fused, 4 bit": fused_4_bit,
+    "fused, 4 bit, nested": fused_nested_4_bit,
+    "fused, fp4, attention in 16 bit": fused_fp4_and_attention_in_16_bit,
+    "fused, stored as bfloat16": fused_stored_as(torch.bfloat16, (-1, 1)),
+    "fused, stored as float16 of each expert": fused_stored_as(torch.float16, (D.experts, -1)),
+    "fused, stored as float32 in rows": fused_stored_as(torch.float32, (D.experts, 2, -1)),
+    "fused, stored as int8": fused_stored_as(torch.int8, (-1,)),
 }
 REQUANTIZED = {
     "split, 16 bit": split_16_bit,
     "fused, 16 bit": fused_16_bit,
     "mixture of transformers 5": mixture,
-    "fused, 4 bit": fused_4_bit,
-    "fused, 4 bit, nested": fused_nested_4_bit,
-    "fused, fp4, attention in 16 bit": fused_fp4_and_attention_in_16_bit,
+    "fused, blocks that cross rows": fused_with_blocks_across_rows,
 }

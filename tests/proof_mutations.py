@@ -1,5 +1,6 @@
 """Ways in which a result may be wrong. Names are written out here, and none is taken from the code under test."""
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -44,9 +45,14 @@ def noise(tensors: Tensors, name: str) -> None:
 
 
 def rows_taken(tensors: Tensors, weight: str, order: Callable[[int], torch.Tensor], bias: bool = True) -> None:
-    """Rows, the last dimension but one, in another order: codes, absmax and bias together."""
+    """Rows, the last dimension but one, in another order: codes, absmax and bias together.
+
+    Where blocks run along the outputs, absmax has a row for each group of rows, which stays where it is.
+    """
+    rows = tensors[weight].shape[-2]
     for name in (weight, f"{weight}.absmax"):
-        tensors[name] = tensors[name][..., order(tensors[name].shape[-2]), :].contiguous()
+        if tensors[name].shape[-2] == rows:
+            tensors[name] = tensors[name][..., order(rows), :].contiguous()
     if bias:
         name = weight.replace(".weight", ".bias")
         tensors[name] = tensors[name][..., order(tensors[name].shape[-1])].contiguous()
@@ -146,7 +152,7 @@ OF_TENSORS: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "another codebook": (lambda t: t[f"{W2}.quant_map"].view(-1)[3:4].neg_(), r"w2\.weight\.quant_map"),
     "another blocksize in a state": (lambda t: state_field(t, W2, "64", "32"), "w2"),
     "another dtype in a state": (lambda t: state_field(t, W2, "float16", "float32"), "w2"),
-    "another shape in a state": (lambda t: state_field(t, W2, "[8, 192", "[8, 190"), "w2"),
+    "another shape in a state": (lambda t: state_field(t, W2, "192", "190"), "w2"),
     "one tensor in another dtype": (
         lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}),
         r"model\.norm\.weight.*float32",
@@ -164,6 +170,53 @@ OF_TENSORS: dict[str, tuple[Callable[[Tensors], None], str]] = {
         lambda t: t.update({"lm_head.weight.absmax": torch.ones(4)}),
         r"lm_head\.weight: got 4-bit, expected dense",
     ),
+}
+
+
+def turned_again(tensors: Tensors, weight: str) -> None:
+    """Codes in the order in which bitsandbytes stores them, under the shape of rows of outputs."""
+    codes = torch.stack((tensors[weight] >> 4, tensors[weight] & 15), -1).flatten(-2).transpose(-2, -1)
+    tensors[weight] = (codes[..., 0::2] << 4 | codes[..., 1::2]).reshape(tensors[weight].shape)
+
+
+def nibbles_exchanged(tensors: Tensors, weight: str) -> None:
+    tensors[weight] = tensors[weight] << 4 | tensors[weight] >> 4
+
+
+def inputs_exchanged(tensors: Tensors, weight: str) -> None:
+    """Two inputs and their neighbours exchanged, in codes alone."""
+    tensors[weight] = tensors[weight][..., two_exchanged(tensors[weight].shape[-1])].contiguous()
+
+
+def scales_taken(tensors: Tensors, weight: str, dim: int) -> None:
+    """absmax of two groups of outputs, or of two inputs, exchanged."""
+    name = f"{weight}.absmax"
+    first, second = tensors[name].select(dim, 0).clone(), tensors[name].select(dim, 1).clone()
+    tensors[name] = tensors[name].clone()
+    tensors[name].select(dim, 0).copy_(second)
+    tensors[name].select(dim, 1).copy_(first)
+
+
+def scales_as_bitsandbytes_has_them(tensors: Tensors, weight: str) -> None:
+    name = f"{weight}.absmax"
+    tensors[name] = tensors[name].transpose(-2, -1).reshape(tensors[name].shape)
+
+
+# Those of a source with fused 4-bit experts, whose tensors have other names, and what can go wrong there alone.
+OF_FUSED_TENSORS: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    **{name: (change, re.sub(r"_projs\\\.(\d)", r"_proj\\[\1\\]", named)) for name, (change, named) in OF_TENSORS.items()},
+    **{
+        f"{what} of {name}": (lambda t, change=change, name=name: change(t, name), rf"{name}: got \d+ of")
+        for name in (W13, W2)
+        for what, change in {
+            "codes as bitsandbytes has them": turned_again,
+            "absmax as bitsandbytes has them": scales_as_bitsandbytes_has_them,
+            "nibbles exchanged": nibbles_exchanged,
+            "two inputs exchanged": inputs_exchanged,
+            "absmax of two groups exchanged": lambda t, name: scales_taken(t, name, 1),
+            "absmax of two inputs exchanged": lambda t, name: scales_taken(t, name, 2),
+        }.items()
+    },
 }
 
 # Values other than the embedded model's, by their keys in config.json.
@@ -219,5 +272,6 @@ QUANTIZATION: dict[str, object] = {
     "requant_mode": "nf4",
     "residual_scale": 0.5,
     "modules_to_not_convert": ["model.layers.0.self_attn.o_proj"],
+    "blocks_along": {"model.layers.0.mlp.experts.w13": "outputs"},
     "load_in_4bit": True,
 }

@@ -47,6 +47,14 @@ def test_a_code_and_its_absmax_stand_where_bitsandbytes_reads_them_in_the_transp
         assert table[code] * absmax[o // blocksize, i] == expected[i, o]
 
 
+def test_bytes():
+    """Two inputs of four outputs: the first input's codes are 1, 2, 3, 4, the second's 5, 6, 7, 8."""
+    packed = np.array([0x12, 0x34, 0x56, 0x78], np.uint8)
+    codes, absmax = rows_of_outputs(packed, np.array([1, 2, 3, 4], np.float32), (4, 2))  # in blocks of two outputs
+    assert codes.tolist() == [[0x15], [0x26], [0x37], [0x48]]
+    assert absmax.tolist() == [[1, 3], [2, 4]]
+
+
 def test_shapes_of_both_directions():
     assert absmax_shape((8, 640, 192), 64, INPUTS) == (8, 640, 3)
     assert absmax_shape((8, 640, 192), 64, OUTPUTS) == (8, 10, 192)

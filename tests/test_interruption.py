@@ -19,7 +19,7 @@ from gptoss_nf4.storage.tensor_reader import read_header
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-KILLS, SEED = 100, 20260102
+KILLS, FUSED_KILLS, SEED = 100, 30, 20260102
 LAYER_STAGES = [[name, f"layer={layer}"] for name in ("dequant", "requant") for layer in (0, 1)]
 VLLM_STAGES = [["smoke"], ["benchmark"]]
 STAGES = [["fetch"], *LAYER_STAGES, ["normalize"], ["assemble"], ["prove"]]
@@ -38,8 +38,8 @@ def repro(project: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def checkpoint(project: Path) -> dict[str, bytes]:
-    directory = project / "artifacts/tiny/checkpoint"
+def checkpoint(project: Path, model: str = "tiny") -> dict[str, bytes]:
+    directory = project / f"artifacts/{model}/checkpoint"
     return {file.name: file.read_bytes() for file in directory.iterdir() if not file.name.startswith(".")}
 
 
@@ -62,26 +62,9 @@ def finished(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
 def test_sigkill_at_random_moments(finished, capsys):
     """Stages are killed while they run, each several times; what `dvc repro` then makes is what it made undisturbed."""
     project, undisturbed = finished
-    rng, killed = random.Random(SEED), dict.fromkeys((" ".join(stage) for stage in (*STAGES, *VLLM_STAGES)), 0)
-    durations = {}
-    for stage in STAGES:
-        started = time.monotonic()
-        assert start(project, *stage).wait() == 0
-        durations[" ".join(stage)] = time.monotonic() - started
-    attempts = 0
-    while sum(killed.values()) < KILLS or not all(killed[" ".join(stage)] for stage in STAGES):
-        running = []
-        for _ in range(2):  # two stages at once: as many as the cores of the smallest machine
-            attempts += 1
-            stage = STAGES[attempts % (len(STAGES) - 1)] if attempts % 12 else ["prove"]  # prove takes seconds
-            end = time.monotonic() + rng.uniform(0.3, 1) * durations[" ".join(stage)]
-            running.append((end, stage, start(project, *stage)))
-        assert attempts < 10 * KILLS
-        for end, stage, process in sorted(running, key=lambda each: each[0]):
-            time.sleep(max(0.0, end - time.monotonic()))
-            process.send_signal(signal.SIGKILL)
-            killed[" ".join(stage)] += process.wait() == -signal.SIGKILL
-            process.communicate()
+    rng = random.Random(SEED)
+    killed, attempts = killed_at_random(project, rng, KILLS)
+    killed |= dict.fromkeys((" ".join(stage) for stage in VLLM_STAGES), 0)
     for stage in VLLM_STAGES:  # they write one file, at their end, and take long: killed on their way there
         for _ in range(2):
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
@@ -90,15 +73,57 @@ def test_sigkill_at_random_moments(finished, capsys):
             os.killpg(process.pid, signal.SIGKILL)  # vLLM's engine too, which else would stay for a while
             killed[" ".join(stage)] += process.wait() == -signal.SIGKILL
     assert all(killed.values())
+    require_undisturbed(project, undisturbed)
+    with capsys.disabled():
+        print(f"\n{sum(killed.values())} kills of {attempts} tries: {killed}")
+
+
+def test_sigkill_while_fused_experts_are_converted(tmp_path, capsys):
+    project = checkout(tmp_path / "checkout")
+    configure = [sys.executable, "stages/configure.py", "model=tiny_fused"]
+    subprocess.run(configure, cwd=project, env=ENVIRONMENT, check=True, capture_output=True)
+    repro(project)
+    undisturbed = checkpoint(project, "tiny_fused")
+    killed, attempts = killed_at_random(project, random.Random(SEED), FUSED_KILLS)
+    require_undisturbed(project, undisturbed, "tiny_fused")
+    with capsys.disabled():
+        print(f"\n{sum(killed.values())} kills of {attempts} tries: {killed}")
+
+
+def killed_at_random(project: Path, rng: random.Random, kills: int) -> tuple[dict[str, int], int]:
+    """(how often each stage was killed while it ran, number of attempts)."""
+    killed = dict.fromkeys((" ".join(stage) for stage in STAGES), 0)
+    durations = {}
+    for stage in STAGES:
+        started = time.monotonic()
+        assert start(project, *stage).wait() == 0
+        durations[" ".join(stage)] = time.monotonic() - started
+    attempts = 0
+    while sum(killed.values()) < kills or not all(killed[" ".join(stage)] for stage in STAGES):
+        running = []
+        for _ in range(2):  # two stages at once: as many as the cores of the smallest machine
+            attempts += 1
+            stage = STAGES[attempts % (len(STAGES) - 1)] if attempts % 12 else ["prove"]  # prove takes seconds
+            end = time.monotonic() + rng.uniform(0.3, 1) * durations[" ".join(stage)]
+            running.append((end, stage, start(project, *stage)))
+        assert attempts < 10 * kills
+        for end, stage, process in sorted(running, key=lambda each: each[0]):
+            time.sleep(max(0.0, end - time.monotonic()))
+            process.send_signal(signal.SIGKILL)
+            killed[" ".join(stage)] += process.wait() == -signal.SIGKILL
+            process.communicate()
+    return killed, attempts
+
+
+def require_undisturbed(project: Path, undisturbed: dict[str, bytes], model: str = "tiny") -> None:
+    """What `dvc repro` makes now is what it made undisturbed, and nothing else is left."""
     repro(project)
     for stage in STAGES:  # what DVC found unchanged was never run again: run it, so that it clears up too
         assert start(project, *stage).wait() == 0
     repro(project)
-    assert checkpoint(project) == undisturbed
+    assert checkpoint(project, model) == undisturbed
     assert not list(project.rglob("*.part"))
     cache_is_whole(project)
-    with capsys.disabled():
-        print(f"\n{sum(killed.values())} kills of {attempts} tries: {killed}")
 
 
 def heed_ctrl_c() -> None:

@@ -42,16 +42,27 @@ def test_params_yaml_is_what_conf_composes():
     assert stored == current, "params.yaml is stale: run `python stages/configure.py`"
 
 
-@pytest.mark.parametrize(
-    "model", ["tiny", "tiny_massive", "gpt_oss_20b", "gpt_oss_120b", "synthetic_20b", "synthetic_120b"]
-)
+LAYERS = {
+    "tiny": 2,
+    "tiny_massive": 3,
+    "tiny_fused": 2,
+    "gpt_oss_20b": 24,
+    "gpt_oss_120b": 36,
+    "synthetic_20b": 24,
+    "synthetic_20b_fused": 24,
+    "synthetic_120b": 36,
+}
+
+
+@pytest.mark.parametrize("model", LAYERS)
 @pytest.mark.parametrize("engine", ["cpu", "gpu"])
 def test_every_model_and_engine_composes(model, engine):
     from configure import composed
 
     cfg = composed([f"model={model}", f"engine={engine}"])
     assert cfg.model.name == model
-    assert len(cfg.model.layers) == {"tiny": 2, "massive": 3, "20b": 24, "120b": 36}[model.rsplit("_", 1)[-1]]
+    assert len(cfg.model.layers) == LAYERS[model]
+    assert {path.stem for path in (ROOT / "conf/model").glob("*.yaml")} == {*LAYERS, "local", "hub"}
 
 
 def experiment(directory, params, *overrides):

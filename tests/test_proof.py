@@ -10,7 +10,7 @@ import torch
 from conftest import edit_shard, local, make_dense
 from project_imports import ROOT, direct_imports
 from proof_cases import ASKED, all_tensors, config_changed, proved, require_found, rewritten
-from proof_mutations import OF_TENSORS, last_bit
+from proof_mutations import OF_FUSED_TENSORS, OF_TENSORS, last_bit
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -72,9 +72,37 @@ def test_a_changed_result_is_found(tiny, converted, tmp_path, mutation):
     require_found(tiny, result, named)
 
 
+@pytest.mark.parametrize("mutation", OF_FUSED_TENSORS)
+def test_a_changed_result_of_fused_experts_is_found(tiny_fused, converted_fused, tmp_path, mutation):
+    change, named = OF_FUSED_TENSORS[mutation]
+    require_found(tiny_fused, rewritten(converted_fused, tmp_path / "result", change), named)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q: q.pop("blocks_along"),
+        lambda q: q.update(format_version=1),
+        lambda q: q["blocks_along"].pop("model.layers.1.mlp.experts.w2"),
+        lambda q: q["blocks_along"].update({"model.layers.1.mlp.experts.w2": "inputs"}),
+        lambda q: q["blocks_along"].update({"model.layers.1.self_attn.o_proj": "outputs"}),
+    ],
+)
+def test_another_direction_of_blocks_in_config_json_is_found(tiny_fused, converted_fused, tmp_path, change):
+    result = config_changed(converted_fused, tmp_path / "result", lambda c: change(c["quantization_config"]))
+    require_found(tiny_fused, result, r"quantization_config\.(blocks_along|format_version)")
+
+
 def test_an_unchanged_one_passes(tiny, converted, tmp_path):
     """So the tests above could fail."""
     assert proved(tiny, rewritten(converted, tmp_path / "result", dict)).total.different == 0
+
+
+def test_an_unchanged_one_of_fused_experts_passes(tiny_fused, converted_fused, tmp_path):
+    found = proved(tiny_fused, rewritten(converted_fused, tmp_path / "result", dict))
+    assert found.total.different == 0
+    compared = {kind: found.kinds[kind].difference.compared for kind in ("w13_weight", "w2_weight")}
+    assert compared == {"w13_weight": 2 * 8 * 640 * 192, "w2_weight": 2 * 8 * 192 * 320}
 
 
 @pytest.mark.parametrize("mutation", [m for m in OF_TENSORS if any(w in m for w in ("exchanged", "reversed", "halves"))])

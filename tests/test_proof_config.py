@@ -42,7 +42,7 @@ def test_another_rope_is_found(tiny, converted, tmp_path, key, section):
 @pytest.mark.parametrize("key", QUANTIZATION)
 @pytest.mark.parametrize("lost", [False, True])
 def test_another_quantization_config_is_found(tiny, converted, tmp_path, key, lost):
-    if lost and key == "load_in_4bit":
+    if lost and key in ("load_in_4bit", "blocks_along"):  # which this result has not
         return
 
     def change(config):

@@ -101,6 +101,16 @@ def nibbles_exchanged(monkeypatch):
     )
 
 
+def turned(change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]) -> Patch:
+    """What requant makes of codes and absmax whose blocks run along the outputs, changed."""
+
+    def patch(monkeypatch):
+        original = requant.rows_of_outputs
+        monkeypatch.setattr(requant, "rows_of_outputs", lambda *arguments: change(*original(*arguments)))
+
+    return patch
+
+
 def rounded_towards_zero(monkeypatch):
     def truncated(tensor, dtype):
         values, counts = cast(tensor, dtype)
@@ -179,6 +189,35 @@ TABLES: dict[str, tuple[Patch, str]] = {
 }
 
 
+# The same for a source with fused 4-bit experts.
+FUSED_TABLES: dict[str, tuple[Patch, str]] = {
+    "the second of two inputs in the high nibble": (
+        turned(lambda codes, absmax: ((codes >> 4) | (codes << 4).astype(np.uint8), absmax)),
+        r"w13\.weight.*gate_up_proj\[0\]",
+    ),
+    "not turned": (
+        set_to(requant, "rows_of_outputs", lambda codes, absmax, shape: (codes.reshape(shape[0], -1), absmax)),
+        "w1",
+    ),
+    "absmax not turned": (
+        turned(lambda codes, absmax: (codes, np.ascontiguousarray(absmax.T).reshape(absmax.shape))),
+        r"w13\.weight",
+    ),
+    "inputs reversed": (turned(lambda codes, absmax: (codes[:, ::-1].copy(), absmax)), r"w13\.weight"),
+    "gate for up": (turned(lambda codes, absmax: (codes[swapped_pairs(len(codes))], absmax)), r"w13\.weight"),
+    "groups shifted": (turned(lambda codes, absmax: (codes, np.roll(absmax, 1, 0))), r"w13\.weight"),
+    "experts reversed": (experts_ordered(lambda parts: parts[::-1]), r"w13\.weight.*gate_up_proj\[0\]"),
+    "direction not recorded": (config_with(lambda c: c["quantization_config"].pop("blocks_along")), "blocks_along"),
+    "another version": (set_to(assemble, "format_version", lambda blocks: 1), "format_version"),
+    "attention in that direction too": (
+        config_with(
+            lambda c: c["quantization_config"]["blocks_along"].update({"model.layers.0.self_attn.o_proj": "outputs"})
+        ),
+        "blocks_along",
+    ),
+}
+
+
 @pytest.fixture(autouse=True)
 def proof_alone(monkeypatch):
     """The audit before the proof would find some of these too."""
@@ -190,6 +229,16 @@ def test_a_wrong_table_of_the_converter_is_found(tiny, tmp_path, monkeypatch, mu
     patch, named = TABLES[mutation]
     patch(monkeypatch)
     model, artifacts = local(tiny, tmp_path)
+    with pytest.raises(UserError, match=named):
+        convert(model, artifacts, RequantOptions(), "float16")
+    assert artifacts.dense_weights.exists(), "found before the proof, which this test is about"
+
+
+@pytest.mark.parametrize("mutation", FUSED_TABLES)
+def test_a_wrong_table_of_the_other_direction_is_found(tiny_fused, tmp_path, monkeypatch, mutation):
+    patch, named = FUSED_TABLES[mutation]
+    patch(monkeypatch)
+    model, artifacts = local(tiny_fused, tmp_path)
     with pytest.raises(UserError, match=named):
         convert(model, artifacts, RequantOptions(), "float16")
     assert artifacts.dense_weights.exists(), "found before the proof, which this test is about"

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.flow import convert
 from gptoss_nf4.format.result import expected_tensors
 from gptoss_nf4.format.rows import CONCATENATED
+from gptoss_nf4.samples import embedded
 from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.storage.artifacts import Artifacts
@@ -55,6 +57,16 @@ def dynamic(tiny, tmp_path_factory) -> tuple[Source, Artifacts]:
     return open_checkpoint(directory), artifacts
 
 
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory) -> tuple[Source, Artifacts]:
+    """Experts fused in 4 bit, blocks along the outputs. A rank of two has 5.5 groups of w13."""
+    root = tmp_path_factory.mktemp("fused")
+    embedded.write_checkpoint(root / "source", replace(embedded.TINY, intermediate=352), stacked=True)
+    model, artifacts = local(root / "source", root / "artifacts")
+    convert(model, artifacts, RequantOptions(), "float32")
+    return open_checkpoint(root / "source"), artifacts
+
+
 def agreement(source: Source, generations: list) -> Agreement:
     model, result = whole_model(source.checkpoint.directory), Agreement()
     for generation in generations:
@@ -64,9 +76,9 @@ def agreement(source: Source, generations: list) -> Agreement:
 
 
 @pytest.fixture(scope="module")
-def both_served(converted, dynamic) -> list[list]:
-    """Generations of both checkpoints by one process: most of a start of vLLM is the same for the second."""
-    return list(served([(artifacts.checkpoint, ENGINE) for _, artifacts in (converted, dynamic)]))
+def all_served(converted, dynamic, fused) -> list[list]:
+    """Generations of the checkpoints by one process: most of a start of vLLM is the same for the second."""
+    return list(served([(artifacts.checkpoint, ENGINE) for _, artifacts in (converted, dynamic, fused)]))
 
 
 def test_nan_logits_are_not_finite():
@@ -77,8 +89,8 @@ def test_nan_logits_are_not_finite():
 
 
 @pytest.mark.slow
-def test_float32_agrees_with_transformers(converted, both_served):
-    generations = both_served[0]
+def test_float32_agrees_with_transformers(converted, all_served):
+    generations = all_served[0]
     result = agreement(converted[0], generations)
     assert result.positions > 100
     assert result.agreeing == result.positions
@@ -88,19 +100,31 @@ def test_float32_agrees_with_transformers(converted, both_served):
 
 
 @pytest.mark.slow
-def test_dynamic_quantization_and_concatenated_rows_agree(dynamic, both_served):
-    result = agreement(dynamic[0], both_served[1])
+def test_dynamic_quantization_and_concatenated_rows_agree(dynamic, all_served):
+    result = agreement(dynamic[0], all_served[1])
     assert result.agreeing == result.positions
     assert result.worst_difference < 1e-3
 
 
 @pytest.mark.slow
-def test_two_ranks_agree(dynamic, monkeypatch):
-    """Tensor parallelism cuts w2's rows through a block (160 input features a rank) and splits q, k and v by heads."""
+def test_blocks_along_the_outputs_agree(fused, all_served):
+    result = agreement(fused[0], all_served[2])
+    assert result.positions > 100
+    assert result.agreeing == result.positions
+    assert result.worst_difference < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["dynamic", "fused"])
+def test_two_ranks_agree(layout, request, monkeypatch):
+    """Tensor parallelism cuts w2's rows through a block (160 input features a rank) and splits q, k and v by heads.
+
+    Where blocks run along the outputs, it cuts a group of w13's rows.
+    """
     if (os.cpu_count() or 1) < 2:
         pytest.skip("needs two cores: vLLM binds one rank to each")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    source, artifacts = dynamic
+    source, artifacts = request.getfixturevalue(layout)
     result = agreement(source, generate(artifacts.checkpoint, PROMPTS, 16, ENGINE | {"tensor_parallel_size": 2}))
     assert result.agreeing == result.positions
     assert result.worst_difference < 1e-3

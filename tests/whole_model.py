@@ -1,4 +1,4 @@
-"""transformers' gpt-oss in float32 with a split checkpoint's weights, whole, for comparing with what this project makes.
+"""transformers' gpt-oss in float32 with a checkpoint's weights, split or fused, for comparing with what this project makes.
 
 It is read by the safetensors library and dequantized by bitsandbytes, under the published names. Nothing of ours is used.
 """
@@ -40,7 +40,9 @@ def state_dict(directory: Path, model: GptOssForCausalLM) -> dict[str, torch.Ten
 
     found = {}
     for name, parameter in model.state_dict().items():
-        if ".mlp.experts." in name:
+        if name in stored:
+            found[name] = read(name)
+        elif ".mlp.experts." in name:
             stack, bias = name.removesuffix("_bias"), name.endswith("_bias")
             experts = [f"{stack}s.{e}" for e in range(len(parameter))]
             parts = [read(f"{expert}.bias") if bias else read(f"{expert}.weight").T for expert in experts]
