@@ -31,7 +31,7 @@ class Packed(NamedTuple):
     blocks_along: str = INPUTS
     """Or OUTPUTS: `blocksize`, a multiple of 32, neighbouring outputs share an absmax for each input."""
     absmax_factor: float = ABSMAX_FACTOR
-    """A power of two: ABSMAX_FACTOR, or what `tiles.fit_absmax` gave."""
+    """A power of two: ABSMAX_FACTOR, or that times `tiles.fitting_power`."""
 
 
 class Weight(NamedTuple):

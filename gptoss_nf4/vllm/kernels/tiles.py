@@ -64,12 +64,12 @@ order: B counts blocks of outputs then. The kernels multiply activations by it, 
 it by 2^-9 at most, as the products of `large` do in either direction.
 """
 
-from math import ceil, log2
+from math import ceil, inf, log2
 
 import torch
 
 ROWS = 16  # of a tile
-MAX_INPUTS = 64  # of a tile
+MAX_INPUTS, MIN_INPUTS = 64, 32  # of a tile
 LANES = 32  # of a warp
 ABSMAX_FACTOR = 256.0  # absmax between 2.4e-7 and MAX_PACKED_ABSMAX keeps all 11 bits
 MAX_PACKED_ABSMAX = 255.0
@@ -82,7 +82,7 @@ def tile_inputs(blocksize: int) -> int:
 
 def tile_inputs_across(inputs: int) -> int:
     """The same where they run along the outputs: the weight has so many inputs, a multiple of 32."""
-    return MAX_INPUTS if inputs % MAX_INPUTS == 0 else MAX_INPUTS // 2
+    return MAX_INPUTS if inputs % MAX_INPUTS == 0 else MIN_INPUTS
 
 
 def padded_rows(rows: int) -> int:
@@ -155,23 +155,14 @@ def pack_absmax_of_inputs(absmax: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     return (absmax * ABSMAX_FACTOR).to(dtype)
 
 
-def fit_absmax(absmax: torch.Tensor, factor: float) -> tuple[torch.Tensor, float]:
-    """absmax of blocks along the outputs so that activations times it stay in float16: its largest value in (1/2, 1].
+def fitting_power(absmax: torch.Tensor) -> float:
+    """The power of two that brings the largest of absmax, float16 or bfloat16 of any shape, into (1/2, 1].
 
-    A product is no larger than the activation then, and where it is smaller than float16's normal numbers, so is its
-    share of the sum.
-
-    Args:
-        absmax: float16 or bfloat16, any shape. factor: by which it was multiplied.
-
-    Returns:
-        absmax times a power of two, and `factor` times that power.
+    Activations times it stay in float16 then: a product is no larger than the activation, and what it loses below float16's
+    normal numbers is little beside the largest. 1 where there is no such power.
     """
     largest = float(absmax.abs().max()) if absmax.numel() else 0.0
-    if not 0 < largest < float("inf"):
-        return absmax, factor
-    power = 2.0 ** -ceil(log2(largest))
-    return absmax * power, factor * power
+    return 2.0 ** -ceil(log2(largest)) if 0 < largest < inf else 1.0
 
 
 def pack(weight: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,7 +176,9 @@ def pack_across(weight: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) 
     weight: uint8 [..., rows, in / 2]. absmax: float32 [..., rows / blocksize, in].
     """
     codes = pack_codes(weight, tile_inputs_across(absmax.shape[-1]))
-    return codes, *fit_absmax(pack_absmax_of_inputs(absmax, dtype), ABSMAX_FACTOR)
+    packed = pack_absmax_of_inputs(absmax, dtype)
+    power = fitting_power(packed)
+    return codes, packed * power, ABSMAX_FACTOR * power
 
 
 def gate_and_up_tiles(rows: torch.Tensor, dim: int) -> torch.Tensor:
