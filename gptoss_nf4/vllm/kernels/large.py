@@ -184,11 +184,12 @@ def down_experts(
 @triton.jit
 def _tiles_from(weight, expert, first):
     """All row tiles of `expert` from number `first` on, counted over all experts."""
+    codes = weight.codes + first * weight.C * (32 * weight.S)
     if weight.ROW_TILES_PER_BLOCK:
         absmax = weight.absmax + expert * weight.B * (weight.C * (16 * weight.S))
     else:
         absmax = weight.absmax + first * weight.B * 16
-    return Tiles(weight.codes + first * weight.C * (32 * weight.S), absmax)
+    return Tiles(codes, absmax)
 
 
 @triton.jit

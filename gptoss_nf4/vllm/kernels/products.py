@@ -67,15 +67,15 @@ def products(
     to_next = (tile + 1 < weight.R).to(tl.int32)
     first_row = tile * 16
     if weight.ROW_TILES_PER_BLOCK:
-        absmax = weight.absmax + (expert * weight.B + tile // weight.ROW_TILES_PER_BLOCK) * rows.K
-        next_absmax = absmax
-        tile = expert * weight.R + tile.to(tl.int64)
-    else:
-        tile = expert * weight.R + tile.to(tl.int64)
-        absmax = weight.absmax.to(tl.pointer_type(tl.int32)) + tile * weight.B * 8
-        next_absmax = absmax + to_next * weight.B * 8
+        block = expert * weight.B + tile // weight.ROW_TILES_PER_BLOCK
+    tile = expert * weight.R + tile.to(tl.int64)
     codes = weight.codes + tile * weight.C * (32 * weight.S)
-    tiles = Tiles(codes, codes + to_next * weight.C * (32 * weight.S), absmax, next_absmax)
+    if weight.ROW_TILES_PER_BLOCK:
+        absmax = weight.absmax + block * rows.K
+        tiles = Tiles(codes, codes + to_next * weight.C * (32 * weight.S), absmax, absmax)
+    else:
+        absmax = weight.absmax.to(tl.pointer_type(tl.int32)) + tile * weight.B * 8
+        tiles = Tiles(codes, codes + to_next * weight.C * (32 * weight.S), absmax, absmax + to_next * weight.B * 8)
     warp = tl.arange(0, WARPS)
     weights_ahead = _load_weights(tiles, weight, warp)
     start_early(EARLY)
@@ -131,18 +131,20 @@ def _load_weights(tiles, weight, C_w):
     exists_w = C_w < weight.C
     C_w = tl.minimum(C_w, weight.C - 1)
     word_wls = C_w[:, None, None] * (32 * S) + tl.arange(0, 32)[None, :, None] * S + tl.arange(0, S)[None, None, :]
+    if weight.ROW_TILES_PER_BLOCK:
+        # Eight times the same, since eight lanes of a warp hold the same inputs of different rows of x.
+        place = _inputs(C_w, S) + tl.zeros([1, 1, 1, 8, 1], tl.int32)
+    else:
+        place = (C_w // weight.TILES_PER_BLOCK)[:, None] * 8 + tl.arange(0, 8)[None, :]
     # Weights are read once, x by every program: weights should not push x out of the L1 cache.
     words1_wls = tl.load(tiles.codes + word_wls, eviction_policy="evict_first")
     words2_wls = tl.load(tiles.next_codes + word_wls, eviction_policy="evict_first")
     if weight.ROW_TILES_PER_BLOCK:
-        # Eight times the same, since eight lanes of a warp hold the same inputs of different rows of x.
-        k_qMwmk = _inputs(C_w, S) + tl.zeros([1, 1, 1, 8, 1], tl.int32)
-        absmax1 = tl.load(tiles.absmax + k_qMwmk)
+        absmax1 = tl.load(tiles.absmax + place)
         absmax2 = absmax1
     else:
-        pair_wg = (C_w // weight.TILES_PER_BLOCK)[:, None] * 8 + tl.arange(0, 8)[None, :]
-        absmax1 = tl.load(tiles.absmax + pair_wg, mask=exists_w[:, None], other=0)
-        absmax2 = tl.load(tiles.next_absmax + pair_wg, mask=exists_w[:, None], other=0)
+        absmax1 = tl.load(tiles.absmax + place, mask=exists_w[:, None], other=0)
+        absmax2 = tl.load(tiles.next_absmax + place, mask=exists_w[:, None], other=0)
     return words1_wls, words2_wls, absmax1, absmax2
 
 
@@ -168,13 +170,16 @@ def _load_x(rows, weight, C_w):
     """
     S: tl.constexpr = weight.S
     BM: tl.constexpr = rows.slot_m.shape[0]
-    slot_qMwmk = tl.reshape(rows.slot_m, [1, BM // 8, 1, 8, 1])
-    used_qMwmk = slot_qMwmk >= 0
     if weight.ROW_TILES_PER_BLOCK:
-        used_qMwmk &= (C_w < weight.C)[None, None, :, None, None]
+        exists_w = C_w < weight.C
     C_w = tl.minimum(C_w, weight.C - 1)
     k_qMwmk = _inputs(C_w, S)
-    return tl.load(rows.x + slot_qMwmk // rows.top_k * rows.K + k_qMwmk, mask=used_qMwmk, other=0.0)
+    slot_qMwmk = tl.reshape(rows.slot_m, [1, BM // 8, 1, 8, 1])
+    x_qMwmk = rows.x + slot_qMwmk // rows.top_k * rows.K + k_qMwmk
+    used_qMwmk = slot_qMwmk >= 0
+    if weight.ROW_TILES_PER_BLOCK:
+        used_qMwmk &= exists_w[None, None, :, None, None]
+    return tl.load(x_qMwmk, mask=used_qMwmk, other=0.0)
 
 
 @triton.jit
