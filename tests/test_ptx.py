@@ -206,6 +206,7 @@ def some_halves(dtype: torch.dtype, seed: int, size: float = 1.0) -> torch.Tenso
 def multiplied(text: str, dtype: torch.dtype) -> bool:
     """Whether the text multiplies pairs of `dtype`, each rounded once."""
     values, scales = some_halves(dtype, 0, 100.0), some_halves(dtype, 1).abs().clamp(max=1).roll(7)
+    scales[10::64] = 0.0  # in the other half: a negative number times 0 is -0
     pairs = [each.view(torch.int16).numpy().view(np.uint32) for each in (values, scales)]
     (found,) = ptx.run(text, "=r,r,r", pairs)
     right = (values.double() * scales.double()).to(dtype)
