@@ -124,6 +124,22 @@ def fused_stored_as(dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[Pat
     return make
 
 
+def fused_and_split(directory: Path) -> Tensors:
+    """Layer 0 has a fused w13 and a split w2, layer 1 the other way round."""
+    parts: list[tuple[Tensors, Tensors]] = []
+    for make in (fused_nested_4_bit, split):
+        own = directory.with_name(f"before-{make.__name__}")
+        parts.append((make(own), load_file(own / "model.safetensors")))
+    (fused_experts, tensors), (split_experts, others) = parts
+    experts = dict(fused_experts)
+    for stack in (f"{LAYER.format(0)}mlp.experts.down_proj", f"{LAYER.format(1)}mlp.experts.gate_up_proj"):
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(stack)}
+        tensors |= {name: value for name, value in others.items() if name.startswith(f"{stack}s.")}
+        experts[stack] = split_experts[stack]
+    write(directory, tensors)
+    return experts
+
+
 def fused_with_blocks_across_rows(directory: Path) -> Tensors:
     return fused_4_bit(directory, attention=False, quant_type="fp4", blocksize=128)  # w2 has 192 outputs
 
@@ -206,6 +222,7 @@ EXACT = {
     "fused, stored as float16 of each expert": fused_stored_as(torch.float16, (D.experts, -1)),
     "fused, stored as float32 in rows": fused_stored_as(torch.float32, (D.experts, 2, -1)),
     "fused, stored as int8": fused_stored_as(torch.int8, (-1,)),
+    "partly fused": fused_and_split,
 }
 REQUANTIZED = {
     "split, 16 bit": split_16_bit,

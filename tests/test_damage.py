@@ -130,9 +130,7 @@ def test_damage_is_detected_or_harmless(small, tmp_path, capsys):
             print(f"  {name}: {dict(counts)}" + (f" ({WHY_HARMLESS[name]})" if counts["harmless"] else ""))
 
 
-@pytest.mark.parametrize(
-    "layout", ["fused, 4 bit, nested", "fused, fp4, attention in 16 bit", "fused, 16 bit", "wrapped names"]
-)
+@pytest.mark.parametrize("layout", ["fused, 4 bit, nested", "fused, stored as bfloat16", "fused, 16 bit", "wrapped names"])
 def test_damage_to_other_layouts_is_detected_or_harmless(tmp_path, layout, capsys, monkeypatch):
     monkeypatch.setattr(layout_makers, "D", SMALL)
     maker = (layout_makers.EXACT | layout_makers.REQUANTIZED)[layout]

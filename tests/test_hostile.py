@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -34,6 +35,12 @@ except UserError as error:
     print(error)
 print(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10)
 """
+
+
+@pytest.fixture(params=["tiny", "tiny_fused"])
+def source_copy(request, tmp_path) -> Path:
+    """A copy of the embedded checkpoint, in either layout, to do harm to."""
+    return Path(shutil.copytree(request.getfixturevalue(request.param), tmp_path / "source"))
 
 
 def refused(directory: Path, root: Path) -> str:

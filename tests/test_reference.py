@@ -33,10 +33,11 @@ def rows(*arguments) -> list[torch.Tensor]:
     return [torch.stack(list(each)) for each in reference.log_probabilities(*arguments)]
 
 
-@pytest.mark.parametrize("massive", [False, True])
-def test_layer_by_layer_is_bit_for_bit_the_whole_model(tmp_path, massive):
+@pytest.mark.parametrize("kind", ["plain", "massive", "stacked"])
+def test_layer_by_layer_is_bit_for_bit_the_whole_model(tmp_path, kind):
     """Sliding and full attention, prompts of all lengths carried through together."""
-    embedded.write_checkpoint(tmp_path, embedded.MASSIVE_DIMENSIONS if massive else embedded.TINY, massive=massive)
+    d = embedded.MASSIVE_DIMENSIONS if kind == "massive" else embedded.TINY
+    embedded.write_checkpoint(tmp_path, d, massive=kind == "massive", stacked=kind == "stacked")
     assert max(LENGTHS) > max(embedded.SLIDING_WINDOW, reference.POSITIONS)
     model, tokens = whole_model(tmp_path), sequences()
     for got, ids in zip(rows(open_checkpoint(tmp_path), tokens), tokens, strict=True):

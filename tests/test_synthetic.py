@@ -25,9 +25,10 @@ def digests(directory: Path) -> dict[str, str]:
     return {file.name: sha256_of(file) for file in sorted(directory.iterdir())}
 
 
-def test_writing_twice_gives_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("stacked", [False, True])
+def test_writing_twice_gives_the_same_bytes(tmp_path, stacked):
     for name in ("one", "two"):
-        synthetic.write_checkpoint(tmp_path / name, TINY)
+        synthetic.write_checkpoint(tmp_path / name, TINY, stacked=stacked)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
@@ -42,8 +43,9 @@ def test_it_is_valid_and_bitsandbytes_reads_what_we_read(tmp_path):
         assert theirs.std() > 0
 
 
-def test_a_conversion_of_it_is_exact(tmp_path):
-    model = Model(name="synthetic", kind="synthetic", dimensions=TINY)
+@pytest.mark.parametrize("kind", ["synthetic", "synthetic_fused"])
+def test_a_conversion_of_it_is_exact(tmp_path, kind):
+    model = Model(name="synthetic", kind=kind, dimensions=TINY)
     report = convert(model, Artifacts(tmp_path), RequantOptions(), "bfloat16")
     assert report["different"] == 0
     assert report["compared"] > 0

@@ -207,6 +207,24 @@ def test_two_ranks(float32, adapters, tmp_path, expert_parallel):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_two_ranks_of_experts_whose_blocks_run_along_the_outputs(tiny_fused, tmp_path, expert_parallel):
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("needs two cores: vLLM binds one rank to each")
+    model, artifacts = local(tiny_fused, tmp_path / "artifacts")
+    convert(model, artifacts, RequantOptions(), "float32", 2.0**-6)
+    lora = {"target_modules": ATTENTION, "target_parameters": EXPERTS + ROUTER, "rank_pattern": {"q_proj": 2}}
+    models = {
+        "base": whole_model(tiny_fused),
+        "all": save(whole_model(tiny_fused), tmp_path / "all", 2, **lora, use_rslora=True),
+    }
+    adapters = Adapters({"all": tmp_path / "all"}, models)
+    settings = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    engine = {"tensor_parallel_size": 2, "enable_expert_parallel": expert_parallel}
+    require_close(agreements(artifacts.checkpoint, adapters, tmp_path, [None, "all"], settings, **engine))
+
+
+@pytest.mark.slow
 def test_the_gpus_path_serves_adapters(tmp_path):
     """The kernels, in Triton's interpreter, within vLLM: prompts and decoding, base and adapters in one batch."""
     artifacts = converted_for_interpreter(tmp_path / "source", tmp_path / "artifacts")

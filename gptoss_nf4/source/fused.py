@@ -31,8 +31,22 @@ _STACK = re.compile(r"\.mlp\.experts\.(gate_up|down)_proj$")
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.(?:gate_up|down)_proj)s\.(\d+)\.(weight|bias)")
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where an expert's weight or bias lies: the stored name of the stack, and its number there."""
+
+    stack: str
+    expert: int
+
+
+def _place(name: str) -> _Place | None:
+    """The place of the tensor of that canonical name. None where it is no expert's."""
+    found = _EXPERT.fullmatch(name)
+    return _Place(found[1] + ("_bias" if found[3] == "bias" else ""), int(found[2])) if found else None
+
+
 class FusedSource(StoredSource):
-    """A checkpoint with fused experts, in 16, 32 or 4 bit."""
+    """A checkpoint with fused experts, in 16, 32 or 4 bit. Those of some layers, or of w13 or w2, may lie by themselves."""
 
     layout = "fused"
 
@@ -40,8 +54,13 @@ class FusedSource(StoredSource):
     def recognises(cls, checkpoint: Checkpoint) -> bool:
         return any(_STACK.search(key) for key in checkpoint.tensors)
 
+    def _place(self, name: str) -> _Place | None:
+        """The place of the tensor of that canonical name. None where it is no expert's, or lies there under that name."""
+        place = _place(name)
+        return None if place and place.stack not in self.checkpoint.tensors and name in self.checkpoint.tensors else place
+
     def module(self, name: str, shape: tuple[int, int]) -> Module:
-        place = _place(f"{name}.weight")
+        place = self._place(f"{name}.weight")
         if place is None:
             return super().module(name, shape)
         packed = Packed.find(self.checkpoint, place.stack)
@@ -59,14 +78,14 @@ class FusedSource(StoredSource):
         return module
 
     def codes(self, module: Module) -> np.ndarray:
-        place = _place(module.weight)
+        place = self._place(module.weight)
         if place is None:
             return super().codes(module)
         elements = _elements(module)
         return self.packed(place.stack).codes(place.expert * elements, (place.expert + 1) * elements)
 
     def absmax(self, module: Module) -> np.ndarray:
-        place = _place(module.weight)
+        place = self._place(module.weight)
         if place is None:
             return super().absmax(module)
         packed = self.packed(place.stack)
@@ -74,7 +93,7 @@ class FusedSource(StoredSource):
         return packed.absmax(place.expert * blocks, (place.expert + 1) * blocks)
 
     def floating(self, name: str) -> Floating:
-        place = _place(name)
+        place = self._place(name)
         if place is None:
             return super().floating(name)
         info = self.checkpoint.tensors[place.stack]
@@ -87,30 +106,16 @@ class FusedSource(StoredSource):
 
     def stored(self, module: Module) -> dict[str, str]:
         """Those of the whole stack, which all its experts share."""
-        place = _place(module.weight)
+        place = self._place(module.weight)
         return super().stored(module) if place is None else self.packed(place.stack).stored
 
     def module_tensors(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         for name, shape in super().module_tensors(layer):
-            place = _place(name)
+            place = self._place(name)
             if place is None:
                 yield name, shape
             elif place.expert == 0:
                 yield place.stack, (self.dimensions.experts, *shape[::-1])
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where an expert's weight or bias lies: the stored name of the stack, and its number there."""
-
-    stack: str
-    expert: int
-
-
-def _place(name: str) -> _Place | None:
-    """The place of the tensor of that canonical name. None where it is no expert's."""
-    found = _EXPERT.fullmatch(name)
-    return _Place(found[1] + ("_bias" if found[3] == "bias" else ""), int(found[2])) if found else None
 
 
 def _elements(module: Module) -> int:

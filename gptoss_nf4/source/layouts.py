@@ -14,7 +14,7 @@ from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.reading import read_json_object, require_plain_files
 
 # One class for each layout. The first that recognises a checkpoint opens it.
-LAYOUTS: tuple[type[Source], ...] = (SplitSource, FusedSource)
+LAYOUTS: tuple[type[Source], ...] = (FusedSource, SplitSource)
 
 
 def open_checkpoint(directory: Path) -> Source:
