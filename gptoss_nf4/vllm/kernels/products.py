@@ -77,7 +77,7 @@ def products(
         absmax = weight.absmax.to(tl.pointer_type(tl.int32)) + tile * weight.B * 8
         tiles = Tiles(codes, codes + to_next * weight.C * (32 * weight.S), absmax, absmax + to_next * weight.B * 8)
     warp = tl.arange(0, WARPS)
-    weights_ahead = _load_weights(tiles, weight, warp)
+    weights_ahead = _load_weights(tiles, weight, rows, warp)
     start_early(EARLY)
     x_ahead = _load_x(rows, weight, warp)
     if lora is not None:
@@ -91,7 +91,7 @@ def products(
             _prefetch(tiles, weight, start + 2 * WARPS + warp)
         words1_wls, words2_wls, absmax1, absmax2 = weights_ahead
         x_wkm = operand(times(x_ahead, absmax1) if weight.ROW_TILES_PER_BLOCK else x_ahead)
-        weights_ahead = _load_weights(tiles, weight, start + WARPS + warp)
+        weights_ahead = _load_weights(tiles, weight, rows, start + WARPS + warp)
         x_ahead = _load_x(rows, weight, start + WARPS + warp)
         first_wnm = _add_product(first_wnm, words1_wls, absmax1, x_wkm, weight, decoder, SHARED_TABLE)
         if TWO:
@@ -120,19 +120,20 @@ def products(
 
 
 @triton.jit
-def _load_weights(tiles, weight, C_w):
+def _load_weights(tiles, weight, rows, C_w):
     """What the warps need of input tiles `C_w` of both row tiles: words [w, l, s] twice, and absmax twice.
 
     absmax: pairs [w, g]. Where blocks run along the outputs, that of each input, in the order of `_load_x`; both row tiles
     have the same one, since the first has an even number and a block has 32 rows or more. Beyond the last input tile that
-    one is read again, with absmax 0, or by `_load_x` with x 0: one minimum instead of masks on all loads.
+    one is read again, with absmax 0: one minimum instead of masks on all loads.
     """
     S: tl.constexpr = weight.S
     exists_w = C_w < weight.C
     C_w = tl.minimum(C_w, weight.C - 1)
     word_wls = C_w[:, None, None] * (32 * S) + tl.arange(0, 32)[None, :, None] * S + tl.arange(0, S)[None, None, :]
     if weight.ROW_TILES_PER_BLOCK:
-        # Eight times the same, since eight lanes of a warp hold the same inputs of different rows of x.
+        # Eight times the same, since eight lanes of a warp hold the same inputs of different rows of x. Lanes of rows that
+        # are not in use do not ask for it. With few tokens they are most, and the L1 cache is busy with the table.
         place = _inputs(C_w, S) + tl.zeros([1, 1, 1, 8, 1], tl.int32)
     else:
         place = (C_w // weight.TILES_PER_BLOCK)[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -140,7 +141,10 @@ def _load_weights(tiles, weight, C_w):
     words1_wls = tl.load(tiles.codes + word_wls, eviction_policy="evict_first")
     words2_wls = tl.load(tiles.next_codes + word_wls, eviction_policy="evict_first")
     if weight.ROW_TILES_PER_BLOCK:
-        absmax1 = tl.load(tiles.absmax + place)
+        BM: tl.constexpr = rows.slot_m.shape[0]
+        last_slot_m = tl.max(tl.reshape(rows.slot_m, [BM // 8, 8]), axis=0)
+        asks = (last_slot_m >= 0)[None, None, None, :, None] & exists_w[None, None, :, None, None]
+        absmax1 = tl.load(tiles.absmax + place, mask=asks, other=0.0)
         absmax2 = absmax1
     else:
         absmax1 = tl.load(tiles.absmax + place, mask=exists_w[:, None], other=0)
@@ -166,7 +170,7 @@ def _load_x(rows, weight, C_w):
     """x of the warps' input tiles `C_w` (the last one beyond it): [q, M, w, m, k], zeros for slot -1.
 
     M counts groups of eight rows and k the 32 inputs (t e h p) of a half. Where blocks run along the outputs, x beyond the
-    last tile is 0.
+    last tile is 0 as well: one predicate for both loads.
     """
     S: tl.constexpr = weight.S
     BM: tl.constexpr = rows.slot_m.shape[0]
