@@ -82,7 +82,7 @@ def test_activations_times_absmax_of_inputs_stay_in_float16(dtype, size):
     assert 0.5 < float(kept.max()) <= 1
     assert math.frexp(factor)[0] == 0.5  # a power of two
     off = (kept.double() / factor / absmax.double() - 1).abs().max()
-    assert off <= {torch.bfloat16: 2**-9, torch.float16: 2**-11}[dtype]
+    assert off <= {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
 
 
 @pytest.mark.parametrize("absmax", [torch.zeros(1, 2, 32), torch.zeros(0, 2, 32)])

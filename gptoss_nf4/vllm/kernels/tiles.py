@@ -61,7 +61,7 @@ needs both.
 
 Where blocks run along the outputs (`format/blocks.py`), codes are packed the same, and absmax [B, inputs] stays in its
 order: B counts blocks of outputs then. The kernels multiply activations by it, so it takes their dtype. bfloat16 rounds
-it by 2^-9 at most, as the products of `large` do in either direction.
+it by 2^-8 at most, as the products of `large` do in either direction.
 """
 
 from math import ceil, inf, log2
