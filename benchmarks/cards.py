@@ -5,6 +5,7 @@ where; a scheduler issues one a cycle, and a pipe of 16 lanes takes a warp's ins
 of the "CUDA C++ Programming Guide", Throughput of Native Arithmetic Instructions, for compute capabilities 8.6 and 9.0.
 """
 
+import re
 from dataclasses import dataclass, replace
 
 SCHEDULERS = 4  # of a multiprocessor, on all of them
@@ -15,7 +16,7 @@ PIPES = {
     "caches": "LD LDG LDS LDL LDC ST STG STS STL LDSM STSM LDGSTS LDGDEPBAR ATOM ATOMG ATOMS RED REDUX MATCH SHFL"
     " CCTL CCTLL ERRBAR MEMBAR SYNCS",
     "control": "BRA BRX EXIT BSSY BSYNC BREAK BAR NOP DEPBAR WARPSYNC CALL RET S2R S2UR CS2R YIELD ACQBULK PREEXIT"
-    " NANOSLEEP BMOV",
+    " NANOSLEEP BMOV FENCE",
     "special": "MUFU I2F F2I F2F FRND POPC FLO I2FP BREV",
     "wide product": "IMAD.WIDE IMAD.HI",
     "heavy": "IMAD IDP IMUL HFMA2 HADD2 HMUL2 HSETP2",
@@ -43,6 +44,9 @@ MEMORY_BYTES = 128  # a cycle, of a multiprocessor's L1 cache and shared memory
 # H100: 989 TFLOPS are 512, of which mma.sync gets about half (arXiv 2402.13499, Tensor Core).
 HMMA_CYCLES = {86: 32, 90: 8}
 HMMA_PRODUCTS = {"16816": 2048, "1688": 1024}
+# Of wgmma, which four warps issue together: its shape is in the opcode. 989 TFLOPS are 512 products a cycle and scheduler.
+HGMMA_SHAPE = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\.")
+HGMMA_PRODUCTS_A_CYCLE = 512
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,21 @@ def pipe_of(opcode: str) -> str:
     raise KeyError(f"machine instruction {opcode}: its pipe is not known; add it to benchmarks.cards.PIPES")
 
 
+def products(opcode: str) -> int:
+    """Multiplications of a warp by a tensor-core instruction; 0 for those that only wait."""
+    if shape := HGMMA_SHAPE.match(opcode):
+        m, n, k = map(int, shape.groups())
+        return m * n * k // 4
+    return next((count for shape, count in HMMA_PRODUCTS.items() if f".{shape}." in f"{opcode}."), 0)
+
+
 def cycles(opcode: str, capability: int) -> float:
     """For which a warp's instruction occupies its pipe, of one scheduler."""
     pipe = pipe_of(opcode)
     if pipe == "tensor":
-        products = next((count for shape, count in HMMA_PRODUCTS.items() if f".{shape}." in f"{opcode}."), 0)
-        return HMMA_CYCLES[capability] * products / HMMA_PRODUCTS["16816"]
+        if opcode.startswith("HGMMA"):
+            return products(opcode) / HGMMA_PRODUCTS_A_CYCLE
+        return HMMA_CYCLES[capability] * products(opcode) / HMMA_PRODUCTS["16816"]
     if pipe == "caches":  # the multiprocessor's schedulers share it
         width = 16 if ".128" in opcode or opcode.startswith("LDSM") else 8 if ".64" in opcode else 4
         return SCHEDULERS * max(1.0, 32 * width / MEMORY_BYTES)

@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ from benchmarks.graphs import graph_us
 from benchmarks.tables import markdown
 from benchmarks.values import LEGEND
 from benchmarks.weights import BLOCKSIZE, GPT_OSS_20B
+from gptoss_nf4.format.blocks import DIRECTIONS, INPUTS, OUTPUTS, absmax_shape
 from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.vllm.activation import clamped_swiglu
 from gptoss_nf4.vllm.kernels import launch, tiles
@@ -39,6 +41,8 @@ DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda")
 ERROR_COLUMNS = ["kernel", "relative error against float64"]
 EXPERT_COLUMNS = ["tokens", "distinct experts", "w13 us", "w2 us", "TB/s", "of copy", "of read", "TFLOP/s"]
+DIRECTION_TOKENS = (1, 8, 32, 64, 128, 2048)
+DIRECTION_COLUMNS = ["tokens", "product", "blocks along inputs us", "blocks along outputs us", "inputs / outputs"]
 LINEAR_COLUMNS = ["rows", "product", "plugin us", "dense bf16 us", "bitsandbytes us", "plugin MB", "dense MB"]
 
 
@@ -50,6 +54,7 @@ def main() -> None:
     print(f"Each time: {LEGEND}. Rates are of the medians.\n")
     print(markdown(ERROR_COLUMNS, errors()))
     print(markdown(EXPERT_COLUMNS, expert_times(copy, read)))
+    print(markdown(DIRECTION_COLUMNS, direction_times()))
     print(markdown(LINEAR_COLUMNS, linear_times()))
 
 
@@ -86,14 +91,17 @@ def align(ids: torch.Tensor, block: int, experts: int) -> Routing:
     return Routing(slots, blocks.int(), torch.tensor([total], dtype=torch.int32, device=ids.device))
 
 
-def random_packed(experts: int, rows: int, columns: int, gate_and_up: bool = False) -> Packed:
+def random_packed(experts: int, rows: int, columns: int, gate_and_up: bool = False, blocks_along: str = INPUTS) -> Packed:
     """A random weight in the kernels' order."""
     row_tiles = (2 * tiles.padded_rows(rows // 2) if gate_and_up else tiles.padded_rows(rows)) // tiles.ROWS
     size = (experts, row_tiles, columns // tiles.MAX_INPUTS, tiles.LANES, 4 * tiles.MAX_INPUTS // tiles.ROWS)
     codes = torch.randint(0, 256, size, dtype=torch.uint8, device=DEVICE).view(torch.int32)
+    bias = torch.randn(experts, row_tiles * tiles.ROWS, device=DEVICE, dtype=DTYPE) * 0.1
+    if blocks_along == OUTPUTS:
+        absmax = (torch.rand(experts, rows // BLOCKSIZE, columns, device=DEVICE) + 0.5) / columns**0.5
+        return Packed(codes, tiles.pack_absmax_of_inputs(absmax, DTYPE), bias, BLOCKSIZE, "nf4", blocks_along)
     absmax = torch.rand(experts, row_tiles, columns // BLOCKSIZE, tiles.ROWS, device=DEVICE) + 0.5
     absmax = (absmax * (tiles.ABSMAX_FACTOR / columns**0.5)).half()
-    bias = torch.randn(experts, row_tiles * tiles.ROWS, device=DEVICE, dtype=DTYPE) * 0.1
     return Packed(codes, absmax, bias, BLOCKSIZE, "nf4")
 
 
@@ -141,6 +149,43 @@ def expert_times(copy: float, read: float, batches: Sequence[int] = TOKENS) -> l
     return rows
 
 
+def direction_times(batches: Sequence[int] = DIRECTION_TOKENS) -> list[list]:
+    """The rows of the directions' table: blocks along the inputs and along the outputs, replayed in turn."""
+    shapes = {"w13": (D.experts, 2 * D.intermediate, D.hidden, True), "w2": (D.experts, D.hidden, D.intermediate, False)}
+    weights = {
+        name: [[random_packed(*shape, blocks_along=along) for _ in range(COPIES)] for along in DIRECTIONS]
+        for name, shape in shapes.items()
+    }
+    rows = []
+    for tokens in batches:
+        plan = plan_experts(tokens, D.experts_per_token, D.experts, gpu_of(DEVICE))
+        count = 2 * COPIES if tokens <= 64 else 2
+        drawn = [random_batch(tokens, DTYPE, plan, D.experts, D.experts_per_token) for _ in range(count)]
+        middle = [torch.randn(tokens * D.experts_per_token, D.intermediate, device=DEVICE).to(DTYPE) for _ in drawn]
+        partial = DTYPE if isinstance(plan, Large) else torch.float32
+
+        def up(i: int, w: list[Packed], plan: Plan = plan, drawn: list[Batch] = drawn) -> torch.Tensor:
+            x, routing = drawn[i].x, drawn[i].routing
+            return launch.swiglu_experts(x, D.experts_per_token, routing, w[i % COPIES], D.intermediate, plan)
+
+        def down(
+            i: int,
+            w: list[Packed],
+            plan: Plan = plan,
+            drawn: list[Batch] = drawn,
+            middle: list[torch.Tensor] = middle,
+            partial: torch.dtype = partial,
+        ) -> torch.Tensor:
+            given = D.experts_per_token, drawn[i].topk_weights, drawn[i].routing
+            return launch.down_experts(middle[i], *given, w[i % COPIES], D.hidden, plan, partial)
+
+        for name, start in (("w13", up), ("w2", down)):
+            times = graph_us([[lambda i=i, w=w, start=start: start(i, w) for i in range(count)] for w in weights[name]])
+            ratio = times[0].median / times[1].median
+            rows.append([tokens, name, *(each.text(1) for each in times), f"{ratio:.2f}"])
+    return rows
+
+
 def linear_times(batches: Sequence[int] = LINEAR_ROWS) -> list[list]:
     """The rows of the linear layers' table."""
     import bitsandbytes.functional as bnb
@@ -179,28 +224,40 @@ class Stored:
     """A random weight as a checkpoint has it, and in float64."""
 
     codes: torch.Tensor  # uint8 [E, rows, columns / 2]
-    absmax: torch.Tensor  # float32 [E, rows, columns / BLOCKSIZE]
+    absmax: torch.Tensor  # float32 [E, rows, columns / BLOCKSIZE], or [E, rows / BLOCKSIZE, columns]
     dense: torch.Tensor  # float64 [E, rows, columns]
 
 
-def random_stored(experts: int, rows: int, columns: int) -> Stored:
+def random_stored(experts: int, rows: int, columns: int, blocks_along: str) -> Stored:
     codes = torch.randint(0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=DEVICE)
-    absmax = torch.rand(experts, rows, columns // BLOCKSIZE, device=DEVICE) / (columns / 2) ** 0.5
+    shape = absmax_shape((experts, rows, columns), BLOCKSIZE, blocks_along)
+    absmax = torch.rand(shape, device=DEVICE) / (columns / 2) ** 0.5
     book = torch.from_numpy(CODEBOOKS["nf4"]).to(DEVICE).double()
     values = book[torch.stack((codes >> 4, codes & 15), -1).flatten(-2).long()]
-    return Stored(codes, absmax, values * absmax.double().repeat_interleave(BLOCKSIZE, -1))
+    return Stored(codes, absmax, values * absmax.double().repeat_interleave(BLOCKSIZE, 1 if blocks_along == OUTPUTS else 2))
+
+
+def packed_of(stored: Stored, bias: torch.Tensor, blocks_along: str, gate_and_up: bool = False) -> Packed:
+    """As the kernels take it for activations in the dtype of `bias`."""
+
+    def tiled(rows: torch.Tensor) -> torch.Tensor:
+        return tiles.gate_and_up_tiles(rows, 1).contiguous() if gate_and_up else rows
+
+    codes, bias = tiled(stored.codes), tiled(bias)
+    if blocks_along == OUTPUTS:
+        codes, absmax, factor = tiles.pack_across(codes, stored.absmax, bias.dtype)
+        return Packed(codes, absmax, bias, BLOCKSIZE, "nf4", blocks_along, factor)
+    return Packed(*tiles.pack(codes, tiled(stored.absmax), BLOCKSIZE), bias, BLOCKSIZE, "nf4")
 
 
 def errors(experts: int = 4, top_k: int = 2, batches: Sequence[int] = ERROR_TOKENS) -> list[list]:
     """The rows of the errors' table: both products of every plan, on fresh inputs that are exact for them."""
     rows = []
-    w13, w2 = random_stored(experts, 2 * D.intermediate, D.hidden), random_stored(experts, D.hidden, D.intermediate)
-    codes, absmax = (tiles.gate_and_up_tiles(t, 1) for t in (w13.codes, w13.absmax))
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype, along in product((torch.bfloat16, torch.float16), DIRECTIONS):
+        w13 = random_stored(experts, 2 * D.intermediate, D.hidden, along)
+        w2 = random_stored(experts, D.hidden, D.intermediate, along)
         bias13, bias2 = ((torch.randn(w.codes.shape[:2], device=DEVICE) * 0.1).to(dtype) for w in (w13, w2))
-        tiled_bias = tiles.gate_and_up_tiles(bias13, 1).contiguous()
-        packed13 = Packed(*tiles.pack(codes, absmax, BLOCKSIZE), tiled_bias, BLOCKSIZE, "nf4")
-        packed2 = Packed(*tiles.pack(w2.codes, w2.absmax, BLOCKSIZE), bias2, BLOCKSIZE, "nf4")
+        packed13, packed2 = packed_of(w13, bias13, along, gate_and_up=True), packed_of(w2, bias2, along)
         for tokens in batches:
             plan = plan_experts(tokens, top_k, experts, gpu_of(DEVICE))
             batch = random_batch(tokens, dtype, plan, experts, top_k)
@@ -219,7 +276,8 @@ def errors(experts: int = 4, top_k: int = 2, batches: Sequence[int] = ERROR_TOKE
                 order(middle), top_k, batch.topk_weights, batch.routing, packed2, D.hidden, plan, torch.float32
             )
             second = relative(result, expected)
-            rows.append([f"{dtype}, {tokens} tokens, {plan.rows} rows a program", f"w13 {first:.1e}, w2 {second:.1e}"])
+            what = f"{dtype}, blocks along the {along}, {tokens} tokens, {plan.rows} rows a program"
+            rows.append([what, f"w13 {first:.1e}, w2 {second:.1e}"])
     return rows
 
 

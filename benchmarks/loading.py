@@ -46,7 +46,10 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, required=True, help="where the weights are, or are made (13.4 GB)")
     parser.add_argument("--checkpoint", type=Path, help="a converted checkpoint of yours, in place of those")
     parser.add_argument(
-        "--dtype", choices=weights.NF4_DTYPES.values(), default="bfloat16", help="float16 has a residual_scale of 1/64"
+        "--dtype",
+        choices=sorted({*weights.NF4_DTYPES.values()}),
+        default="bfloat16",
+        help="float16 has a residual_scale of 1/64",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[0, 1, 2, 4, 8, 16], help="0: the thread that reads")

@@ -3,7 +3,8 @@
     python -m benchmarks.machine_code [86]
 
 Every launch that gpt-oss-20b makes, without adapters and with them, is recorded and compiled for the compute capability:
-registers, spills, shared memory, and the machine instructions of the innermost loop per 4-bit weight.
+registers, spills, shared memory, and the machine instructions of the innermost loop per 4-bit weight. Experts come with
+blocks along the inputs and along the outputs.
 """
 
 import re
@@ -24,9 +25,10 @@ from triton.runtime.driver import driver
 
 from benchmarks.tables import markdown
 from benchmarks.weights import GPT_OSS_20B
+from gptoss_nf4.format.blocks import DIRECTIONS, INPUTS, OUTPUTS
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.vllm.kernels import head_launch, launch, tiles, variants
-from gptoss_nf4.vllm.kernels.arguments import Packed
+from gptoss_nf4.vllm.kernels.arguments import Packed, Weight
 from gptoss_nf4.vllm.kernels.lora import Factors, Lora
 from gptoss_nf4.vllm.kernels.plan import Gpu, settle
 from gptoss_nf4.vllm.kernels.twelve_bits import PLANES, WORDS, TwelveBits
@@ -63,6 +65,9 @@ class Launch(variants.Launch):
         dtypes = [f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor.is_floating_point()]
         constants = [parameter.name for parameter in self.function.params if parameter.is_constexpr]
         settings = [f"{name} {self.arguments[name]}" for name in constants]
+        weight = self.arguments.get("weight")
+        if isinstance(weight, Weight) and weight.ROW_TILES_PER_BLOCK.value:
+            settings.append("blocks along the outputs")
         if isinstance(lora := self.arguments.get("lora"), Lora):
             settings.append(f"LoRA of rank {lora.RANK.value}, {len(lora.ends)} slices")
         if self.arguments.get("routing") is not None and self.arguments["routing"].slots is None:
@@ -102,10 +107,18 @@ class AbsentDriver:
 
 
 def launches(
-    d: Dimensions, dtype: torch.dtype, gpu: Gpu, blocksize: int = 64, lora_rank: int | None = None
+    d: Dimensions,
+    dtype: torch.dtype,
+    gpu: Gpu,
+    blocksize: int = 64,
+    lora_rank: int | None = None,
+    blocks_along: str = INPUTS,
 ) -> list[Launch]:
-    """Every launch of a model that differs from the others by its kernel or settings. lora_rank: with adapters."""
-    found = launches_of(d, dtype, gpu, TOKENS, LINEAR_ROWS, blocksize, lora_rank)
+    """Every launch of a model that differs from the others by its kernel or settings. lora_rank: with adapters.
+
+    blocks_along: of the experts.
+    """
+    found = launches_of(d, dtype, gpu, TOKENS, LINEAR_ROWS, blocksize, lora_rank, blocks_along)
     return list({each.label: each for each in found}.values())
 
 
@@ -117,12 +130,13 @@ def launches_of(
     linear_rows: Sequence[int],
     blocksize: int = 64,
     lora_rank: int | None = None,
+    blocks_along: str = INPUTS,
 ) -> list[Launch]:
     """The launches of a layer in their order: of the experts for each of `batches`, of q/k/v and o for `linear_rows`."""
-    w13 = _packed(d.experts, 2 * d.intermediate, d.hidden, dtype, blocksize)
-    w2 = _packed(d.experts, d.hidden, d.intermediate, dtype, blocksize)
-    qkv = _packed(1, d.q_rows + 2 * d.kv_rows, d.hidden, dtype, blocksize)
-    o = _packed(1, d.hidden, d.q_rows, dtype, blocksize)
+    w13 = packed(d.experts, 2 * d.intermediate, d.hidden, dtype, blocksize, blocks_along)
+    w2 = packed(d.experts, d.hidden, d.intermediate, dtype, blocksize, blocks_along)
+    qkv = packed(1, d.q_rows + 2 * d.kv_rows, d.hidden, dtype, blocksize)
+    o = packed(1, d.hidden, d.q_rows, dtype, blocksize)
     top_k, experts = d.experts_per_token, d.experts
     w13_factors = w2_factors = qkv_factors = router_factors = None
     if lora_rank:
@@ -179,13 +193,16 @@ def head_launches(d: Dimensions, dtype: torch.dtype, gpu: Gpu) -> list[Launch]:
     return list({each.label: each for each in made}.values())
 
 
-def _packed(experts: int, rows: int, columns: int, dtype: torch.dtype, blocksize: int) -> Packed:
-    inputs = tiles.tile_inputs(blocksize)
+def packed(experts: int, rows: int, columns: int, dtype: torch.dtype, blocksize: int, blocks_along: str = INPUTS) -> Packed:
+    """A weight without memory, for activations in `dtype`."""
+    across = blocks_along == OUTPUTS
+    inputs = tiles.tile_inputs_across(columns) if across else tiles.tile_inputs(blocksize)
     row_tiles, words = rows // tiles.ROWS, inputs // tiles.ROWS
     codes = torch.empty(experts, row_tiles, columns // inputs, tiles.LANES, words, dtype=torch.int32, device=META)
-    absmax = torch.empty(experts, row_tiles, columns // blocksize, tiles.ROWS, dtype=torch.float16, device=META)
+    shape = (rows // blocksize, columns) if across else (row_tiles, columns // blocksize, tiles.ROWS)
+    absmax = torch.empty(experts, *shape, dtype=dtype if across else torch.float16, device=META)
     bias = torch.empty(experts, rows, dtype=dtype, device=META)
-    return Packed(codes, absmax, bias, blocksize, "nf4")
+    return Packed(codes, absmax, bias, blocksize, "nf4", blocks_along)
 
 
 def _factors(rank: int, experts: int, slices: list[int], inputs: int, dtype: torch.dtype) -> Factors:
@@ -262,7 +279,11 @@ def main() -> None:
         known = ", ".join(map(str, GPUS))
         sys.exit(f"error: benchmarks.machine_code: compute capability: got {capability}, expected one of {known}")
     rows, gpu = [], GPUS[capability]
-    found = [launches(GPT_OSS_20B, torch.bfloat16, gpu, lora_rank=rank) for rank in (None, *LORA_RANKS)]
+    found = [
+        launches(GPT_OSS_20B, torch.bfloat16, gpu, lora_rank=rank, blocks_along=along)
+        for along in DIRECTIONS
+        for rank in (None, *LORA_RANKS)
+    ]
     found += [head_launches(GPT_OSS_20B, dtype, gpu) for dtype in (torch.bfloat16, torch.float16)]
     for each in {each.label: each for each in chain(*found)}.values():
         compiled = each.compiled(capability)

@@ -17,7 +17,7 @@ for each block of activations; activations, which every program reads, are taken
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
-from math import ceil, comb, floor, prod
+from math import ceil, exp, floor, lgamma, log, log1p, prod
 
 import torch
 
@@ -25,6 +25,7 @@ from benchmarks import cards
 from benchmarks.cards import SCHEDULERS, Card
 from benchmarks.machine_code import GPUS, Launch, disassembled, instructions, launches_of, main_loop, resources
 from benchmarks.weights import GPT_OSS_20B
+from gptoss_nf4.format.blocks import INPUTS
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.vllm.kernels import tiles
 
@@ -63,7 +64,7 @@ def code_of(launch: Launch, capability: int) -> Code:
         counts[cards.SHARED_PIPES.get(kind, kind)] += cards.cycles(opcode, capability)
         counts["issue"] += 1
         if inside and kind == "tensor":
-            products += next(each for shape, each in cards.HMMA_PRODUCTS.items() if f".{shape}." in f"{opcode}.")
+            products += cards.products(opcode)
     shared = takes.static_bytes + takes.dynamic_bytes
     return Code(once, turn, products, takes.registers, shared, compiled.metadata.num_warps)
 
@@ -84,7 +85,8 @@ def mean_blocks(tokens: int, d: Dimensions, rows: int) -> tuple[float, float]:
     chosen = d.experts_per_token / d.experts
     blocks = used = 0.0
     for count in range(1, tokens + 1):
-        share = d.experts * comb(tokens, count) * chosen**count * (1 - chosen) ** (tokens - count)
+        ways = lgamma(tokens + 1) - lgamma(count + 1) - lgamma(tokens - count + 1)  # logarithm; a number of them overflows
+        share = d.experts * exp(ways + count * log(chosen) + (tokens - count) * log1p(-chosen))
         blocks += share * ceil(count / rows)
         used += share
     return blocks, used
@@ -190,9 +192,14 @@ def predict(launch: Launch, code: Code, tokens: int, card: Card, d: Dimensions =
 
 
 @cache
-def layer(tokens: int, capability: int, dtype: torch.dtype = torch.bfloat16) -> tuple[tuple[Launch, Code], ...]:
-    """Our launches of a layer at this batch, with their machine code. Compiling takes seconds for each."""
-    found = launches_of(GPT_OSS_20B, dtype, GPUS[capability], [tokens], [tokens])
+def layer(
+    tokens: int, capability: int, dtype: torch.dtype = torch.bfloat16, blocks_along: str = INPUTS
+) -> tuple[tuple[Launch, Code], ...]:
+    """Our launches of a layer at this batch, with their machine code. Compiling takes seconds for each.
+
+    blocks_along: of the experts.
+    """
+    found = launches_of(GPT_OSS_20B, dtype, GPUS[capability], [tokens], [tokens], blocks_along=blocks_along)
     codes: dict[str, Code] = {}
     for each in found:
         if each.label not in codes:

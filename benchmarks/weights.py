@@ -1,5 +1,8 @@
 """Full-size gpt-oss-20b checkpoints of random weights: ours in NF4, in both dtypes, and the stock one in MXFP4.
 
+Ours come in two layouts: with blocks of experts along the inputs, as from a split source, and along the outputs, as from a
+fused one. Their weights are the same.
+
 All have the same embeddings, attention biases, norms, sinks, routers and head, and experts of the same size of values,
 so a token goes to as many different experts in one as in the other. With a router of standard deviation 0.02 on
 embeddings of standard deviation 1, routing spreads over all experts (vLLM's dummy weights send most tokens of a batch
@@ -20,11 +23,12 @@ from safetensors.torch import save_file
 
 from gptoss_nf4.convert.assemble import build_index
 from gptoss_nf4.format import names
+from gptoss_nf4.format.blocks import INPUTS, OUTPUTS, absmax_shape, state_shape
 from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.quant_state import QuantState
 from gptoss_nf4.format.residual import AUTO, KEY, resolve
-from gptoss_nf4.format.result import QUANT_METHOD, format_version
+from gptoss_nf4.format.result import BLOCKS_ALONG, QUANT_METHOD, format_version
 from gptoss_nf4.format.rows import INTERLEAVED
 from gptoss_nf4.samples.embedded import model_config
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
@@ -46,9 +50,28 @@ WEIGHT_STD = 0.0115  # of every 4-bit weight: MXFP4 codes are 2.94 on average, t
 DTYPE = torch.bfloat16  # of the values, whatever dtype stores them
 # Kinds of checkpoints. Ours: the dtype of what is not 4-bit.
 MXFP4 = "mxfp4"
-NF4_DTYPES = {"nf4-float16": "float16", "nf4-bfloat16": "bfloat16"}
+NF4_DTYPES = {
+    "nf4-float16": "float16",
+    "nf4-bfloat16": "bfloat16",
+    "nf4-fused-float16": "float16",
+    "nf4-fused-bfloat16": "bfloat16",
+}
 KINDS = (*NF4_DTYPES, MXFP4)
-NF4_LAYERS = "nf4-layers"  # the directory of the files that those of NF4_DTYPES share
+
+
+def blocks_along(kind: str) -> str:
+    """Direction of the experts' blocks in our checkpoint of that kind."""
+    return OUTPUTS if kind.startswith("nf4-fused-") else INPUTS
+
+
+def layers_of(kind: str) -> str:
+    """The directory of the files that those of NF4_DTYPES in one layout share."""
+    return f"nf4-layers-{blocks_along(kind)}"
+
+
+def is_experts(name: str) -> bool:
+    """Whether a module, by its full name, is fused experts."""
+    return ".mlp.experts." in name
 
 
 @cache
@@ -113,14 +136,14 @@ class Maker:
             for name, shape in names.outside_shapes(self.d).items()
         }
 
-    def nf4(self, name: str, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        """A weight [..., rows, in] as `gptoss_nf4.convert.requant` stores it."""
+    def nf4(self, name: str, shape: tuple[int, ...], along: str) -> dict[str, torch.Tensor]:
+        """A weight [..., rows, in] as `gptoss_nf4.convert.requant` stores it, with blocks in that direction."""
         book = CODEBOOKS["nf4"]
         absmax = WEIGHT_STD / float(np.sqrt(np.mean(np.square(book))))
-        state = QuantState(quant_type="nf4", blocksize=BLOCKSIZE, dtype="bfloat16", shape=shape)
+        state = QuantState(quant_type="nf4", blocksize=BLOCKSIZE, dtype="bfloat16", shape=state_shape(shape, along))
         return {
             name: self.codes(name, (*shape[:-1], shape[-1] // 2)),
-            f"{name}.absmax": torch.full((*shape[:-1], shape[-1] // BLOCKSIZE), absmax),
+            f"{name}.absmax": torch.full(absmax_shape(shape, BLOCKSIZE, along), absmax),
             f"{name}.quant_map": torch.from_numpy(book.copy()),
             f"{name}.{names.STATE_PREFIX}nf4": torch.from_numpy(state.to_json().copy()),
         }
@@ -136,10 +159,10 @@ class Maker:
         }
         return {names.prefix(layer) + key: shape for key, shape in shapes.items()}
 
-    def nf4_layer(self, layer: int) -> dict[str, torch.Tensor]:
+    def nf4_layer(self, layer: int, experts_along: str) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         for name, shape in self.nf4_shapes(layer).items():
-            tensors |= self.nf4(f"{name}.weight", shape)
+            tensors |= self.nf4(f"{name}.weight", shape, experts_along if is_experts(name) else INPUTS)
         return tensors
 
     def nf4_dense(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -200,24 +223,26 @@ def _finish(directory: Path, config: dict) -> None:
     write_json(directory / "config.json", config)  # last: its presence says that the checkpoint is whole
 
 
-def write_nf4(directory: Path, d: Dimensions, device: str, dtype: str) -> None:
-    """Our checkpoint. What is not 4-bit is in `dtype`, with the residual_scale that a conversion chooses for it."""
-    maker = Maker(d, device)
+def write_nf4(directory: Path, d: Dimensions, device: str, kind: str) -> None:
+    """Our checkpoint. What is not 4-bit is in its dtype, with the residual_scale that a conversion chooses for it."""
+    maker, dtype, along = Maker(d, device), NF4_DTYPES[kind], blocks_along(kind)
+    experts = [name for layer in range(d.layers) for name in maker.nf4_shapes(layer) if is_experts(name)]
+    directions = dict.fromkeys(experts, along) if along == OUTPUTS else {}
     quantization = {
         "quant_method": QUANT_METHOD,
-        "format_version": format_version({}),
+        "format_version": format_version(directions),
         "quant_type": "nf4",
         "blocksize": BLOCKSIZE,
         "w13_order": INTERLEAVED,
         "requant_mode": "synthetic",
         KEY: resolve(AUTO, dtype),
         "modules_to_not_convert": [],
-    }
+    } | ({BLOCKS_ALONG: directions} if directions else {})
     directory.mkdir(parents=True, exist_ok=True)
     for layer in range(d.layers):
-        shared, own = (place / f"layer-{layer}.safetensors" for place in (directory.parent / NF4_LAYERS, directory))
+        shared, own = (place / f"layer-{layer}.safetensors" for place in (directory.parent / layers_of(kind), directory))
         if not shared.exists():
-            _save(shared, maker.nf4_layer(layer))
+            _save(shared, maker.nf4_layer(layer, along))
         own.unlink(missing_ok=True)
         os.link(shared, own)
     _save(directory / "dense.safetensors", maker.nf4_dense(getattr(torch, dtype)))
@@ -240,5 +265,5 @@ def ensure(directory: Path, kind: str, d: Dimensions, device: str) -> Path:
         if kind == MXFP4:
             write_mxfp4(path, d, device)
         else:
-            write_nf4(path, d, device, NF4_DTYPES[kind])
+            write_nf4(path, d, device, kind)
     return path

@@ -79,8 +79,11 @@ def local(directory: Path, root: Path) -> tuple[Model, Artifacts]:
     return Model(name="test", kind="local", path=str(directory)), Artifacts(root)
 
 
-def converted_for_interpreter(source: Path, root: Path) -> Artifacts:
-    """Write a gpt-oss to `source` that Triton's interpreter runs in seconds, and convert it to float16 below `root`."""
+def converted_for_interpreter(source: Path, root: Path, stacked: bool = False) -> Artifacts:
+    """Write a gpt-oss to `source` that Triton's interpreter runs in seconds, and convert it to float16 below `root`.
+
+    stacked: in the fused layout, whose blocks run along the outputs.
+    """
     d = Dimensions(
         layers=1,
         hidden=128,
@@ -92,7 +95,7 @@ def converted_for_interpreter(source: Path, root: Path) -> Artifacts:
         head_dim=64,
         vocabulary=262,
     )
-    embedded.write_checkpoint(source, d)
+    embedded.write_checkpoint(source, d, stacked=stacked)
     model, artifacts = local(source, root)
     convert(model, artifacts, RequantOptions(), "float16")
     return artifacts

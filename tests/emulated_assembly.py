@@ -20,14 +20,25 @@ class Assembly:
     ) -> "Results":
         if text.startswith(".shared"):  # a program declares its memory once, in front of all uses
             self.shared = ptx.Shared()
-        outputs = ptx.run(text, constraints, [value.data for value in values], self.shared)
         shape = np.broadcast_shapes(*(value.data.shape for value in values)) if values else (1,)
+        inputs = [value.data for value in values]
+        if pack == 2:  # two neighbours of 16 bits in a register
+            inputs = [np.ascontiguousarray(np.broadcast_to(each, shape)).view(np.uint32) for each in inputs]
+            shape = inputs[0].shape
+        outputs = ptx.run(text, constraints, inputs, self.shared)
         self.ran += 1
         handles = []
         for output, kind in zip(outputs, types, strict=True):
             bits = np.broadcast_to(output, shape).copy()
-            handles.append(TensorHandle(bits.view(np.int32 if kind.scalar.is_int_signed() else np.uint32), kind.scalar))
+            handles.append(TensorHandle(bits.view(_numpy_type(kind.scalar)), kind.scalar))
         return Results(handles)
+
+
+def _numpy_type(kind: tl.dtype) -> type:
+    """As which Triton's interpreter keeps it."""
+    if kind.primitive_bitwidth == 16:
+        return np.float16 if kind.is_fp16() else np.uint16
+    return np.int32 if kind.is_int_signed() else np.uint32
 
 
 @dataclass

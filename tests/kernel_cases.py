@@ -19,6 +19,7 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
+from gptoss_nf4.format.blocks import INPUTS, OUTPUTS  # noqa: E402
 from gptoss_nf4.format.codec import CODEBOOKS  # noqa: E402
 from gptoss_nf4.vllm.activation import clamped_swiglu  # noqa: E402
 from gptoss_nf4.vllm.kernels import combine, launch, sort, tiles  # noqa: E402
@@ -42,6 +43,7 @@ class Experts:
     blocksize: int = 64
     quant_type: str = "nf4"
     plan: Plan | None = None
+    blocks_along: tuple[str, str] = (INPUTS, INPUTS)  # of w13 and w2
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,11 @@ class Linear:
     quant_type: str = "nf4"
     bias: bool = True
     plan: Small | None = None
+    blocks_along: str = INPUTS
+    size: float = 1.0  # of activations
 
 
+ACROSS = (OUTPUTS, OUTPUTS)
 EXPERTS = [
     Experts(tokens=1, experts=4, hidden=192, intermediate=64),
     Experts(tokens=5, experts=4, hidden=192, intermediate=64),
@@ -67,6 +72,26 @@ EXPERTS = [
     ),
     Experts(tokens=9, experts=4, hidden=192, intermediate=288, blocksize=32, plan=Large(rows=32)),
     Experts(tokens=40, experts=3, hidden=256, intermediate=64, plan=Large(rows=16)),
+    # Blocks of 64 outputs: two pairs of gate and up tiles, four tiles of w2. The inputs of w2 are tiles of 32.
+    Experts(tokens=1, experts=4, hidden=192, intermediate=96, blocks_along=ACROSS),
+    Experts(tokens=5, experts=4, hidden=192, intermediate=160, blocks_along=ACROSS, plan=Small(rows=8, warps=2)),
+    Experts(
+        tokens=5, experts=4, hidden=96, intermediate=160, blocksize=32, plan=Small(rows=16, warps=1), blocks_along=ACROSS
+    ),
+    Experts(tokens=9, experts=4, hidden=192, intermediate=288, blocks_along=ACROSS, plan=Large(rows=32)),
+    Experts(
+        tokens=40,
+        experts=3,
+        hidden=256,
+        intermediate=192,
+        blocksize=128,
+        quant_type="fp4",
+        plan=Large(rows=16),
+        blocks_along=ACROSS,
+    ),
+    # As where one of the two was quantized anew.
+    Experts(tokens=5, experts=4, hidden=192, intermediate=64, blocks_along=(INPUTS, OUTPUTS)),
+    Experts(tokens=9, experts=3, hidden=128, intermediate=64, blocks_along=(OUTPUTS, INPUTS), plan=Large(rows=32)),
 ]
 LINEARS = [
     Linear(rows=5, outputs=72, inputs=192),
@@ -74,8 +99,11 @@ LINEARS = [
     Linear(rows=40, outputs=32, inputs=192, bias=False),
     Linear(rows=70, outputs=72, inputs=192),
     Linear(rows=18, outputs=40, inputs=256, blocksize=128, quant_type="fp4", plan=Small(rows=16, warps=2)),
+    # Activations near float16's largest, which absmax in its units would take beyond.
+    Linear(rows=5, outputs=192, inputs=192, size=1.5e4, blocks_along=OUTPUTS),
+    Linear(rows=70, outputs=64, inputs=96, blocksize=32, blocks_along=OUTPUTS),
 ]
-DECODED = [("nf4", 64), ("nf4", 32), ("fp4", 64)]
+DECODED = [("nf4", 64, INPUTS), ("nf4", 32, INPUTS), ("fp4", 64, INPUTS), ("nf4", 32, OUTPUTS), ("fp4", 64, OUTPUTS)]
 SORTED_TOKENS = (2, 3, 8, 33, 64)
 
 
@@ -84,7 +112,7 @@ class Matrix:
     """A random weight of some experts, as stored, in the kernels' order, and in float64."""
 
     codes: torch.Tensor  # uint8 [E, rows, columns / 2]
-    absmax: torch.Tensor  # float32 [E, rows, columns / blocksize]
+    absmax: torch.Tensor  # float32 [E, rows, columns / blocksize], or [E, rows / blocksize, columns]
     packed: Packed
     dense: torch.Tensor  # float64 [E, rows, columns]
     bias: torch.Tensor  # float64 [E, rows]
@@ -95,8 +123,8 @@ def main() -> None:
     for tokens in SORTED_TOKENS:
         report(f"sorting {tokens} tokens", torch.int32, misplaced_slots(tokens))
     for dtype in (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16,):
-        for quant_type, blocksize in DECODED:
-            report(f"decoding {quant_type} of blocksize {blocksize}", dtype, wrong_bits(quant_type, blocksize, dtype))
+        for case in DECODED:
+            report(f"decoding {case}", dtype, wrong_bits(*case, dtype))
         for case in LINEARS:
             report(str(case), dtype, linear_error(case, dtype))
         for case in EXPERTS:
@@ -131,20 +159,21 @@ def misplaced_slots(tokens: int, top_k: int = 4, experts: int = 32) -> dict[str,
     return wrong
 
 
-def wrong_bits(quant_type: str, blocksize: int, dtype: torch.dtype) -> dict[str, float]:
+def wrong_bits(quant_type: str, blocksize: int, blocks_along: str, dtype: torch.dtype) -> dict[str, float]:
     """Activations of a single 1 each make the product the decoded weight: how many of its elements differ by a bit."""
     inputs = 2 * max(blocksize, tiles.MAX_INPUTS)
-    weight = random_matrix(1, 32, inputs, blocksize, quant_type, dtype)
+    weight = random_matrix(1, 64, inputs, blocksize, quant_type, dtype, blocks_along=blocks_along)
     # The contract of `codebook`: the value times the factor in `dtype`, then absmax, then `unscale`, both in float32.
     factor = best_factor(quant_type, {torch.bfloat16: 8, torch.float16: 11}[dtype])
     codes = torch.stack((weight.codes >> 4, weight.codes & 15), -1).flatten(-2)[0].long()
     values = (torch.from_numpy(CODEBOOKS[quant_type]).to(DEVICE).double() * factor).to(dtype).float()[codes]
-    absmax = (weight.absmax[0] * 256).half().float().repeat_interleave(blocksize, -1)
-    unscale = torch.tensor(1 / (factor * 256), dtype=torch.float32, device=DEVICE)
-    packed = weight.packed._replace(bias=None)
+    packed, across = weight.packed._replace(bias=None), blocks_along == OUTPUTS
+    rounded = (weight.absmax[0] * packed.absmax_factor).to(dtype if across else torch.float16).float()
+    absmax = rounded.repeat_interleave(blocksize, 0 if across else 1)
+    unscale = torch.tensor(1 / (factor * packed.absmax_factor), dtype=torch.float32, device=DEVICE)
     ones = torch.eye(inputs, dtype=dtype, device=DEVICE)
-    product = poison(lambda: launch.linear(ones, packed, 32, Small(rows=32, warps=1))).T
-    dense = poison(lambda: launch.dequantize(packed, 32, dtype))
+    product = poison(lambda: launch.linear(ones, packed, 64, Small(rows=32, warps=1))).T
+    dense = poison(lambda: launch.dequantize(packed, 64, dtype))
     return {
         "product": int((product != (values * absmax * unscale).to(dtype)).sum()),
         "dequantize": int((dense != (values * (absmax * unscale)).to(dtype)).sum()),
@@ -152,9 +181,10 @@ def wrong_bits(quant_type: str, blocksize: int, dtype: torch.dtype) -> dict[str,
 
 
 def linear_error(case: Linear, dtype: torch.dtype) -> dict[str, float]:
-    weight = random_matrix(1, case.outputs, case.inputs, case.blocksize, case.quant_type, dtype)
+    settings = case.blocksize, case.quant_type, dtype
+    weight = random_matrix(1, case.outputs, case.inputs, *settings, blocks_along=case.blocks_along)
     packed = weight.packed if case.bias else weight.packed._replace(bias=None)
-    x = torch.randn(case.rows, case.inputs, device=DEVICE).to(dtype)
+    x = (torch.randn(case.rows, case.inputs, device=DEVICE) * case.size).clamp(-65504, 65504).to(dtype)
     expected = x.double() @ weight.dense[0].T + weight.bias[0] * case.bias
     return {"linear": relative(poison(lambda: launch.linear(x, packed, case.outputs, case.plan)), expected)}
 
@@ -163,26 +193,28 @@ def experts_errors(case: Experts, dtype: torch.dtype) -> dict[str, float]:
     """Of both products and of the sum, each on inputs that are exact for it; of the whole where some slots are skipped."""
     plan = case.plan or plan_experts(case.tokens, TOP_K, case.experts, gpu_of(DEVICE))
     settings = case.blocksize, case.quant_type, dtype
-    w13 = random_matrix(case.experts, 2 * case.intermediate, case.hidden, *settings, gate_and_up=True)
-    w2 = random_matrix(case.experts, case.hidden, case.intermediate, *settings)
+    along13, along2 = case.blocks_along
+    w13 = random_matrix(case.experts, 2 * case.intermediate, case.hidden, *settings, True, along13)
+    w2 = random_matrix(case.experts, case.hidden, case.intermediate, *settings, blocks_along=along2)
     x = torch.randn(case.tokens, case.hidden, device=DEVICE).to(dtype)
     values, ids = torch.topk(torch.randn(case.tokens, case.experts, device=DEVICE), TOP_K)
     topk_weights, expert = torch.softmax(values, -1), ids.flatten()
     local = torch.tensor([*range(case.experts - 1), -1], dtype=torch.int32, device=DEVICE)  # the last is another rank's
     routing, here = route(ids, plan, local), expert < case.experts - 1
 
-    def order(t: torch.Tensor) -> torch.Tensor:
-        return tiles.operand_order(t, tiles.tile_inputs(case.blocksize)) if isinstance(plan, Large) else t
+    def order(t: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        """As the product with `matrix` takes it."""
+        return tiles.operand_order(t, 16 * matrix.packed.codes.shape[-1]) if isinstance(plan, Large) else t
 
     middle = clamped_swiglu(products(w13, expert, x.repeat_interleave(TOP_K, 0)))
-    result = poison(lambda: launch.swiglu_experts(order(x), TOP_K, routing, w13.packed, case.intermediate, plan))
-    errors = {"w13": relative(result[here], order(middle)[here])}
+    result = poison(lambda: launch.swiglu_experts(order(x, w13), TOP_K, routing, w13.packed, case.intermediate, plan))
+    errors = {"w13": relative(result[here], order(middle, w2)[here])}
 
     middle = middle.to(dtype)
     down = products(w2, expert, middle) * topk_weights.double().view(-1, 1) * here[:, None]
     result = poison(
         lambda: launch.down_experts(
-            order(middle), TOP_K, topk_weights, routing, w2.packed, case.hidden, plan, torch.float32
+            order(middle, w2), TOP_K, topk_weights, routing, w2.packed, case.hidden, plan, torch.float32
         )
     )
     errors["w2"] = relative(result, down)
@@ -208,20 +240,36 @@ def experts_errors(case: Experts, dtype: torch.dtype) -> dict[str, float]:
 
 
 def random_matrix(
-    experts: int, rows: int, columns: int, blocksize: int, quant_type: str, dtype: torch.dtype, gate_and_up: bool = False
+    experts: int,
+    rows: int,
+    columns: int,
+    blocksize: int,
+    quant_type: str,
+    dtype: torch.dtype,
+    gate_and_up: bool = False,
+    blocks_along: str = INPUTS,
 ) -> Matrix:
     """With a bias in `dtype`. If `gate_and_up`, gate and up rows are interleaved as stored, and packed in tiles in turn."""
     codes = torch.randint(0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=DEVICE)
-    absmax = (torch.rand(experts, rows, columns // blocksize, device=DEVICE) + 0.5) * 2 / columns**0.5
+    across = blocks_along == OUTPUTS
+    shape = (rows // blocksize, columns) if across else (rows, columns // blocksize)
+    absmax = (torch.rand(experts, *shape, device=DEVICE) + 0.5) * 2 / columns**0.5
     bias = (torch.randn(experts, rows, device=DEVICE) * 0.2).to(dtype)
-    arranged = [tiles.gate_and_up_tiles(t, 1).contiguous() if gate_and_up else t for t in (codes, absmax, bias)]
-    padding = tiles.padded_rows(arranged[2].shape[1]) - arranged[2].shape[1]
-    packed = Packed(
-        *tiles.pack(*arranged[:2], blocksize), torch.nn.functional.pad(arranged[2], (0, padding)), blocksize, quant_type
-    )
+
+    def arranged(t: torch.Tensor) -> torch.Tensor:
+        return tiles.gate_and_up_tiles(t, 1).contiguous() if gate_and_up else t
+
+    tiled = arranged(bias)
+    tiled = torch.nn.functional.pad(tiled, (0, tiles.padded_rows(tiled.shape[1]) - tiled.shape[1]))
+    if across:
+        packed_codes, packed_absmax, factor = tiles.pack_across(arranged(codes), absmax, dtype)
+        packed = Packed(packed_codes, packed_absmax, tiled, blocksize, quant_type, OUTPUTS, factor)
+    else:
+        packed = Packed(*tiles.pack(arranged(codes), arranged(absmax), blocksize), tiled, blocksize, quant_type)
     book = torch.from_numpy(CODEBOOKS[quant_type]).to(DEVICE).double()
     values = book[torch.stack((codes >> 4, codes & 15), -1).flatten(-2).long()]
-    return Matrix(codes, absmax, packed, values * absmax.double().repeat_interleave(blocksize, -1), bias.double())
+    dense = values * absmax.double().repeat_interleave(blocksize, 1 if across else 2)
+    return Matrix(codes, absmax, packed, dense, bias.double())
 
 
 def products(matrix: Matrix, expert: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

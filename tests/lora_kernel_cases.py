@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from kernel_cases import (
+    ACROSS,
     DEVICE,
     ON_GPU,
     TOP_K,
@@ -58,6 +59,16 @@ EXPERTS = [
     ),
     (Experts(tokens=40, experts=3, hidden=256, intermediate=64, plan=Large(rows=16)), Adapters(count=2, rank=64)),
     (Experts(tokens=20, experts=2, hidden=64, intermediate=64, plan=Large(rows=32)), Adapters(count=2, rank=128)),
+    # Blocks along the outputs.
+    (Experts(tokens=1, experts=4, hidden=192, intermediate=96, blocks_along=ACROSS), Adapters(count=1, rank=16)),
+    (
+        Experts(tokens=6, experts=4, hidden=96, intermediate=160, blocks_along=ACROSS, blocksize=32, plan=Small(8, 2)),
+        Adapters(count=3, rank=8),
+    ),
+    (
+        Experts(tokens=9, experts=3, hidden=192, intermediate=96, blocks_along=ACROSS, plan=Large(rows=32)),
+        Adapters(count=2, rank=16),
+    ),
 ]
 # With the rows of each slice.
 LINEARS = [
@@ -100,8 +111,9 @@ def experts_errors(case: Experts, adapters: Adapters, dtype: torch.dtype) -> dic
     """Of both products, each on inputs that are exact for it, and of the whole."""
     plan = case.plan or plan_experts(case.tokens, TOP_K, case.experts, gpu_of(DEVICE))
     settings = case.blocksize, case.quant_type, dtype
-    w13 = random_matrix(case.experts, 2 * case.intermediate, case.hidden, *settings, gate_and_up=True)
-    w2 = random_matrix(case.experts, case.hidden, case.intermediate, *settings)
+    along13, along2 = case.blocks_along
+    w13 = random_matrix(case.experts, 2 * case.intermediate, case.hidden, *settings, True, along13)
+    w2 = random_matrix(case.experts, case.hidden, case.intermediate, *settings, blocks_along=along2)
     x = torch.randn(case.tokens, case.hidden, device=DEVICE).to(dtype)
     values, ids = torch.topk(torch.randn(case.tokens, case.experts, device=DEVICE), TOP_K)
     topk_weights = torch.softmax(values, -1)
@@ -116,18 +128,19 @@ def experts_errors(case: Experts, adapters: Adapters, dtype: torch.dtype) -> dic
     w2_factors = w2_factors._replace(b=w2_factors.b * 4, scale=W2_SCALE * 8)
     mapping = w13_factors.adapters[: case.tokens].repeat_interleave(TOP_K)
 
-    def order(t: torch.Tensor) -> torch.Tensor:
-        return tiles.operand_order(t, tiles.tile_inputs(case.blocksize)) if isinstance(plan, Large) else t
+    def order(t: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        """As the product with `matrix` takes it."""
+        return tiles.operand_order(t, 16 * matrix.packed.codes.shape[-1]) if isinstance(plan, Large) else t
 
     def swiglu(factors: Factors | None) -> torch.Tensor:
-        given = order(x)
+        given = order(x, w13)
         return poison(lambda: launch.swiglu_experts(given, TOP_K, routing, w13.packed, case.intermediate, plan, factors))
 
     rows = x.repeat_interleave(TOP_K, 0)
     middle = clamped_swiglu(products_with(w13, w13_factors, mapping, expert, rows))
     result = swiglu(w13_factors)
     errors = {
-        "w13": relative(result[here], order(middle)[here]),
+        "w13": relative(result[here], order(middle, w2)[here]),
         "w13 base": different(result[here], swiglu(None)[here], mapping[here]),
     }
 
@@ -135,7 +148,7 @@ def experts_errors(case: Experts, adapters: Adapters, dtype: torch.dtype) -> dic
     middle[~here] = float("nan")  # as no kernel writes it
 
     def down(factors: Factors | None) -> torch.Tensor:
-        given = order(middle)
+        given = order(middle, w2)
         return poison(
             lambda: launch.down_experts(
                 given, TOP_K, topk_weights, routing, w2.packed, case.hidden, plan, torch.float32, factors

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from benchmarks import machine_code
 from benchmarks.weights import GPT_OSS_20B
+from gptoss_nf4.format.blocks import INPUTS, OUTPUTS
 from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.vllm.kernels import launch, tiles
 from gptoss_nf4.vllm.kernels.codebook import best_factor, codebook
@@ -67,6 +69,32 @@ def test_a_lane_holds_what_the_tensor_core_wants():
     assert packed.count_nonzero() == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-5, 0.01, 1.0, 200.0])
+def test_activations_times_absmax_of_inputs_stay_in_float16(dtype, size):
+    """Whatever its size, absmax of blocks along the outputs is 1 at most, and as exact as its dtype."""
+    absmax = (torch.rand(2, 3, 64) + 0.01) * size
+    codes = torch.randint(0, 256, (2, 96, 32), dtype=torch.uint8)
+    packed, kept, factor = tiles.pack_across(codes, absmax, dtype)
+    assert torch.equal(tiles.unpack_codes(packed, 96), codes)
+    assert kept.shape == absmax.shape
+    assert kept.dtype == dtype
+    assert 0.5 < float(kept.max()) <= 1
+    assert math.frexp(factor)[0] == 0.5  # a power of two
+    off = (kept.double() / factor / absmax.double() - 1).abs().max()
+    assert off <= {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+
+
+@pytest.mark.parametrize("absmax", [torch.zeros(1, 2, 32), torch.zeros(0, 2, 32)])
+def test_absmax_of_nothing_is_left_as_it_is(absmax):
+    assert tiles.fitting_power(absmax.half()) == 1
+
+
+@pytest.mark.parametrize(("inputs", "tile"), [(2880, 64), (1440, 32), (96, 32), (64, 64)])
+def test_tiles_are_whole_where_blocks_run_along_the_outputs(inputs, tile):
+    assert tiles.tile_inputs_across(inputs) == tile
+
+
 def test_gate_and_up_tiles_are_a_permutation_padded_with_zeros():
     rows = torch.arange(1, 2 * 20 + 1).view(1, 40, 1)
     tiled = tiles.gate_and_up_tiles(rows, 1).flatten()
@@ -113,7 +141,7 @@ def test_every_plan_is_among_those_compiled(capability):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "cases"), [("kernel_cases.py", 19), ("lora_kernel_cases.py", 14), ("routing_kernel_cases.py", 8)]
+    ("script", "cases"), [("kernel_cases.py", 30), ("lora_kernel_cases.py", 18), ("routing_kernel_cases.py", 8)]
 )
 def test_results(script, cases):
     """On a GPU the kernels themselves; elsewhere their logic, in float16, through Triton's interpreter."""
@@ -136,19 +164,27 @@ def test_results(script, cases):
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "blocksize", "lora_rank"),
+    ("capability", "dtype", "blocksize", "lora_rank", "blocks_along"),
     [
-        (86, torch.bfloat16, 64, None),
-        pytest.param(86, torch.bfloat16, 64, 16, marks=pytest.mark.slow),
-        pytest.param(86, torch.float16, 64, None, marks=pytest.mark.slow),
-        pytest.param(80, torch.bfloat16, 32, None, marks=pytest.mark.slow),
-        pytest.param(90, torch.bfloat16, 64, None, marks=pytest.mark.slow),
-        pytest.param(90, torch.bfloat16, 64, 16, marks=pytest.mark.slow),
+        (86, torch.bfloat16, 64, None, INPUTS),
+        (86, torch.bfloat16, 64, None, OUTPUTS),
+        pytest.param(86, torch.bfloat16, 64, 16, INPUTS, marks=pytest.mark.slow),
+        pytest.param(86, torch.bfloat16, 64, 16, OUTPUTS, marks=pytest.mark.slow),
+        pytest.param(86, torch.float16, 64, None, INPUTS, marks=pytest.mark.slow),
+        pytest.param(86, torch.float16, 64, None, OUTPUTS, marks=pytest.mark.slow),
+        pytest.param(80, torch.bfloat16, 32, None, INPUTS, marks=pytest.mark.slow),
+        pytest.param(80, torch.bfloat16, 32, None, OUTPUTS, marks=pytest.mark.slow),
+        pytest.param(90, torch.bfloat16, 64, None, INPUTS, marks=pytest.mark.slow),
+        pytest.param(90, torch.bfloat16, 64, None, OUTPUTS, marks=pytest.mark.slow),
+        pytest.param(90, torch.float16, 64, None, OUTPUTS, marks=pytest.mark.slow),
+        pytest.param(90, torch.bfloat16, 64, 16, INPUTS, marks=pytest.mark.slow),
+        pytest.param(90, torch.bfloat16, 64, 16, OUTPUTS, marks=pytest.mark.slow),
     ],
 )
-def test_every_launch_fits_the_gpu(capability, dtype, blocksize, lora_rank):
+def test_every_launch_fits_the_gpu(capability, dtype, blocksize, lora_rank, blocks_along):
     """For an RTX 3090 and others, with no GPU here: all that gpt-oss-20b launches, at all batch sizes."""
-    found = machine_code.launches(GPT_OSS_20B, dtype, machine_code.GPUS[capability], blocksize, lora_rank)
+    gpu = machine_code.GPUS[capability]
+    found = machine_code.launches(GPT_OSS_20B, dtype, gpu, blocksize, lora_rank, blocks_along)
     assert {each.kernel for each in found} == KERNELS | (LORA_KERNELS if lora_rank else ROUTING_KERNELS)
     for each in found:
         takes = machine_code.resources(each, each.compiled(capability))

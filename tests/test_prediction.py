@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cards, prediction, report_gpu, rtx3090
-from benchmarks.cards import H100, RTX_3090
+from benchmarks import cards, directions, prediction, report_gpu, rtx3090
+from benchmarks.cards import H100, H200, RTX_3090
 from benchmarks.machine_code import GPUS, instructions, launches_of, loop_length, main_loop
 from benchmarks.prediction import Code
 from benchmarks.weights import GPT_OSS_20B
@@ -53,6 +53,7 @@ def test_machine_code_is_read_with_its_inner_loop():
     ("opcode", "pipe", "cycles"),
     [
         ("PRMT", "integer", 2),
+        ("HGMMA.64x128x16.F32.BF16", "tensor", 64),
         ("LOP3.LUT", "integer", 2),
         ("FFMA", "float", 1),
         ("IMAD.MOV.U32", "heavy", 2),
@@ -95,13 +96,21 @@ def test_blocks_are_those_of_random_routing(tokens):
     assert used == pytest.approx(float((counts > 0).sum(1).float().mean()), rel=0.01)
 
 
+def test_blocks_of_a_long_prompt_are_counted_too():
+    """The number of ways to choose them is beyond float64."""
+    d = GPT_OSS_20B
+    blocks, used = prediction.mean_blocks(2048, d, 8)
+    assert used == pytest.approx(d.experts)
+    assert 2048 * d.experts_per_token / 8 < blocks < 2048 * d.experts_per_token / 8 + d.experts
+
+
 def test_work_is_that_of_the_weights():
     """w13 of four experts: 5760 x 2880 codes of half a byte, and a float16 for 64 of them."""
     work = prediction.work_of(w13_of(1), 1, RTX_3090, GPT_OSS_20B)
     weights = 4 * 5760 * 2880
     assert work.bytes == pytest.approx(weights * (0.5 + 2 / 64), rel=0.01)
     assert work.programs == 4 * 180
-    assert work.products == weights * 8
+    assert work.products == pytest.approx(weights * 8)
 
 
 def test_programs_that_return_at_once_do_not_count():
@@ -155,6 +164,17 @@ def test_an_rtx_3090_is_limited_by_memory():
         assert 0.8 * plain.us < careful.us < 1.5 * plain.us
         floor = sum(each.mb for each in found.values()) * 24 + rtx3090.head_bytes(GPT_OSS_20B, 16) / 1e6
         assert plain.us > floor / RTX_3090.read_gb_s * 1e3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", [RTX_3090, H200], ids=lambda card: card.name)
+def test_blocks_along_the_outputs_keep_the_pace(card):
+    """Of decoding and prefill, by their machine code. How both compare on a GPU `benchmarks.kernels` measures."""
+    place = directions.COLUMNS.index("inputs / outputs")
+    rows = directions.rows(card)
+    assert len(rows) == len(directions.TOKENS) * len(directions.PRODUCTS)
+    for row in rows:
+        assert float(row[place]) >= 0.9, row
 
 
 # ---- the report ----

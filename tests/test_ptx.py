@@ -31,6 +31,7 @@ BITS = {torch.bfloat16: 8, torch.float16: 11}
 TABLES = [(quant_type, dtype) for dtype in BITS for quant_type in CODEBOOKS]
 SCALED = {torch.bfloat16: decode.SCALED_PERMUTES_BF16.value, torch.float16: decode.SCALED_PERMUTES_FP16.value}
 SCALED_LOOKUPS = {torch.bfloat16: decode.SCALED_LOOKUPS_BF16.value, torch.float16: decode.SCALED_LOOKUPS_FP16.value}
+TIMES = {torch.bfloat16: decode.TIMES_BF16.value, torch.float16: decode.TIMES_FP16.value}
 # absmax in units of 1 / 256 as the kernels have them: usual ones, a zero block, and the ends of what is packed.
 SCALES = (0.0, 2.0**-14, 0.0271, 0.5, 1.0, 3.3, 100.7, 65280.0)
 
@@ -195,6 +196,28 @@ def test_scaled_lookups_round_the_product_once(quant_type, dtype):
         assert equal(found, expected_pairs(words, quant_type, dtype, rounded)), scales
 
 
+def some_halves(dtype: torch.dtype, seed: int, size: float = 1.0) -> torch.Tensor:
+    """`dtype` [4096]: usual numbers, zeros, and the smallest and largest."""
+    values = torch.randn(4096, generator=torch.Generator().manual_seed(seed)) * size
+    values[::64], values[1::64], values[2::64] = 0.0, 3e-8, -60000.0
+    return values.to(dtype)
+
+
+def multiplied(text: str, dtype: torch.dtype) -> bool:
+    """Whether the text multiplies pairs of `dtype`, each rounded once."""
+    values, scales = some_halves(dtype, 0, 100.0), some_halves(dtype, 1).abs().clamp(max=1).roll(7)
+    scales[10::64] = 0.0  # in the other half: a negative number times 0 is -0
+    pairs = [each.view(torch.int16).numpy().view(np.uint32) for each in (values, scales)]
+    (found,) = ptx.run(text, "=r,r,r", pairs)
+    right = (values.double() * scales.double()).to(dtype)
+    return np.array_equal(found.view(np.int16), right.view(torch.int16).numpy())
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_absmax_of_inputs_multiplies_pairs(dtype):
+    assert multiplied(TIMES[dtype], dtype)
+
+
 def test_nibbles_and_halves_by_hand():
     """One word written out: nibble 2 (h, r) + p of the word is weight p of pair (h, r), and weight 0 the lower half."""
     codes = [15, 0, 7, 3, 8, 12, 1, 14]  # of nibbles 0 to 7
@@ -211,7 +234,7 @@ def test_the_kernels_decode_through_their_assembly():
     done = subprocess.run([sys.executable, ROOT / "tests" / "ptx_cases.py"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == 18
+    assert len(results) == 28
     for result in results:
         assert result["wrong"] == 0, result
         assert result["ran"] > 0, result
@@ -431,6 +454,13 @@ def test_every_change_of_the_scaling_fails(texts, run, unscaled, least, dtype):
     assert decodes(text)
     assert len(every) > least
     assert_only_equivalents_live(every, decodes, [])
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_every_change_of_a_product_of_pairs_fails(dtype):
+    every = list(mutants(TIMES[dtype]))
+    assert len(every) > 20
+    assert_only_equivalents_live(every, lambda text: multiplied(text, dtype), [])
 
 
 @pytest.mark.parametrize(

@@ -128,10 +128,8 @@ RUN_ELSEWHERE = {
     "python stages/configure.py model=gpt_oss_20b": ("test_pipeline_files.py", "test_every_model_and_engine_composes"),
     "python -m benchmarks.machine_code": ("test_kernels.py", "test_every_launch_fits_the_gpu"),
     "python -m benchmarks.load": ("test_load.py", "test_the_command_line_says_what_is_wrong"),
-    "python -m benchmarks.load --seconds 60": (
-        "test_load.py",
-        "test_the_command_line_says_what_is_wrong",
-    ),
+    "python -m benchmarks.load --seconds 60": ("test_load.py", "test_the_command_line_says_what_is_wrong"),
+    "python -m benchmarks.directions": ("test_prediction.py", "test_blocks_along_the_outputs_keep_the_pace"),
     "python -m benchmarks.rtx3090": ("test_prediction.py", "test_an_rtx_3090_is_limited_by_memory"),
     "python -m benchmarks.report_gpu": ("test_prediction.py", "test_the_report_fits_into_an_issue"),
     "python tests/fuzz/fuzz.py header tests/fuzz/corpus/header": ("test_fuzz.py", "test_no_input_gets_past_the_checks"),

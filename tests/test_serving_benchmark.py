@@ -257,10 +257,10 @@ def test_only_engines_with_lora_are_asked_for_adapters():
 @pytest.mark.parametrize(
     ("together", "kv_gib", "sizes", "cache"),
     [
-        (1, None, [1] * 7, None),
-        (5, None, [5, 2], SHARED_KV_GIB),
-        (7, 1.6, [7], 1.6),
-        (2, 1.6, [2, 2, 2, 1], 1.6),
+        (1, None, [1] * 9, None),
+        (5, None, [5, 4], SHARED_KV_GIB),
+        (9, 1.6, [9], 1.6),
+        (2, 1.6, [2, 2, 2, 2, 1], 1.6),
     ],
 )
 def test_who_is_up_with_others_has_a_cache_of_fixed_size(together, kv_gib, sizes, cache):

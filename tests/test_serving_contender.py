@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks import weights
 from benchmarks.serving import adapters
@@ -11,6 +12,7 @@ from benchmarks.serving.measuring import busy
 from benchmarks.serving.routing import ROUTED_TOKENS, distinct_experts
 from gptoss_nf4.adapters.adapter import Adapter
 from gptoss_nf4.check.fitting import require_fitting
+from gptoss_nf4.format.blocks import INPUTS, OUTPUTS, absmax_shape
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.samples.embedded import TINY
 from gptoss_nf4.storage.checkpoint import Checkpoint
@@ -61,11 +63,33 @@ def test_the_weights_of_both_dtypes_fit_their_config_and_share_what_is_4_bit(tmp
         assert scale == {"float16": 1 / 64, "bfloat16": 1}[dtype]
         for layer in range(TINY.layers):
             name = f"layer-{layer}.safetensors"
-            assert (tmp_path / kind / name).samefile(tmp_path / weights.NF4_LAYERS / name)
+            assert (tmp_path / kind / name).samefile(tmp_path / weights.layers_of(kind) / name)
     made = (tmp_path / "nf4-float16" / "dense.safetensors").stat().st_mtime_ns
     weights.ensure(tmp_path, "nf4-float16", TINY, "cpu")
     assert (tmp_path / "nf4-float16" / "dense.safetensors").stat().st_mtime_ns == made
     assert {contender.weights for contender in CONTENDERS.values()} == {*weights.KINDS}
+
+
+def test_the_weights_of_both_layouts_are_the_same(tmp_path):
+    """And only what is said to run along the outputs does."""
+    inputs, outputs = (
+        load_file(weights.ensure(tmp_path, f"nf4-{kind}", TINY, "cpu") / "layer-1.safetensors")
+        for kind in ("float16", "fused-float16")
+    )
+    assert inputs.keys() == outputs.keys()
+    for name in inputs:
+        if name.endswith(".absmax"):
+            along = INPUTS if "self_attn" in name else OUTPUTS
+            assert outputs[name].shape == absmax_shape(tuple(codes_shape(inputs, name)), weights.BLOCKSIZE, along)
+            assert outputs[name].unique() == inputs[name].unique()
+        elif name.endswith(".weight"):
+            assert torch.equal(inputs[name], outputs[name])
+
+
+def codes_shape(tensors: dict[str, torch.Tensor], absmax: str) -> list[int]:
+    """The logical shape of the weight of an absmax."""
+    *rows, half = tensors[absmax.removesuffix(".absmax")].shape
+    return [*rows, 2 * half]
 
 
 def test_the_log_tells_of_loading_and_of_memory(tmp_path):

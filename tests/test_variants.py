@@ -13,8 +13,9 @@ import torch
 import triton
 from triton.runtime.driver import driver
 
-from benchmarks.machine_code import GPUS, AbsentDriver, _packed
+from benchmarks.machine_code import GPUS, AbsentDriver, packed
 from benchmarks.weights import GPT_OSS_20B
+from gptoss_nf4.format.blocks import INPUTS, OUTPUTS
 from gptoss_nf4.vllm import ops
 from gptoss_nf4.vllm.kernels.arguments import Packed
 from gptoss_nf4.vllm.kernels.plan import settle
@@ -62,12 +63,13 @@ def keys_of(found: list[Launch], capability: int) -> set[str]:
     return keys
 
 
-def layers(held: int | None, rank: int, here: int) -> list[Product]:
+def layers(held: int | None, rank: int, here: int, blocks_along: str) -> list[Product]:
     """What the layers of gpt-oss-20b ask for when they are made, and with adapters when vLLM has wrapped them."""
     widths = {"quant_type": "nf4", "dtype": DTYPE, "most_tokens": MOST_TOKENS}
     linear = {"rows": SLICES[-1], "inputs": D.hidden, "blocksize": 64, "bias": True} | widths
     experts = {"hidden": D.hidden, "intermediate": D.intermediate, "w13_blocksize": 64, "w2_blocksize": 64} | widths
     experts |= {"experts": D.experts, "here": here, "top_k": D.experts_per_token}
+    experts |= {"w13_blocks_along": blocks_along, "w2_blocks_along": blocks_along}
     router = Router(D.experts, D.hidden, DTYPE, MOST_TOKENS)
     found: list[Product] = [Linear(**linear), Experts(**experts, of_logits=not held), router]
     if held:
@@ -89,10 +91,10 @@ def aligned(ids: torch.Tensor, block: int, experts: int, expert_map: torch.Tenso
 class Server:
     """Calls the operators as vLLM does, on tensors of the real shapes without memory."""
 
-    def __init__(self, held: int | None, rank: int, here: int):
-        self.qkv = _packed(1, SLICES[-1], D.hidden, DTYPE, 64)
-        self.w13 = _packed(here, 2 * D.intermediate, D.hidden, DTYPE, 64)
-        self.w2 = _packed(here, D.hidden, D.intermediate, DTYPE, 64)
+    def __init__(self, held: int | None, rank: int, here: int, blocks_along: str):
+        self.qkv = packed(1, SLICES[-1], D.hidden, DTYPE, 64)
+        self.w13 = packed(here, 2 * D.intermediate, D.hidden, DTYPE, 64, blocks_along)
+        self.w2 = packed(here, D.hidden, D.intermediate, DTYPE, 64, blocks_along)
         self.expert_map = None if here == D.experts else torch.empty(D.experts, dtype=torch.int32, device=META)
         self.held = held
         if held:
@@ -117,6 +119,9 @@ class Server:
         ids = torch.empty(tokens, D.experts_per_token, dtype=torch.int32, device=META)
         routed = x, weights, ids, self.expert_map, D.experts
         both = *fields(self.w13, "w13_"), *fields(self.w2, "w2_")
+        # Any power of two that a layer finds when it is loaded: no variant of its own.
+        along = {"w13_absmax_factor": 64.0, "w2_absmax_factor": 0.5}
+        along |= {"w13_blocks_along": self.w13.blocks_along, "w2_blocks_along": self.w2.blocks_along}
         flag = torch.tensor([no_lora])
         logits = torch.empty(tokens, D.experts, dtype=DTYPE, device=META)
         plain(ops.router)(x, torch.empty(D.experts, D.hidden, dtype=DTYPE, device=META), logits[0])
@@ -124,7 +129,7 @@ class Server:
             plain(ops.packed_linear)(x, *self.qkv[:3], SLICES[-1], 64, "nf4")
             for is_padding in (None, torch.empty(MOST_TOKENS, dtype=torch.bool, device=META)):
                 chosen = x, logits, D.experts_per_token, is_padding, self.expert_map
-                plain(ops.packed_experts_of_logits)(*chosen, **dict(both), quant_type="nf4")
+                plain(ops.packed_experts_of_logits)(*chosen, **dict(both), quant_type="nf4", **along)
             return
         plain(ops.packed_linear_with_adapters)(
             x, *self.qkv[:3], SLICES[-1], 64, "nf4", self.adapters, flag, *self.stacks["qkv"], [*SLICES]
@@ -132,7 +137,7 @@ class Server:
         plain(ops.add_adapters)(logits, x, self.adapters, flag, *self.stacks["router"], [])
         stacks = *self.stacks["w13"], *self.stacks["w2"]
         plain(ops.packed_experts_with_adapters)(
-            torch.empty_like(x), *routed, *dict(both).values(), "nf4", self.adapters, flag, *stacks, 1 / 64
+            torch.empty_like(x), *routed, *dict(both).values(), "nf4", self.adapters, flag, *stacks, 1 / 64, **along
         )
 
 
@@ -146,22 +151,23 @@ def plain(operator):
     return operator._init_fn
 
 
-QUICK = [(86, None, 0, 32)]
-THOROUGH = [
-    *product((86,), [(None, 0, 16), (1, 16, 32), (4, 64, 32), (2, 8, 16)]),
-    *product((80, 90), [(None, 0, 32), (4, 64, 16)]),
-]
+QUICK = [(86, None, 0, 32, INPUTS)]
+CASES = [(None, 0, 16, INPUTS), (1, 16, 32, INPUTS), (4, 64, 32, INPUTS), (2, 8, 16, INPUTS)]
+CASES += [(None, 0, 32, OUTPUTS), (4, 64, 16, OUTPUTS)]
+THOROUGH = [*product((86,), CASES), *product((80, 90), [(None, 0, 32, INPUTS), (4, 64, 16, OUTPUTS)])]
 
 
 @pytest.mark.parametrize(
-    ("capability", "held", "rank", "here"),
+    ("capability", "held", "rank", "here", "blocks_along"),
     [*QUICK, *(pytest.param(capability, *case, marks=pytest.mark.slow) for capability, case in THOROUGH)],
 )
-def test_what_is_launched_was_compiled_at_the_start(capability, held, rank, here, monkeypatch):
+def test_what_is_launched_was_compiled_at_the_start(capability, held, rank, here, blocks_along, monkeypatch):
     monkeypatch.setattr(ops, "moe_align_block_size", aligned)
-    server = Server(held, rank, here)
+    server = Server(held, rank, here, blocks_along)
     for gpu, _ in weaker(GPUS[capability]):
-        known = {key for layer in layers(held, rank, here) for key in keys_of(launches(layer, gpu), capability)}
+        known = {
+            key for layer in layers(held, rank, here, blocks_along) for key in keys_of(launches(layer, gpu), capability)
+        }
         settle(META, gpu)
         with recorded() as served:
             for no_lora, tokens in product((False, True) if held else (True,), ALL_NUMBERS):

@@ -131,9 +131,10 @@ def test_two_ranks_agree(layout, request, monkeypatch):
 
 
 @pytest.mark.slow
-def test_packed_weights_and_interpreted_kernels_agree(tmp_path):
+@pytest.mark.parametrize("stacked", [False, True], ids=["split", "fused"])
+def test_packed_weights_and_interpreted_kernels_agree(stacked, tmp_path):
     """The GPU's path without one: loading into the kernels' order, routing, and the kernels, within vLLM."""
-    artifacts = converted_for_interpreter(tmp_path / "source", tmp_path / "artifacts")
+    artifacts = converted_for_interpreter(tmp_path / "source", tmp_path / "artifacts", stacked)
     script = [sys.executable, ROOT / "tests" / "packed_in_vllm.py", tmp_path / "source", artifacts.checkpoint]
     done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -142,7 +143,7 @@ def test_packed_weights_and_interpreted_kernels_agree(tmp_path):
     assert result["top1_agreement"] == 1
     assert result["worst_logprob_difference"] < 0.05
     assert result["dtypes"]["head"] == "torch.int32"
-    # The kernels read pairs of float16, in units of their own.
+    # The kernels read float16, in units of their own.
     assert result["dtypes"]["w13_absmax"] == result["dtypes"]["w2_absmax"] == "torch.float16"
 
 

@@ -225,9 +225,10 @@ def test_two_ranks_of_experts_whose_blocks_run_along_the_outputs(tiny_fused, tmp
 
 
 @pytest.mark.slow
-def test_the_gpus_path_serves_adapters(tmp_path):
+@pytest.mark.parametrize("stacked", [False, True], ids=["split", "fused"])
+def test_the_gpus_path_serves_adapters(stacked, tmp_path):
     """The kernels, in Triton's interpreter, within vLLM: prompts and decoding, base and adapters in one batch."""
-    artifacts = converted_for_interpreter(tmp_path / "source", tmp_path / "artifacts")
+    artifacts = converted_for_interpreter(tmp_path / "source", tmp_path / "artifacts", stacked)
     source = tmp_path / "source"
     models = {
         "base": whole_model(source),

@@ -35,6 +35,8 @@ class Contender:
         words = [self.weights.split("-")[0].upper(), self.dtype, *self.engine_args.values()]
         if self.plugin:
             words.append(f"residual_scale {Fraction(resolve(AUTO, self.dtype))}")
+        if "-fused-" in self.weights:
+            words.append("blocks along the outputs")
         if self.dequantize_all:
             words.append("every expert dequantized")
         return ", ".join(words)
@@ -44,6 +46,8 @@ PLUGIN = "plugin"  # in the configuration that a conversion makes by default
 CONTENDERS = {
     PLUGIN: Contender("nf4-float16", "float16", plugin=True),
     "plugin-bf16": Contender("nf4-bfloat16", "bfloat16", plugin=True),
+    "plugin-fused": Contender("nf4-fused-float16", "float16", plugin=True),
+    "plugin-fused-bf16": Contender("nf4-fused-bfloat16", "bfloat16", plugin=True),
     "mxfp4-marlin": Contender("mxfp4", "bfloat16", {"moe_backend": "marlin"}),
     "mxfp4-triton": Contender("mxfp4", "bfloat16", {"moe_backend": "triton"}),
     "mxfp4-humming": Contender("mxfp4", "bfloat16", {"moe_backend": "humming"}),

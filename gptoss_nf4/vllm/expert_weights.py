@@ -12,7 +12,16 @@ import torch
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.blocks import OUTPUTS, absmax_shape
 from gptoss_nf4.format.rows import INTERLEAVED, interleaved_rows
-from gptoss_nf4.vllm.kernels.tiles import gate_and_up_tiles, pack_absmax, pack_codes, pad_rows, tile_inputs
+from gptoss_nf4.vllm.kernels.tiles import (
+    ABSMAX_FACTOR,
+    gate_and_up_tiles,
+    pack_absmax,
+    pack_absmax_of_inputs,
+    pack_codes,
+    pad_rows,
+    tile_inputs,
+    tile_inputs_across,
+)
 from gptoss_nf4.vllm.loading import blocksize_of_shard, repeat_absmax, require_packable
 from gptoss_nf4.vllm.settings import Settings
 
@@ -59,7 +68,7 @@ class ExpertWeight(ABC):
     """One of the two weights of the local experts, logical [E, rows, columns] on this rank.
 
     `blocks_along` and `blocksize` are those of `blocks_of_rank`. `packed` says whether the weight is kept in the order that
-    the kernels read.
+    the kernels read; absmax is multiplied by `absmax_factor` there.
     """
 
     name: str  # w13 or w2; the names of the parameters begin with it, and so does its name in the checkpoint
@@ -71,6 +80,7 @@ class ExpertWeight(ABC):
         self.settings = settings
         self.tp_size, self.tp_rank = tp_size, tp_rank
         self.packed = packed
+        self.absmax_factor = ABSMAX_FACTOR
         self.prefix = prefix
         self.blocks_along, self.blocksize = blocks_of_rank(settings, self.name, rows, columns, prefix)
 
@@ -86,14 +96,16 @@ class ExpertWeight(ABC):
         """`rows` [E, rows, ...], with the rows in the order that the kernels read."""
         return rows
 
-    def parts(self, num_experts: int, bias_dtype: torch.dtype) -> list[Part]:
-        """Codes uint8 [E, rows, columns / 2], absmax float32 and bias [E, rows].
+    def parts(self, num_experts: int, dtype: torch.dtype) -> list[Part]:
+        """Codes uint8 [E, rows, columns / 2], absmax float32 and bias [E, rows]; `dtype` is that of the activations.
 
         absmax is [E, rows, columns / blocksize], or [E, rows / blocksize, columns] where blocks run along the outputs.
         """
         codes = (num_experts, self.rows, self.columns // 2)
         absmax = absmax_shape((num_experts, self.rows, self.columns), self.blocksize, self.blocks_along)
-        blocks_dim = -2 if self.blocks_along == OUTPUTS else -1
+        across = self.blocks_along == OUTPUTS
+        tile = tile_inputs_across(self.columns) if across else tile_inputs(self.blocksize)
+        blocks_dim = -2 if across else -1
 
         def absmax_of_rank(tensor: torch.Tensor) -> torch.Tensor:
             return self.shard(repeat_absmax(tensor, self.settings.blocksize, self.blocksize, blocks_dim), absmax)
@@ -103,7 +115,10 @@ class ExpertWeight(ABC):
                 require_packable(rows, f"{self.prefix}.{self.name}_absmax")
 
         def in_memory(pack: Change) -> Change:
-            return (lambda rows: pack(self.tiled(rows))) if self.packed else (lambda rows: rows)
+            return pack if self.packed else (lambda rows: rows)
+
+        def pack_blocks(rows: torch.Tensor) -> torch.Tensor:
+            return pack_absmax_of_inputs(rows, dtype) if across else pack_absmax(self.tiled(rows))
 
         return [
             Part(
@@ -111,15 +126,15 @@ class ExpertWeight(ABC):
                 codes,
                 torch.uint8,
                 lambda tensor: self.shard(tensor, codes),
-                in_memory(lambda rows: pack_codes(rows, tile_inputs(self.blocksize))),
+                in_memory(lambda rows: pack_codes(self.tiled(rows), tile)),
             ),
-            Part(f"{self.name}_absmax", absmax, torch.float32, absmax_of_rank, in_memory(pack_absmax), check_absmax),
+            Part(f"{self.name}_absmax", absmax, torch.float32, absmax_of_rank, in_memory(pack_blocks), check_absmax),
             Part(
                 f"{self.name}_expert_bias",
                 (num_experts, self.rows),
-                bias_dtype,
+                dtype,
                 self.shard_bias,
-                in_memory(lambda rows: pad_rows(rows, -1)),
+                in_memory(lambda rows: pad_rows(self.tiled(rows), -1)),
             ),
         ]
 

@@ -16,6 +16,7 @@ from gptoss_nf4.format.blocks import OUTPUTS
 from gptoss_nf4.vllm import experts, ops  # noqa: F401  (register torch.ops.gptoss_nf4)
 from gptoss_nf4.vllm.dequantize import dequantize
 from gptoss_nf4.vllm.expert_weights import W2, W13, ExpertWeight, Part, blocks_of_rank
+from gptoss_nf4.vllm.kernels.tiles import MIN_INPUTS, fitting_power
 from gptoss_nf4.vllm.loading import (
     Loader,
     current_device,
@@ -73,24 +74,24 @@ class Nf4MoEMethod(FusedMoEMethodBase):
                 register_parameter(layer, self.prefix, part.name, kept.shape, kept.dtype, load)
 
     def packs(self, product: Experts) -> bool:
-        """Whether the weights are kept in the kernels' order. UserError for blocks along the outputs: they read no such."""
+        """Whether the weights are kept in the kernels' order. UserError where a rank's inputs are no whole tiles."""
         if not runs_on_kernels(product.dtype):
             return False
-        for name in (W13.name, W2.name):
-            if self.settings.blocks_along(f"{self.prefix}.{name}") == OUTPUTS:
+        for name, inputs in ((W13.name, product.hidden), (W2.name, product.intermediate)):
+            if inputs % MIN_INPUTS:  # possible only where blocks run along the outputs
                 raise UserError(
-                    "blocks that no kernel reads",
+                    "tensor parallel size does not fit",
                     where=f"{self.prefix}.{name}",
-                    got=f"blocks along the {OUTPUTS}",
-                    expected="blocks along the inputs, on a GPU in float16 or bfloat16",
-                    next_step="convert the source again with requant.mode=nf4, or serve with --dtype float32",
+                    got=f"{inputs} inputs for each rank",
+                    expected=f"a multiple of {MIN_INPUTS}",
+                    next_step="use a smaller tensor_parallel_size, or expert parallelism",
                 )
         return all_work([product], current_device())
 
     def _product(self, num_experts: int, hidden: int, intermediate: int, dtype: torch.dtype) -> Experts:
         """What the kernels have to compute for a layer of these widths, of this rank."""
-        _, w13_blocksize = blocks_of_rank(self.settings, W13.name, 2 * intermediate, hidden, self.prefix)
-        _, w2_blocksize = blocks_of_rank(self.settings, W2.name, hidden, intermediate, self.prefix)
+        w13_along, w13_blocksize = blocks_of_rank(self.settings, W13.name, 2 * intermediate, hidden, self.prefix)
+        w2_along, w2_blocksize = blocks_of_rank(self.settings, W2.name, hidden, intermediate, self.prefix)
         return Experts(
             hidden=hidden,
             intermediate=intermediate,
@@ -103,6 +104,8 @@ class Nf4MoEMethod(FusedMoEMethodBase):
             top_k=self.moe.experts_per_token,
             most_tokens=most_tokens(),
             of_logits=self._may_choose(),
+            w13_blocks_along=w13_along,
+            w2_blocks_along=w2_along,
         )
 
     def _may_choose(self) -> bool:
@@ -139,6 +142,11 @@ class Nf4MoEMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         require_filled(layer)
+        for weight, absmax in ((layer.nf4_w13, layer.w13_absmax), (layer.nf4_w2, layer.w2_absmax)):
+            if weight.packed and weight.blocks_along == OUTPUTS:
+                power = fitting_power(absmax.data)
+                absmax.data.mul_(power)
+                weight.absmax_factor *= power
         if self.moe.is_lora_enabled:
             self._prepare_for_lora(layer)
 
@@ -204,18 +212,21 @@ class Nf4MoEMethod(FusedMoEMethodBase):
 
     def _weights(self, layer: RoutedExperts) -> dict:
         """The layer's weights as the operators name them."""
-        directions = {"w13_blocks_along": layer.nf4_w13.blocks_along, "w2_blocks_along": layer.nf4_w2.blocks_along}
+        w13, w2 = layer.nf4_w13, layer.nf4_w2
+        factors = {"w13_absmax_factor": w13.absmax_factor, "w2_absmax_factor": w2.absmax_factor}
         return {
             "w13_codes": layer.w13_codes,
             "w13_absmax": layer.w13_absmax,
             "w13_bias": layer.w13_expert_bias,
-            "w13_blocksize": layer.nf4_w13.blocksize,
+            "w13_blocksize": w13.blocksize,
+            "w13_blocks_along": w13.blocks_along,
             "w2_codes": layer.w2_codes,
             "w2_absmax": layer.w2_absmax,
             "w2_bias": layer.w2_expert_bias,
-            "w2_blocksize": layer.nf4_w2.blocksize,
+            "w2_blocksize": w2.blocksize,
+            "w2_blocks_along": w2.blocks_along,
             "quant_type": self.settings.quant_type,
-        } | ({} if layer.nf4_packed else directions)
+        } | (factors if layer.nf4_packed else {})
 
     def _dequantize_all(
         self, layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 import torch
 from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
 
+from gptoss_nf4.format.blocks import INPUTS
 from gptoss_nf4.vllm.kernels import launch
 from gptoss_nf4.vllm.kernels.arguments import Packed
 from gptoss_nf4.vllm.kernels.lora import Factors
 from gptoss_nf4.vllm.kernels.sort import local_experts
+from gptoss_nf4.vllm.kernels.tiles import ABSMAX_FACTOR
 
 
 @torch.library.custom_op("gptoss_nf4::packed_linear", mutates_args=())
@@ -110,6 +112,10 @@ def packed_experts(
     w2_bias: torch.Tensor,
     w2_blocksize: int,
     quant_type: str,
+    w13_blocks_along: str = INPUTS,
+    w13_absmax_factor: float = ABSMAX_FACTOR,
+    w2_blocks_along: str = INPUTS,
+    w2_absmax_factor: float = ABSMAX_FACTOR,
 ) -> torch.Tensor:
     """The weighted sum of each token's experts.
 
@@ -118,14 +124,14 @@ def packed_experts(
         topk_weights, topk_ids: [tokens, k], global expert numbers; a choice of -1 adds exactly 0.
         expert_map: int32 [experts] from global to local number, -1 for another rank's; None where all are here.
         experts: their global number.
-        w13_*, w2_*: this rank's experts in the order of `kernels.tiles`.
+        w13_*, w2_*: this rank's experts in the order of `kernels.tiles`, as `kernels.arguments.Packed` has them.
 
     Returns:
         [tokens, hidden] in x's dtype; choices of other ranks' experts add nothing.
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    w13 = Packed(w13_codes, w13_absmax, w13_bias, w13_blocksize, quant_type)
-    w2 = Packed(w2_codes, w2_absmax, w2_bias, w2_blocksize, quant_type)
+    w13 = Packed(w13_codes, w13_absmax, w13_bias, w13_blocksize, quant_type, w13_blocks_along, w13_absmax_factor)
+    w2 = Packed(w2_codes, w2_absmax, w2_bias, w2_blocksize, quant_type, w2_blocks_along, w2_absmax_factor)
     _experts(out, x, topk_weights, topk_ids, expert_map, experts, w13, w2)
     return out
 
@@ -146,6 +152,10 @@ def packed_experts_of_logits(
     w2_bias: torch.Tensor,
     w2_blocksize: int,
     quant_type: str,
+    w13_blocks_along: str = INPUTS,
+    w13_absmax_factor: float = ABSMAX_FACTOR,
+    w2_blocks_along: str = INPUTS,
+    w2_absmax_factor: float = ABSMAX_FACTOR,
 ) -> torch.Tensor:
     """`packed_experts` of the `top_k` experts with the largest logits, weighted by their softmax.
 
@@ -156,8 +166,8 @@ def packed_experts_of_logits(
     """
     if len(x) == 0:
         return torch.empty_like(x)
-    w13 = Packed(w13_codes, w13_absmax, w13_bias, w13_blocksize, quant_type)
-    w2 = Packed(w2_codes, w2_absmax, w2_bias, w2_blocksize, quant_type)
+    w13 = Packed(w13_codes, w13_absmax, w13_bias, w13_blocksize, quant_type, w13_blocks_along, w13_absmax_factor)
+    w2 = Packed(w2_codes, w2_absmax, w2_bias, w2_blocksize, quant_type, w2_blocks_along, w2_absmax_factor)
     logits = router_logits.contiguous()
     return launch.experts_of_logits(x, logits, top_k, is_padding, expert_map, w13, w2, moe_align_block_size)
 
@@ -203,13 +213,17 @@ def packed_experts_with_adapters(
     w2_lora_a: torch.Tensor,
     w2_lora_b: torch.Tensor,
     w2_lora_scale: float,
+    w13_blocks_along: str = INPUTS,
+    w13_absmax_factor: float = ABSMAX_FACTOR,
+    w2_blocks_along: str = INPUTS,
+    w2_absmax_factor: float = ABSMAX_FACTOR,
 ) -> None:
     """`packed_experts` into `out` [tokens, hidden], where vLLM wants it, with what adapters add.
 
     adapters, *_lora_*: the fields of `kernels.lora.Factors` for w13 and w2.
     """
-    w13 = Packed(w13_codes, w13_absmax, w13_bias, w13_blocksize, quant_type)
-    w2 = Packed(w2_codes, w2_absmax, w2_bias, w2_blocksize, quant_type)
+    w13 = Packed(w13_codes, w13_absmax, w13_bias, w13_blocksize, quant_type, w13_blocks_along, w13_absmax_factor)
+    w2 = Packed(w2_codes, w2_absmax, w2_bias, w2_blocksize, quant_type, w2_blocks_along, w2_absmax_factor)
     w13_factors = w2_factors = None
     if needed(no_lora):
         local = local_experts(topk_ids.to(torch.int32), expert_map)

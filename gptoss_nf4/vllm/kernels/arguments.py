@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
+from gptoss_nf4.format.blocks import INPUTS, OUTPUTS
 from gptoss_nf4.vllm.kernels.codebook import codebook
 from gptoss_nf4.vllm.kernels.tiles import ABSMAX_FACTOR, ROWS
 
@@ -19,13 +20,18 @@ class Packed(NamedTuple):
     codes: torch.Tensor
     """int32 [E, R, C, 32, S]; E is 1 for a linear layer."""
     absmax: torch.Tensor
-    """float16 [E, R, B, 16], in units of 1 / ABSMAX_FACTOR."""
+    """float16 [E, R, B, 16]; where blocks run along the outputs, [E, B, in] in the dtype of the activations. It has been
+    multiplied by `absmax_factor`."""
     bias: torch.Tensor | None
     """[E, 16 R] in the dtype of the activations."""
     blocksize: int
-    """Inputs with one absmax."""
+    """Inputs with one absmax, or outputs."""
     quant_type: str
     """nf4 or fp4."""
+    blocks_along: str = INPUTS
+    """Or OUTPUTS: `blocksize`, a multiple of 32, neighbouring outputs share an absmax for each input."""
+    absmax_factor: float = ABSMAX_FACTOR
+    """A power of two: ABSMAX_FACTOR, or that times `tiles.fitting_power`."""
 
 
 class Weight(NamedTuple):
@@ -43,11 +49,13 @@ class Weight(NamedTuple):
     C: int
     """Input tiles."""
     B: int
-    """Blocks of absmax a row."""
+    """Blocks of a row; where they run along the outputs, of an input."""
     S: tl.constexpr
     """Words of a lane in a tile."""
     TILES_PER_BLOCK: tl.constexpr
-    """Input tiles that share an absmax."""
+    """Input tiles that share an absmax. Not used where blocks run along the outputs."""
+    ROW_TILES_PER_BLOCK: tl.constexpr
+    """Row tiles that share an absmax for each input, where blocks run along the outputs; else 0."""
 
 
 class Routing(NamedTuple):
@@ -71,9 +79,11 @@ class Routing(NamedTuple):
 
 def kernel_weight(packed: Packed, dtype: torch.dtype) -> Weight:
     """`packed` as the kernels take it for activations in `dtype` (float16 or bfloat16)."""
-    codes, absmax, bias, blocksize, quant_type = packed
-    if codes.dtype != torch.int32 or absmax.dtype != torch.float16:
-        raise TypeError(f"packed weight of {codes.dtype} and {absmax.dtype}, expected int32 and float16")
+    codes, absmax, bias, blocksize, quant_type, blocks_along, absmax_factor = packed
+    outputs = blocks_along == OUTPUTS
+    absmax_dtype = dtype if outputs else torch.float16
+    if codes.dtype != torch.int32 or absmax.dtype != absmax_dtype:
+        raise TypeError(f"packed weight of {codes.dtype} and {absmax.dtype}, expected int32 and {absmax_dtype}")
     _, row_tiles, input_tiles, _, words = codes.shape
     book = codebook(quant_type, dtype, codes.device)
     return Weight(
@@ -81,10 +91,11 @@ def kernel_weight(packed: Packed, dtype: torch.dtype) -> Weight:
         absmax=absmax,
         bias=bias,
         table=book.table,
-        unscale=1 / (book.factor * ABSMAX_FACTOR),
+        unscale=1 / (book.factor * absmax_factor),
         R=row_tiles,
         C=input_tiles,
-        B=absmax.shape[-2],
+        B=absmax.shape[1 if outputs else 2],
         S=tl.constexpr(words),
-        TILES_PER_BLOCK=tl.constexpr(max(1, blocksize // (words * ROWS))),
+        TILES_PER_BLOCK=tl.constexpr(1 if outputs else max(1, blocksize // (words * ROWS))),
+        ROW_TILES_PER_BLOCK=tl.constexpr(blocksize // ROWS if outputs else 0),
     )

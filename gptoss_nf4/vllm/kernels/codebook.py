@@ -24,8 +24,11 @@ Device contract, what the functions of the module `decode` do with the table:
     decode_scaled(word, absmax, ..)
                            Gives v[code] * absmax in the same place: absmax rounded to `dtype`, and the product too.
 
-None of them divides by the factor, or undoes the units of absmax (`tiles.ABSMAX_FACTOR`). The kernels do both at once:
-they multiply their float32 sums by `Weight.unscale` = 1 / (factor * ABSMAX_FACTOR), before they add the bias.
+    decode_times(word, absmax0, absmax1, ..)
+                           The same where blocks run along the outputs: absmax of each input, in pairs of `dtype` already.
+
+None of them divides by the factor, or undoes the units of absmax (`Packed.absmax_factor`). The kernels do both at
+once: they multiply their float32 sums by `Weight.unscale` = 1 / (factor * absmax_factor), before they add the bias.
 """
 
 from dataclasses import dataclass

@@ -81,14 +81,15 @@ def load_table(table):
 @triton.jit
 def decode(word, registers, dtype: tl.constexpr):
     """int32 words [w, l, s] -> `dtype` [w, l, s, p, r, h]; `registers` from `load_table`."""
-    if COMPILED:
-        operands = (word,)
-        operands += registers
-        pairs = tl.inline_asm_elementwise(PERMUTES, PERMUTES_CONSTRAINTS, operands, dtype=FOUR_PAIRS, is_pure=True, pack=1)
-        weight = _unpacked(pairs, dtype)
-    else:
-        weight = _decode_plainly(word, registers, dtype)
-    return weight
+    return _unpacked(_decode_pairs(word, registers), dtype) if COMPILED else _decode_plainly(word, registers, dtype)
+
+
+@triton.jit
+def _decode_pairs(word, registers):
+    """`decode`, as four uint32 [w, l, s]: see `_unpacked`."""
+    operands = (word,)
+    operands += registers
+    return tl.inline_asm_elementwise(PERMUTES, PERMUTES_CONSTRAINTS, operands, dtype=FOUR_PAIRS, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -161,8 +162,13 @@ def fill_shared(table):
 @triton.jit
 def lookup(word, column, dtype: tl.constexpr):
     """int32 words [w, l, s] -> `dtype` [w, l, s, p, r, h]; `column` from `fill_shared`. Not for the interpreter."""
-    pairs = tl.inline_asm_elementwise(LOOKUPS, LOOKUPS_CONSTRAINTS, [word, column], dtype=FOUR_PAIRS, is_pure=True, pack=1)
-    return _unpacked(pairs, dtype)
+    return _unpacked(_lookup_pairs(word, column), dtype)
+
+
+@triton.jit
+def _lookup_pairs(word, column):
+    """`lookup`, as four uint32 [w, l, s]: see `_unpacked`."""
+    return tl.inline_asm_elementwise(LOOKUPS, LOOKUPS_CONSTRAINTS, [word, column], dtype=FOUR_PAIRS, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -177,6 +183,54 @@ def lookup_scaled(word, absmax0, absmax1, column, dtype: tl.constexpr):
         pack=1,
     )
     return _unpacked(pairs, dtype)
+
+
+# ---- absmax of blocks along the outputs: one for each input ----
+
+
+# As x * y + (-0), see `_permutes`.
+TIMES_BF16 = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")
+TIMES_FP16 = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.f16x2 $0, $1, $2, zero; }")
+
+
+@triton.jit
+def times(values, absmax):
+    """`values` times `absmax`, which broadcast, both in one dtype of 16 bits, rounded to it: two in an instruction."""
+    dtype: tl.constexpr = values.dtype
+    if COMPILED:
+        text: tl.constexpr = TIMES_BF16 if dtype == tl.bfloat16 else TIMES_FP16
+        product = tl.inline_asm_elementwise(text, "=r,r,r", [values, absmax], dtype=values.dtype, is_pure=True, pack=2)
+    else:
+        product = (values.to(tl.float32) * absmax.to(tl.float32)).to(dtype)
+    return product
+
+
+@triton.jit
+def decode_times(word, absmax0, absmax1, decoder, dtype: tl.constexpr, SHARED_TABLE: tl.constexpr):
+    """`lookup` if SHARED_TABLE, else `decode`, times absmax of each input.
+
+    absmax0, absmax1: int32 [w, l, s], each a pair (p) in `dtype`, of the inputs with h = 0 and 1.
+    """
+    if COMPILED:
+        h0r0, h0r1, h1r0, h1r1 = _lookup_pairs(word, decoder) if SHARED_TABLE else _decode_pairs(word, decoder)
+        pairs = (
+            _times_pair(h0r0, absmax0, dtype),
+            _times_pair(h0r1, absmax0, dtype),
+            _times_pair(h1r0, absmax1, dtype),
+            _times_pair(h1r1, absmax1, dtype),
+        )
+        weight = _unpacked(pairs, dtype)
+    else:
+        absmax_wlsph = tl.join(_split(absmax0, dtype), _split(absmax1, dtype))
+        weight = times(_decode_plainly(word, decoder, dtype), tl.expand_dims(absmax_wlsph, 4))
+    return weight
+
+
+@triton.jit
+def _times_pair(pair, absmax, dtype: tl.constexpr):
+    """uint32 [w, l, s] times int32 [w, l, s], both pairs of `dtype`."""
+    text: tl.constexpr = TIMES_BF16 if dtype == tl.bfloat16 else TIMES_FP16
+    return tl.inline_asm_elementwise(text, "=r,r,r", [pair, absmax], dtype=tl.uint32, is_pure=True, pack=1)
 
 
 # ---- what they share ----

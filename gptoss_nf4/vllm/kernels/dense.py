@@ -32,16 +32,25 @@ def dequantize(weight, out, N, K, TILES: tl.constexpr):
     )
     row = tl.arange(0, 16)
     place = row % 8 * 2 + row // 8  # (r g) -> (g r)
-    absmax_Cn = tl.load(
-        weight.absmax + (tile * weight.B + C // weight.TILES_PER_BLOCK)[:, None] * 16 + place[None, :],
-        mask=exists_C[:, None],
-        other=0.0,
-    )
+    if weight.ROW_TILES_PER_BLOCK:
+        input_Ck = C[:, None] * (16 * S) + tl.arange(0, 16 * S)[None, :]
+        absmax_Ck = tl.load(
+            weight.absmax + tile // weight.ROW_TILES_PER_BLOCK * K + input_Ck, mask=exists_C[:, None], other=0.0
+        )
+    else:
+        absmax_Cn = tl.load(
+            weight.absmax + (tile * weight.B + C // weight.TILES_PER_BLOCK)[:, None] * 16 + place[None, :],
+            mask=exists_C[:, None],
+            other=0.0,
+        )
     weight_Clsprh = decode(words_Cls, load_table(weight.table), out.dtype.element_ty)
     weight_Cgtqeprh = tl.reshape(weight_Clsprh, [TILES, 8, 4, S // 2, 2, 2, 2, 2])
     weight_Crgqtehp = tl.permute(weight_Cgtqeprh, [0, 6, 1, 3, 2, 4, 7, 5])
     weight_Cnk = tl.reshape(weight_Crgqtehp, [TILES, 16, 16 * S]).to(tl.float32)
-    weight_Cnk = weight_Cnk * (absmax_Cn.to(tl.float32) * weight.unscale)[:, :, None]
+    if weight.ROW_TILES_PER_BLOCK:
+        weight_Cnk = weight_Cnk * (absmax_Ck.to(tl.float32) * weight.unscale)[:, None, :]
+    else:
+        weight_Cnk = weight_Cnk * (absmax_Cn.to(tl.float32) * weight.unscale)[:, :, None]
     n = tile * 16 + row
     k_Ck = C[:, None] * (16 * S) + tl.arange(0, 16 * S)[None, :]
     tl.store(

@@ -16,7 +16,16 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from gptoss_nf4.vllm.kernels.decode import COMPILED, decode, decode_scaled, fill_shared, halves, load_table, lookup_scaled
+from gptoss_nf4.vllm.kernels.decode import (
+    COMPILED,
+    decode,
+    decode_scaled,
+    decode_times,
+    fill_shared,
+    halves,
+    load_table,
+    lookup_scaled,
+)
 from gptoss_nf4.vllm.kernels.lora import add_delta
 from gptoss_nf4.vllm.kernels.swiglu import clamped_swiglu
 
@@ -28,7 +37,10 @@ DOWN_TILES = WARPS
 
 
 class Tiles(NamedTuple):
-    """Pointers to row tiles: codes int32 [R, C, l, s], absmax float16 [R, B, g r]."""
+    """Pointers to row tiles: codes int32 [R, C, l, s], absmax float16 [R, B, g r].
+
+    Where blocks run along the outputs, absmax is [B, in] of the expert, in the dtype of x.
+    """
 
     codes: tl.tensor
     absmax: tl.tensor
@@ -79,7 +91,7 @@ def swiglu_experts(
     first = expert * pairs * 2
     dtype: tl.constexpr = x.dtype.element_ty
     decoder = fill_shared(weight.table) if SHARED_TABLE else load_table(weight.table)
-    gate_tiles, up_tiles = _tiles_from(weight, first), _tiles_from(weight, first + 1)
+    gate_tiles, up_tiles = _tiles_from(weight, expert, first), _tiles_from(weight, expert, first + 1)
     gate_nm = tl.zeros([ROW_TILES * 16, BM], tl.float32)
     up_nm = tl.zeros([ROW_TILES * 16, BM], tl.float32)
     for C in tl.range(0, weight.C, num_stages=STAGES):
@@ -154,7 +166,7 @@ def down_experts(
     first = expert * weight.R
     dtype: tl.constexpr = x.dtype.element_ty
     decoder = fill_shared(weight.table) if SHARED_TABLE else load_table(weight.table)
-    tiles = _tiles_from(weight, first)
+    tiles = _tiles_from(weight, expert, first)
     sum_nm = tl.zeros([ROW_TILES * 16, BM], tl.float32)
     for C in tl.range(0, weight.C, num_stages=STAGES):
         x_km = _activations(x, row_m, used_m, C, K, weight.S, WGMMA)
@@ -170,9 +182,14 @@ def down_experts(
 
 
 @triton.jit
-def _tiles_from(weight, first):
-    """All row tiles from number `first` on, counted over all experts."""
-    return Tiles(weight.codes + first * weight.C * (32 * weight.S), weight.absmax + first * weight.B * 16)
+def _tiles_from(weight, expert, first):
+    """All row tiles of `expert` from number `first` on, counted over all experts."""
+    codes = weight.codes + first * weight.C * (32 * weight.S)
+    if weight.ROW_TILES_PER_BLOCK:
+        absmax = weight.absmax + expert * weight.B * (weight.C * (16 * weight.S))
+    else:
+        absmax = weight.absmax + first * weight.B * 16
+    return Tiles(codes, absmax)
 
 
 @triton.jit
@@ -198,6 +215,38 @@ def _weights(
     exists_Rls = exists_R[:, None, None]
     place_Rls = (tile_Rls * weight.C + C) * (32 * S) + tl.arange(0, 32)[None, :, None] * S + tl.arange(0, S)[None, None, :]
     words_Rls = tl.load(tiles.codes + place_Rls, mask=exists_Rls, other=0)
+    if weight.ROW_TILES_PER_BLOCK:
+        weight_Rgtsprh = _times_inputs(words_Rls, tiles, tile_R, exists_R, C, weight, decoder, dtype, SHARED_TABLE)
+    else:
+        weight_Rgtsprh = _times_rows(
+            words_Rls, tiles, tile_R, exists_R, C, weight, decoder, dtype, SCALE_IN_DECODING, SHARED_TABLE
+        )
+    # k in the order in which the weights stand in a lane's registers already, as Triton lays out operand A:
+    # (s h t p) for wgmma, (s t h p) for mma.sync.
+    if WGMMA:
+        weight_Rrgk = tl.permute(weight_Rgtsprh, [0, 5, 1, 3, 6, 2, 4])
+    else:
+        weight_Rrgk = tl.permute(weight_Rgtsprh, [0, 5, 1, 3, 2, 6, 4])
+    return tl.reshape(weight_Rrgk, [ROW_TILES * 16, 16 * S])
+
+
+@triton.jit
+def _times_rows(
+    words_Rls,
+    tiles,
+    tile_R,
+    exists_R,
+    C,
+    weight,
+    decoder,
+    dtype: tl.constexpr,
+    SCALE_IN_DECODING: tl.constexpr,
+    SHARED_TABLE: tl.constexpr,
+):
+    """The weights of `words_Rls`, times absmax of their rows: [R, g, t, s, p, r, h]."""
+    S: tl.constexpr = weight.S
+    tile_Rls = tile_R[:, None, None]
+    exists_Rls = exists_R[:, None, None]
     # Pairs of absmax: Triton copies no fewer than four bytes ahead of their use.
     pairs_R = tiles.absmax.to(tl.pointer_type(tl.int32)) + (tile_Rls * weight.B + C // weight.TILES_PER_BLOCK) * 8
     if SCALE_IN_DECODING and COMPILED:
@@ -214,13 +263,27 @@ def _weights(
         absmax_Rgr = tl.join(absmax0_Rg, absmax1_Rg).to(dtype)
         weight_Rgtsprh = tl.reshape(decode(words_Rls, decoder, dtype), [ROW_TILES, 8, 4, S, 2, 2, 2])
         weight_Rgtsprh = weight_Rgtsprh * tl.reshape(absmax_Rgr, [ROW_TILES, 8, 1, 1, 1, 2, 1])
-    # k in the order in which the weights stand in a lane's registers already, as Triton lays out operand A:
-    # (s h t p) for wgmma, (s t h p) for mma.sync.
-    if WGMMA:
-        weight_Rrgk = tl.permute(weight_Rgtsprh, [0, 5, 1, 3, 6, 2, 4])
-    else:
-        weight_Rrgk = tl.permute(weight_Rgtsprh, [0, 5, 1, 3, 2, 6, 4])
-    return tl.reshape(weight_Rrgk, [ROW_TILES * 16, 16 * S])
+    return weight_Rgtsprh
+
+
+@triton.jit
+def _times_inputs(words_Rls, tiles, tile_R, exists_R, C, weight, decoder, dtype: tl.constexpr, SHARED_TABLE: tl.constexpr):
+    """The same where blocks run along the outputs, times absmax of their inputs."""
+    S: tl.constexpr = weight.S
+    group_Rtqj = (tile_R // weight.ROW_TILES_PER_BLOCK)[:, None, None, None]
+    # Pairs (p), j counts those of four inputs (e h). In memory the inputs of a tile are (q t e h p).
+    pair_tqj = (
+        tl.arange(0, S // 2)[None, :, None] * 16 + tl.arange(0, 4)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
+    )
+    pairs_Rtqj = tl.load(
+        tiles.absmax.to(tl.pointer_type(tl.int32)) + (group_Rtqj * weight.C + C) * (8 * S) + pair_tqj[None, :, :, :],
+        mask=exists_R[:, None, None, None],
+        other=0,
+    )
+    pairs_Rgtsh = tl.broadcast_to(tl.reshape(pairs_Rtqj, [ROW_TILES, 1, 4, S, 2]), [ROW_TILES, 8, 4, S, 2])
+    absmax0_Rls, absmax1_Rls = tl.split(tl.reshape(pairs_Rgtsh, [ROW_TILES, 32, S, 2]))
+    weight_Rlsprh = decode_times(words_Rls, absmax0_Rls, absmax1_Rls, decoder, dtype, SHARED_TABLE)
+    return tl.reshape(weight_Rlsprh, [ROW_TILES, 8, 4, S, 2, 2, 2])
 
 
 @triton.jit

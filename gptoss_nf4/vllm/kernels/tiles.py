@@ -58,20 +58,31 @@ Axes. In this package the name of a tensor ends in the letters of its axes, from
 Codes only move. absmax becomes float16 in units of 1 / ABSMAX_FACTOR: at most 2^-11 off, a quarter of what
 rounding the codebook to bfloat16 does, and half the bytes. Rows g and g + 8 stand side by side, since a lane
 needs both.
+
+Where blocks run along the outputs (`format/blocks.py`), codes are packed the same, and absmax [B, inputs] stays in its
+order: B counts blocks of outputs then. The kernels multiply activations by it, so it takes their dtype. bfloat16 rounds
+it by 2^-8 at most, as the products of `large` do in either direction.
 """
+
+from math import ceil, inf, log2
 
 import torch
 
 ROWS = 16  # of a tile
-MAX_INPUTS = 64  # of a tile
+MAX_INPUTS, MIN_INPUTS = 64, 32  # of a tile
 LANES = 32  # of a warp
 ABSMAX_FACTOR = 256.0  # absmax between 2.4e-7 and MAX_PACKED_ABSMAX keeps all 11 bits
 MAX_PACKED_ABSMAX = 255.0
 
 
 def tile_inputs(blocksize: int) -> int:
-    """Inputs of a tile, 64 or 32."""
+    """Inputs of a tile, 64 or 32, of a weight whose blocks run along the inputs."""
     return min(MAX_INPUTS, blocksize)
+
+
+def tile_inputs_across(inputs: int) -> int:
+    """The same where they run along the outputs: the weight has so many inputs, a multiple of 32."""
+    return MAX_INPUTS if inputs % MAX_INPUTS == 0 else MIN_INPUTS
 
 
 def padded_rows(rows: int) -> int:
@@ -139,9 +150,35 @@ def pack_absmax(absmax: torch.Tensor) -> torch.Tensor:
     return absmax_RBgr.reshape(*batch, row_tiles, blocks, ROWS)
 
 
+def pack_absmax_of_inputs(absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """absmax of blocks along the outputs, float32 [..., B, in], at most MAX_PACKED_ABSMAX: `dtype`, times ABSMAX_FACTOR."""
+    return (absmax * ABSMAX_FACTOR).to(dtype)
+
+
+def fitting_power(absmax: torch.Tensor) -> float:
+    """The power of two that brings the largest of absmax, float16 or bfloat16 of any shape, into (1/2, 1].
+
+    Activations times it stay in float16 then: a product is no larger than the activation, and what it loses below float16's
+    normal numbers is little beside the largest. 1 where there is no such power.
+    """
+    largest = float(absmax.abs().max()) if absmax.numel() else 0.0
+    return 2.0 ** -ceil(log2(largest)) if 0 < largest < inf else 1.0
+
+
 def pack(weight: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [..., rows, in / 2] and absmax [..., rows, in / blocksize] by `pack_codes` and `pack_absmax`."""
     return pack_codes(weight, tile_inputs(blocksize)), pack_absmax(absmax)
+
+
+def pack_across(weight: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`pack` where blocks run along the outputs, for activations in `dtype`: codes, absmax, and by what it is multiplied.
+
+    weight: uint8 [..., rows, in / 2]. absmax: float32 [..., rows / blocksize, in].
+    """
+    codes = pack_codes(weight, tile_inputs_across(absmax.shape[-1]))
+    packed = pack_absmax_of_inputs(absmax, dtype)
+    power = fitting_power(packed)
+    return codes, packed * power, ABSMAX_FACTOR * power
 
 
 def gate_and_up_tiles(rows: torch.Tensor, dim: int) -> torch.Tensor:

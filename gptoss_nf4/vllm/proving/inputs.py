@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch.nn.functional import linear, pad
 
+from gptoss_nf4.format.blocks import INPUTS, OUTPUTS, absmax_shape
 from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.vllm.kernels import tiles
 from gptoss_nf4.vllm.kernels.arguments import Packed
@@ -78,32 +79,44 @@ class Draw:
         quant_type: str,
         dtype: torch.dtype,
         gate_and_up: bool = False,
+        blocks_along: str = INPUTS,
     ) -> tuple[Packed, torch.Tensor, torch.Tensor]:
         """Packed, and what it means in float32: weight [experts, rows, inputs] and bias [experts, rows]."""
         if self.device == META:
             rows = 2 * tiles.padded_rows(rows // 2) if gate_and_up else rows
-            return _weight_without_memory(experts, rows, inputs, blocksize, quant_type, dtype)
+            return _weight_without_memory(experts, rows, inputs, blocksize, quant_type, dtype, blocks_along)
         codes = self.below(256, experts, rows, inputs // 2, dtype=torch.uint8)
-        absmax = (self.normal(experts, rows, inputs // blocksize).abs() + 0.5) / inputs**0.5
+        absmax = (self.normal(*absmax_shape((experts, rows, inputs), blocksize, blocks_along)).abs() + 0.5) / inputs**0.5
         bias = (self.normal(experts, rows) * 0.2).to(dtype)
-        tiled = [tiles.gate_and_up_tiles(t, 1).contiguous() if gate_and_up else t for t in (codes, absmax, bias)]
-        tiled[2] = pad(tiled[2], (0, tiles.padded_rows(tiled[2].shape[1]) - tiled[2].shape[1]))
-        packed = Packed(*tiles.pack(tiled[0], tiled[1], blocksize), tiled[2], blocksize, quant_type)
+
+        def tiled(rows: torch.Tensor) -> torch.Tensor:
+            return tiles.gate_and_up_tiles(rows, 1).contiguous() if gate_and_up else rows
+
+        padded = tiled(bias)
+        padded = pad(padded, (0, tiles.padded_rows(padded.shape[1]) - padded.shape[1]))
+        if blocks_along == OUTPUTS:
+            packed_codes, packed_absmax, factor = tiles.pack_across(tiled(codes), absmax, dtype)
+            packed = Packed(packed_codes, packed_absmax, padded, blocksize, quant_type, blocks_along, factor)
+        else:
+            packed = Packed(*tiles.pack(tiled(codes), tiled(absmax), blocksize), padded, blocksize, quant_type)
         book = torch.from_numpy(CODEBOOKS[quant_type]).to(self.device)
         dense = torch.stack([book[torch.stack((each >> 4, each & 15), -1).flatten(-2).int()] for each in codes])
-        return packed, dense * absmax.repeat_interleave(blocksize, -1), bias.float()
+        return packed, dense * absmax.repeat_interleave(blocksize, 1 if blocks_along == OUTPUTS else 2), bias.float()
 
 
 @cache
 def _weight_without_memory(
-    experts: int, rows: int, inputs: int, blocksize: int, quant_type: str, dtype: torch.dtype
+    experts: int, rows: int, inputs: int, blocksize: int, quant_type: str, dtype: torch.dtype, blocks_along: str
 ) -> tuple[Packed, torch.Tensor, torch.Tensor]:
     """`Draw.weight` on meta, made once."""
-    row_tiles, tile = tiles.padded_rows(rows) // tiles.ROWS, tiles.tile_inputs(blocksize)
+    across = blocks_along == OUTPUTS
+    row_tiles = tiles.padded_rows(rows) // tiles.ROWS
+    tile = tiles.tile_inputs_across(inputs) if across else tiles.tile_inputs(blocksize)
     codes = torch.empty(experts, row_tiles, inputs // tile, tiles.LANES, tile // tiles.ROWS, dtype=torch.int32, device=META)
-    absmax = torch.empty(experts, row_tiles, inputs // blocksize, tiles.ROWS, dtype=torch.float16, device=META)
+    shape = (rows // blocksize, inputs) if across else (row_tiles, inputs // blocksize, tiles.ROWS)
+    absmax = torch.empty(experts, *shape, dtype=dtype if across else torch.float16, device=META)
     bias = torch.empty(experts, row_tiles * tiles.ROWS, dtype=dtype, device=META)
-    return Packed(codes, absmax, bias, blocksize, quant_type), absmax, bias
+    return Packed(codes, absmax, bias, blocksize, quant_type, blocks_along), absmax, bias
 
 
 def worst(result: torch.Tensor, expected: torch.Tensor) -> float:

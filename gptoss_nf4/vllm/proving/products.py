@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import linear
 
+from gptoss_nf4.format.blocks import INPUTS
 from gptoss_nf4.vllm.activation import clamped_swiglu
 from gptoss_nf4.vllm.kernels import launch
 from gptoss_nf4.vllm.kernels.arguments import Packed
@@ -163,6 +164,8 @@ class Experts(Product):
     """The kernels choose each token's experts; else they are told. Without adapters only."""
     w13_adapters: Adapters | None = None
     w2_adapters: Adapters | None = None
+    w13_blocks_along: str = INPUTS
+    w2_blocks_along: str = INPUTS
 
     def start(self, tokens: int) -> None:
         draw = Draw.on(META)
@@ -194,8 +197,12 @@ class Experts(Product):
 
     def _weights(self, draw: Draw) -> tuple[tuple, tuple]:
         shared = self.quant_type, self.dtype
-        w13 = draw.weight(self._used, 2 * self.intermediate, self.hidden, self.w13_blocksize, *shared, gate_and_up=True)
-        return w13, draw.weight(self._used, self.hidden, self.intermediate, self.w2_blocksize, *shared)
+        w13 = self._used, 2 * self.intermediate, self.hidden, self.w13_blocksize, *shared
+        w2 = self._used, self.hidden, self.intermediate, self.w2_blocksize, *shared
+        return (
+            draw.weight(*w13, gate_and_up=True, blocks_along=self.w13_blocks_along),
+            draw.weight(*w2, blocks_along=self.w2_blocks_along),
+        )
 
     def _run(
         self, tokens: int, draw: Draw, w13: tuple, w2: tuple, plan: Plan | None = None, padded: bool = True
