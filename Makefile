@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: convert serve run test quick lint lock clean free
+.PHONY: convert serve run test quick mutants lint lock clean free
 
 # What `make convert` takes, from its command line alone: some systems have a NAME in the environment. `value` and := keep
 # make from reading a $ in it, and the script gets each as one argument, whatever characters are in it.
@@ -39,6 +39,11 @@ test: lint
 # The tests that start neither vLLM nor the pipeline, on several cores. (Those that do measure time and use all cores.)
 quick: $(INSTALLED)
 	pytest -m "not slow" $(PARALLEL)
+
+# Changes the library in small ways and looks whether the quick tests see it: docs/mutants.md. Of all mutants, which takes
+# days, or of a sample: make mutants SAMPLE=300, and others by SEED=2.
+mutants: $(INSTALLED)
+	python tests/mutants.py $(or $(SAMPLE),0) $(or $(SEED),1)
 
 # The same four are in .pre-commit-config.yaml.
 lint: $(INSTALLED)

@@ -9,7 +9,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from whole_model import whole_model
 
 from gptoss_nf4.check.weights import stored_weight
-from gptoss_nf4.convert.plan import NF4, RequantOptions
+from gptoss_nf4.convert.plan import NF4, RequantOptions, require_plan
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.flow import convert
 from gptoss_nf4.format.dimensions import Dimensions
@@ -46,16 +46,21 @@ def test_bitsandbytes_reads_every_weight_of_the_result(tiny, tmp_path, dtype):
     marker = ".quant_state.bitsandbytes__nf4"
     weights = sorted(name.removesuffix(marker) for name in result.tensors if name.endswith(marker))
     assert len(weights) == 4 * 2
-    experts = whole_model(tiny).state_dict()
+    source = whole_model(tiny).state_dict()
     for weight in weights:
         sidecars = {name: result.torch(name) for name in result.tensors if name.startswith(f"{weight}.")}
         state = bnb.QuantState.from_dict(dict(sidecars), device=torch.device("cpu"))
         assert state.dtype == getattr(torch, dtype)
         values = bnb.dequantize_4bit(result.torch(weight), state)
         assert values.dtype == state.dtype
-        if weight.endswith("w13.weight"):
-            expected = experts[weight.replace("w13.weight", "gate_up_proj")].transpose(1, 2)
-            assert torch.equal(values, expected.to(values.dtype))
+        if ".experts." in weight:
+            name = weight.replace("w13.weight", "gate_up_proj").replace("w2.weight", "down_proj")
+            expected = source[name].transpose(1, 2)
+        elif weight.endswith("qkv_proj.weight"):
+            expected = torch.cat([source[weight.replace("qkv", each)] for each in "qkv"])
+        else:
+            expected = source[weight]
+        assert torch.equal(values, expected.to(values.dtype)), weight
 
 
 @pytest.mark.parametrize("order", [INTERLEAVED, CONCATENATED])
@@ -146,6 +151,24 @@ def test_a_dense_expert_is_refused_in_mode_exact_and_taken_in_mode_nf4(source_co
     result, _ = result_of(source_copy, tmp_path, mode=NF4)
     packed, _ = bnb.quantize_4bit(Checkpoint(source_copy).torch(f"{expert}.weight").float(), blocksize=64, quant_type="nf4")
     assert torch.equal(result.torch("model.layers.1.mlp.experts.w2.weight")[5].flatten(), packed.flatten())
+
+
+@pytest.mark.parametrize("module", ["self_attn.o_proj", "mlp.experts.gate_up_projs.7", "mlp.experts.down_projs.0"])
+def test_another_blocksize_in_one_module_is_refused_in_mode_exact(source_copy, module):
+    """A module of attention, which is alone in its target, and experts beside others."""
+    name = f"model.layers.1.{module}.weight"
+
+    def quantize_again(tensors):
+        weight = stored_weight(Checkpoint(source_copy), name)
+        for key in [key for key in tensors if key == name or key.startswith(f"{name}.")]:
+            del tensors[key]
+        tensors.update(embedded.quantized(name, weight, blocksize=32))
+
+    edit_shard(source_copy, 1, quantize_again)
+    source = open_checkpoint(source_copy)
+    with pytest.raises(UserError, match=r"mixed quantization.*requant\.mode=nf4"):
+        require_plan(source, RequantOptions())
+    require_plan(source, RequantOptions(mode=NF4))
 
 
 def test_rows_that_are_not_whole_blocks_name_the_mode_that_works(tmp_path):

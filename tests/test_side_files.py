@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import local
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from gptoss_nf4.convert.assemble import assemble
 from gptoss_nf4.convert.plan import RequantOptions
@@ -187,15 +187,19 @@ def test_the_result_runs_no_code_and_asks_for_none(source_copy, finished, tmp_pa
 @pytest.mark.parametrize("fields", [{"eos_token_id": [258, 261], "temperature": 0.3, "do_sample": True}, None])
 def test_the_result_loads_the_generation_config_of_the_source(source_copy, finished, tmp_path, fields):
     put(source_copy, "generation_config.json", fields)
+    config = json.loads((source_copy / "config.json").read_text())
+    ids = {"bos_token_id": 256, "eos_token_id": [258, 261], "pad_token_id": None}
+    put(source_copy, "config.json", config | ids)
     result = assembled(source_copy, finished, tmp_path / "artifacts")
-    if fields is None:  # transformers takes it from config.json then
-        write_json(source_copy / "generation_config.json", {})
-        config = json.loads((source_copy / "config.json").read_text())
-        expected = {key: config[key] for key in ("eos_token_id", "pad_token_id")}
-    else:
-        expected = fields
     loaded = GenerationConfig.from_pretrained(str(result)).to_dict()
-    assert {key: loaded[key] for key in expected} == expected
+    if fields is None:  # transformers takes it from config.json then
+        expected = GenerationConfig.from_model_config(AutoConfig.from_pretrained(source_copy)).to_dict()
+        assert [expected[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [256, [258, 261], None]
+        assert {key: loaded[key] for key in loaded if key.endswith("_token_id")} == {
+            key: expected[key] for key in loaded if key.endswith("_token_id")
+        }
+    else:
+        assert {key: loaded[key] for key in fields} == fields
 
 
 @pytest.mark.parametrize(

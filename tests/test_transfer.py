@@ -108,6 +108,36 @@ def test_parts_are_those_of_the_source_rows():
         assert found[tile].tolist() == [rows[place] for place in in_a_tile]
 
 
+@pytest.mark.parametrize("order", [INTERLEAVED, CONCATENATED])
+@pytest.mark.parametrize("kind", [W13, W2])
+def test_ranks_together_compute_what_one_rank_does(kind, order):
+    """In float64: each rank's rows of w13 beside each other, and the sums of w2 over its columns, bias and all."""
+    whole = weight(kind, order, 1, 0, packed=False)
+    tensors = [stored(part, kind) for part in whole.parts(EXPERTS, torch.bfloat16)]
+    x = torch.randn(EXPERTS, HIDDEN, dtype=torch.float64)  # w2 has as many columns here, 192
+    results = []
+    for rank in (0, 1):
+        each = weight(kind, order, 2, rank, packed=False)
+        parts = [
+            part.kept(part.of_rank(tensor))
+            for part, tensor in zip(each.parts(EXPERTS, torch.bfloat16), tensors, strict=True)
+        ]
+        mine = x if kind is W13 else x[:, rank * each.columns : (rank + 1) * each.columns]
+        results.append(product(*parts, each.blocksize, mine))
+    expected = product(*tensors, 64, x)
+    if kind is W13 and order == CONCATENATED:  # ranks hold them interleaved
+        gate, up = expected.chunk(2, dim=-1)
+        expected = torch.stack((gate, up), -1).flatten(-2)
+    found = torch.cat(results, -1) if kind is W13 else results[0] + results[1]
+    torch.testing.assert_close(found, expected)
+
+
+def product(codes: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor, blocksize: int, x: torch.Tensor) -> torch.Tensor:
+    """Of each expert [rows, columns], with the codes themselves for values, and its row of x: float64 [E, rows]."""
+    values = torch.stack((codes >> 4, codes & 15), -1).flatten(-2) * absmax.double().repeat_interleave(blocksize, -1)
+    return torch.einsum("erc,ec->er", values, x) + bias.double()
+
+
 @pytest.mark.parametrize("numbers", [[0, 1, 2], [1, 3, 5], [4, 5], [5, 0, 3], [2], []])
 def test_experts_of_a_rank(numbers):
     """Consecutive ones, every second one (vLLM's round robin), any, and none."""

@@ -114,13 +114,12 @@ def _stop_ids(directory: Path) -> list:
 def tokenizer_files(directory: Path) -> dict[str, bytes | dict]:
     """The result's tokenizer files by name: bytes, or an object to be written as JSON."""
     config = _without_code(_object(directory, TOKENIZER_CONFIG))
-    template = _templates(directory)
-    if template is None:
-        template = config.get("chat_template")
+    if (templates := _templates(directory)) is not None:
+        config["chat_template"] = templates
     config = {key: _as_token(value) if key.endswith("_token") else _as_tokens(value) for key, value in config.items()}
     return {
         TOKENIZER: read_bytes(directory / TOKENIZER),
-        TOKENIZER_CONFIG: config | ({"chat_template": template} if template is not None else {}),
+        TOKENIZER_CONFIG: config,
         SPECIAL_TOKENS: {key: _as_tokens(value) for key, value in _object(directory, SPECIAL_TOKENS).items()},
         ADDED_TOKENS: _object(directory, ADDED_TOKENS),
     }
