@@ -44,13 +44,12 @@ def connected(url: str) -> AsyncOpenAI:
 
 
 async def answer(
-    client: AsyncOpenAI, model: str, prompt: Sequence[int], tokens: int, leave_after: int | None = None
-) -> tuple[list[int], str | None]:
-    """The greedy answer of `tokens` tokens as a stream, and why it ended.
+    client: AsyncOpenAI, model: str, prompt: Sequence[int], tokens: int, got: list[int], leave_after: int | None = None
+) -> str | None:
+    """Stream the greedy answer of `tokens` tokens into `got`; returns why it ended.
 
-    With `leave_after` the client closes the connection once it has so many tokens. `HungUp` is raised with what it has.
+    With `leave_after` the client closes the connection once it has so many tokens, and `HungUp` is raised.
     """
-    found: list[int] = []
     reason = None
     stream = await client.completions.create(
         model=model,
@@ -63,31 +62,34 @@ async def answer(
     async with stream:
         async for event in stream:
             for choice in event.choices:
-                found += choice.token_ids or []
+                got += choice.token_ids or []
                 reason = choice.finish_reason or reason
-            if leave_after is not None and len(found) >= leave_after:
-                raise HungUp(found)
-    return found, reason
+            if leave_after is not None and len(got) >= leave_after:
+                raise HungUp
+    return reason
 
 
 async def one_client(
     client: AsyncOpenAI, model: str, questions: Sequence[Question], number: int, until: float, outcome: Outcome
 ) -> None:
-    """Ask one question after the other until the monotonic clock says `until`. What was begun then is waited for."""
+    """Ask one question after the other, one at least, until the monotonic clock says `until`."""
     chance = random.Random(number)
-    while time.monotonic() < until:
+    while True:
         question = chance.choice(questions)
         if number % HANGS_UP:
             await stay(client, model, question, outcome)
         else:
             await leave(client, model, question, chance, outcome)
+        if time.monotonic() >= until:
+            return
 
 
 async def stay(client: AsyncOpenAI, model: str, question: Question, outcome: Outcome) -> None:
     """Ask, and wait for the whole answer."""
+    got: list[int] = []
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
-            got, reason = await answer(client, model, question.prompt, len(question.answer))
+            reason = await answer(client, model, question.prompt, len(question.answer), got)
     except (OpenAIError, TimeoutError) as error:
         outcome.lost.append(told(error))
         return
@@ -108,9 +110,9 @@ async def leave(client: AsyncOpenAI, model: str, question: Question, chance: ran
     try:
         async with asyncio.timeout(ANSWER_SECONDS if by_tokens else chance.random()):
             leave_after = chance.randrange(1, tokens) if by_tokens else None
-            got, _ = await answer(client, model, question.prompt, tokens, leave_after)
-    except HungUp as left:
-        (got,) = left.args
+            await answer(client, model, question.prompt, tokens, got, leave_after)
+    except HungUp:
+        pass
     except TimeoutError as error:
         if by_tokens:
             outcome.lost.append(told(error))
@@ -145,6 +147,10 @@ async def crowd(url: str, model: str, questions: Sequence[Question], clients: in
 
 async def one_by_one(url: str, model: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[Question]:
     """Each prompt with its answer, asked alone."""
+    asked = []
     async with connected(url) as client:
-        answers = [(await answer(client, model, prompt, tokens))[0] for prompt in prompts]
-    return [Question(tuple(prompt), tuple(got)) for prompt, got in zip(prompts, answers, strict=True)]
+        for prompt in prompts:
+            got: list[int] = []
+            await answer(client, model, prompt, tokens, got)
+            asked.append(Question(tuple(prompt), tuple(got)))
+    return asked
