@@ -27,6 +27,10 @@ def _one_line_for_ctrl_c(kind: type[BaseException], error: BaseException, trace:
 
 sys.excepthook = _one_line_for_ctrl_c
 
+from ending import end_with_run  # noqa: E402
+
+end_with_run()  # before the imports, which take a second
+
 import hydra  # noqa: E402
 from checks import ADAPTER_FIELDS, CHECKS, adapters, check  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
@@ -70,6 +74,7 @@ def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
     def main() -> None:
         global _is_stage
         _is_stage = True
+        end_with_run()  # again, since a fork has not what its server asked the kernel for
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing several lines
         with _one_line():
             settings()  # says what is wrong with params.yaml in better words than Hydra

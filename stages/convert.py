@@ -20,6 +20,7 @@ import sys
 
 from common import ROOT
 from configure import configure, said
+from ending import end_together
 from given import repository_as_model, unquoted
 from omegaconf import DictConfig
 from parallel import repro
@@ -132,6 +133,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
+    end_together()
     try:
         cfg, smoke = configured(sys.argv[1:])
         print(said(cfg), flush=True)

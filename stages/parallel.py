@@ -23,6 +23,8 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 
 from common import model_of, require_settings
+from dvc_lock import mend
+from ending import end_together, end_with_parent
 from omegaconf import DictConfig
 from params import settings
 
@@ -70,6 +72,7 @@ def run_script(arguments: list[str], written: connection.Connection) -> None:
         with contextlib.suppress(BrokenPipeError):  # nobody looks any more
             written.send_bytes(count.to_bytes(8, "little"))
 
+    end_with_parent()
     sys.argv = arguments
     show_elsewhere(advance)
     one_of_many = contextlib.redirect_stdout(io.StringIO()) if len(arguments) > 1 else contextlib.nullcontext()
@@ -200,6 +203,8 @@ def repro(targets: list[str]) -> int:
     """Run what is out of date. Returns the status of the `dvc repro` at the end."""
     cfg = settings()
     require_settings(cfg)
+    if mend():
+        print("parallel: a DVC that was killed left its list of running processes half-written; it is deleted", flush=True)
     dvc("repro", "--single-item", "fetch")
     if cfg.requant.merge:  # the layers need it
         dvc("repro", "--single-item", f"adapter@{cfg.requant.merge}")
@@ -209,6 +214,7 @@ def repro(targets: list[str]) -> int:
 
 
 def main() -> None:
+    end_together()
     try:
         sys.exit(repro(sys.argv[1:] or ["assemble"]))
     except UserError as error:

@@ -22,6 +22,10 @@ def _without_traceback(kind: type[BaseException], error: BaseException, trace: T
 
 sys.excepthook = _without_traceback
 
+from ending import end_with_run  # noqa: E402
+
+end_with_run()
+
 from dvc.cli import main as dvc_main  # noqa: E402
 from dvc.stage.exceptions import StageCmdFailedError  # noqa: E402
 from dvc.ui import ui  # noqa: E402
