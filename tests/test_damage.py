@@ -121,6 +121,7 @@ def injected(
     return outcomes
 
 
+@pytest.mark.slow
 def test_damage_is_detected_or_harmless(small, tmp_path, capsys):
     outcomes = injected(small, tmp_path, MUTATIONS)
     assert sum(MUTATIONS.values()) >= 500
@@ -133,6 +134,7 @@ def test_damage_is_detected_or_harmless(small, tmp_path, capsys):
             print(f"  {name}: {dict(counts)}" + (f" ({WHY_HARMLESS[name]})" if counts["harmless"] else ""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fused, 4 bit, nested", "fused, stored as bfloat16", "fused, 16 bit", "wrapped names"])
 def test_damage_to_other_layouts_is_detected_or_harmless(tmp_path, layout, capsys, monkeypatch):
     monkeypatch.setattr(layout_makers, "D", SMALL)

@@ -171,7 +171,8 @@ def test_every_number_of_rows_has_a_plan_among_those_proven():
         assert plans == {None, *proven}
 
 
-@pytest.mark.parametrize("capability", [86, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [86, 90])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_launch_fits_the_gpu(capability, dtype):
     found = machine_code.head_launches(GPT_OSS_20B, dtype, machine_code.GPUS[capability])

@@ -73,7 +73,7 @@ def test_a_lane_holds_what_the_tensor_core_wants():
 @pytest.mark.parametrize("size", [1e-5, 0.01, 1.0, 200.0])
 def test_activations_times_absmax_of_inputs_stay_in_float16(dtype, size):
     """Whatever its size, absmax of blocks along the outputs is 1 at most, and as exact as its dtype."""
-    absmax = (torch.rand(2, 3, 64) + 0.01) * size
+    absmax = (torch.rand(2, 3, 64) + 0.1) * size  # times ABSMAX_FACTOR normal in float16
     codes = torch.randint(0, 256, (2, 96, 32), dtype=torch.uint8)
     packed, kept, factor = tiles.pack_across(codes, absmax, dtype)
     assert torch.equal(tiles.unpack_codes(packed, 96), codes)
@@ -166,8 +166,8 @@ def test_results(script, cases):
 @pytest.mark.parametrize(
     ("capability", "dtype", "blocksize", "lora_rank", "blocks_along"),
     [
-        (86, torch.bfloat16, 64, None, INPUTS),
-        (86, torch.bfloat16, 64, None, OUTPUTS),
+        pytest.param(86, torch.bfloat16, 64, None, INPUTS, marks=pytest.mark.slow),
+        pytest.param(86, torch.bfloat16, 64, None, OUTPUTS, marks=pytest.mark.slow),
         pytest.param(86, torch.bfloat16, 64, 16, INPUTS, marks=pytest.mark.slow),
         pytest.param(86, torch.bfloat16, 64, 16, OUTPUTS, marks=pytest.mark.slow),
         pytest.param(86, torch.float16, 64, None, INPUTS, marks=pytest.mark.slow),

@@ -101,6 +101,7 @@ def test_settings_that_are_no_file_are_one_line(here, change):
     assert "params.yaml" in read()
 
 
+@pytest.mark.slow
 def test_random_damage_to_the_settings_is_one_line_or_harmless(here):
     """Bytes flipped, lines lost, and each value in another type."""
     rng, outcomes = random.Random(SEED), {"refused": 0, "read": 0}

@@ -336,6 +336,7 @@ def shown(html: str, directory: Path, width: int, *flags: str) -> dict:
     return dict(json.loads(found[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [360, 1000])
 def test_a_browser_shows_it_on_a_phone_and_on_a_desk(project, tmp_path, width):
@@ -349,12 +350,14 @@ def test_a_browser_shows_it_on_a_phone_and_on_a_desk(project, tmp_path, width):
     assert found["background"] == "rgb(255, 255, 255)"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
 def test_a_browser_shows_it_in_dark(project, tmp_path):
     found = shown(page(complete(project)), tmp_path, 1000, "--blink-settings=preferredColorScheme=0")
     assert found["background"] == "rgb(21, 24, 28)"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
 def test_a_browser_prints_it(project, tmp_path):
     file, printed = tmp_path / "report.html", tmp_path / "report.pdf"

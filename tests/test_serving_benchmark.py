@@ -105,6 +105,7 @@ def test_a_slow_contender_measures_fewer_steps_and_all_warm_up_briefly(stand_in)
     assert steps["dequantize-all"] == [rounds.WARM_UP_STEPS] * 3 + [4] * 9
 
 
+@pytest.mark.slow
 def test_what_fails_is_one_line_and_the_others_go_on(stand_in, monkeypatch, capsys):
     monkeypatch.setattr(engine, "ANSWER_SECONDS", 2.0)
     saved = []
