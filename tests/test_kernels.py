@@ -163,22 +163,18 @@ def test_results(script, cases):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "dtype", "blocksize", "lora_rank", "blocks_along"),
     [
-        pytest.param(86, torch.bfloat16, 64, None, INPUTS, marks=pytest.mark.slow),
-        pytest.param(86, torch.bfloat16, 64, None, OUTPUTS, marks=pytest.mark.slow),
-        pytest.param(86, torch.bfloat16, 64, 16, INPUTS, marks=pytest.mark.slow),
-        pytest.param(86, torch.bfloat16, 64, 16, OUTPUTS, marks=pytest.mark.slow),
-        pytest.param(86, torch.float16, 64, None, INPUTS, marks=pytest.mark.slow),
-        pytest.param(86, torch.float16, 64, None, OUTPUTS, marks=pytest.mark.slow),
-        pytest.param(80, torch.bfloat16, 32, None, INPUTS, marks=pytest.mark.slow),
-        pytest.param(80, torch.bfloat16, 32, None, OUTPUTS, marks=pytest.mark.slow),
-        pytest.param(90, torch.bfloat16, 64, None, INPUTS, marks=pytest.mark.slow),
-        pytest.param(90, torch.bfloat16, 64, None, OUTPUTS, marks=pytest.mark.slow),
-        pytest.param(90, torch.float16, 64, None, OUTPUTS, marks=pytest.mark.slow),
-        pytest.param(90, torch.bfloat16, 64, 16, INPUTS, marks=pytest.mark.slow),
-        pytest.param(90, torch.bfloat16, 64, 16, OUTPUTS, marks=pytest.mark.slow),
+        (86, torch.bfloat16, 64, None, INPUTS),
+        (86, torch.bfloat16, 64, 16, INPUTS),
+        (86, torch.bfloat16, 64, 16, OUTPUTS),
+        (86, torch.float16, 64, None, OUTPUTS),
+        (80, torch.bfloat16, 32, None, INPUTS),
+        (90, torch.bfloat16, 64, None, INPUTS),
+        (90, torch.bfloat16, 64, 16, OUTPUTS),
+        (90, torch.float16, 64, None, OUTPUTS),
     ],
 )
 def test_every_launch_fits_the_gpu(capability, dtype, blocksize, lora_rank, blocks_along):
