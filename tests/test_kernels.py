@@ -70,7 +70,7 @@ def test_a_lane_holds_what_the_tensor_core_wants():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [1e-5, 0.01, 1.0, 200.0])
+@pytest.mark.parametrize("size", [1e-4, 0.01, 1.0, 200.0])
 def test_activations_times_absmax_of_inputs_stay_in_float16(dtype, size):
     """Whatever its size, absmax of blocks along the outputs is 1 at most, and as exact as its dtype."""
     absmax = (torch.rand(2, 3, 64) + 0.1) * size  # times ABSMAX_FACTOR normal in float16
