@@ -10,7 +10,6 @@ import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from gptoss_nf4.format.config_fields import LAYER_TYPES, RMS_NORM_EPS, SWIGLU_LI
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.source import split
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
-from gptoss_nf4.storage.writing import write_file, write_json, write_text
+from gptoss_nf4.storage.writing import write_bytes, write_json, write_text
 
 TINY = Dimensions(
     layers=2, hidden=192, intermediate=320, experts=8, experts_per_token=4, heads=4, kv_heads=2, head_dim=64, vocabulary=320
@@ -159,13 +158,13 @@ def _undo_massive(norm: torch.Tensor, layers_before: int, d: Dimensions) -> None
 
 def write_checkpoint(directory: Path, d: Dimensions = TINY, blocksize: int = 64, massive: bool = False) -> None:
     """Write the whole model: a shard for each layer and one for the rest, index, config and tokenizer."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     weight_map: dict[str, str] = {}
     total = 0
     for number, tensors in enumerate(split_tensors(d, blocksize, massive)):
         file = f"model-{number + 1:05d}-of-{d.layers + 1:05d}.safetensors"
-        write_file(directory / file, partial(save_file, tensors, metadata={"format": "pt"}))
+        write_bytes(directory / file, save(tensors, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
