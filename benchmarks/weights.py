@@ -210,7 +210,7 @@ def _config(d: Dimensions, quantization: dict) -> dict:
 
 
 def _save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Beside the target, then renamed. Unlike `write_file` it does not wait for the disk: these are 30 GB."""
+    """Beside the target, then renamed. Unlike `write_bytes` it does not wait for the disk: these are 30 GB."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.part")
     save_file(tensors, part, metadata={"format": "pt"})

@@ -10,7 +10,7 @@ from unittest import mock
 
 from openai_harmony import HarmonyEncoding, HarmonyEncodingName, load_harmony_encoding
 
-from gptoss_nf4.storage.writing import write_file, write_json, write_text
+from gptoss_nf4.storage.writing import write_json, write_text
 
 VOCABULARY = 201_088  # 199,998 tokens of text, then the special ones
 RETURN, CALL, END_OF_TEXT, START_OF_TEXT = "<|return|>", "<|call|>", "<|endoftext|>", "<|startoftext|>"
@@ -50,7 +50,7 @@ def write_tokenizer(directory: Path) -> None:
         str(ranks), vocabulary["pat_str"], extra_special_tokens=list(special.values())
     ).converted()
     ranks.unlink()
-    write_file(directory / "tokenizer.json", lambda path: converted.save(str(path), pretty=False))
+    write_text(directory / "tokenizer.json", converted.to_str(pretty=False))
     write_json(
         directory / "tokenizer_config.json",
         {

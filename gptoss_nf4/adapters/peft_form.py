@@ -15,7 +15,7 @@ from gptoss_nf4.adapters.adapter import WEIGHTS_FILE
 from gptoss_nf4.adapters.canonical import Delta
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.storage.checkpoint import ADAPTER_CONFIG
-from gptoss_nf4.storage.writing import write_file, write_json
+from gptoss_nf4.storage.writing import write_bytes, write_json
 
 PREFIX = "base_model.model.model.layers.0."
 # Last part of a target's name -> its name in target_parameters. Other targets go into target_modules.
@@ -26,7 +26,7 @@ KEYS = {"w13": "mlp.experts.base_layer", "w2": "mlp.experts", "router": "mlp.rou
 
 def write_peft_form(deltas: Mapping[str, Delta], d: Dimensions, directory: Path) -> None:
     """Write `deltas`, those of one layer by full name, into `directory`, in float32. `d` are the base's dimensions."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     by_part = {name.rpartition(".")[2]: delta for name, delta in deltas.items()}
     rank = max(delta.a.shape[-2] for delta in by_part.values())
@@ -46,7 +46,7 @@ def write_peft_form(deltas: Mapping[str, Delta], d: Dimensions, directory: Path)
         "inference_mode": True,
     }
     write_json(directory / ADAPTER_CONFIG, config)
-    write_file(directory / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_bytes(directory / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
 
 
 def _zeros(d: Dimensions) -> dict[str, Delta]:

@@ -10,7 +10,6 @@ import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.samples import fused
 from gptoss_nf4.source import split
 from gptoss_nf4.storage.checkpoint import INDEX_FILE
-from gptoss_nf4.storage.writing import write_file, write_json, write_text
+from gptoss_nf4.storage.writing import write_bytes, write_json, write_text
 
 TINY = Dimensions(
     layers=2, hidden=192, intermediate=320, experts=8, experts_per_token=4, heads=4, kv_heads=2, head_dim=64, vocabulary=320
@@ -182,14 +181,14 @@ def write_checkpoint(
 
     With `stacked` in the fused layout, which has no massive channel.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     weight_map: dict[str, str] = {}
     total = 0
     made = fused_tensors(d, blocksize) if stacked else split_tensors(d, blocksize, massive)
     for number, tensors in enumerate(made):
         file = f"model-{number + 1:05d}-of-{d.layers + 1:05d}.safetensors"
-        write_file(directory / file, partial(save_file, tensors, metadata={"format": "pt"}))
+        write_bytes(directory / file, save(tensors, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

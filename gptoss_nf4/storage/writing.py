@@ -4,6 +4,7 @@ A stage must never write into an existing file. DVC links outputs to its cache, 
 the cached copy without a word. A rename replaces the link and leaves the cache alone.
 """
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -23,23 +24,24 @@ CHUNK_BYTES = 1 << 22
 
 @contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
-    """Open a new file beside `target`. At the end it is flushed to disk and renamed to `target`.
+    """Open a new file beside `target`. At the end it is flushed to disk, renamed to `target`, and its name flushed.
 
     On any error `target` stays as it was; an OSError becomes a UserError. A process that is killed leaves its temporary
     file, and the next one that writes the same target removes it.
     """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        made = _make_directories(target.parent)
         _remove_abandoned(target)
         # Each process and thread has its own name, so two runs at once never write into one file.
         temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
-        with temporary.open("w+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # held until the file is closed or the process is gone
+        with _open_locked(temporary) as file:
             try:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-                temporary.replace(target)
+                os.replace(temporary, target)
+                for directory in (target.parent, *made):  # a power cut must not take the name from what was written
+                    _sync_directory(directory)
             finally:
                 temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -52,10 +54,43 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
         ) from None
 
 
-def write_file(target: Path, write: Callable[[Path], None]) -> None:
-    """`replacing` for a library that wants a path: `write` gets the temporary one and fills it."""
-    with replacing(target) as file:
-        write(Path(file.name))
+def _make_directories(directory: Path) -> list[Path]:
+    """Make `directory`, and those above it that are missing. Returns the directories that have a new one in them."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    return [path.parent for path in missing]
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    """Open a new file at `path` under a lock that is held until it is closed or the process is gone.
+
+    Before the lock is there, another writer of the same target may take the file for abandoned and remove it. Then what was
+    opened has no name any more, and is opened again.
+    """
+    while True:
+        file = path.open("w+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _sync_directory(directory: Path) -> None:
+    """Flush the names in `directory` to disk, where its file system can do that for a directory."""
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(opened)
 
 
 def _remove_abandoned(target: Path) -> None:
