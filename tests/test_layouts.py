@@ -242,3 +242,15 @@ def test_experts_that_a_blocksize_does_not_divide_are_refused(tmp_path, monkeypa
     config.write_text(json.dumps(fields | narrow))
     with pytest.raises(UserError, match=r"blocks run across experts.*down_proj"):
         fetch(*local(tmp_path / "source", tmp_path / "refused"))
+
+
+@pytest.mark.parametrize("mode", ["exact", "nf4"])
+def test_gate_and_up_rows_of_one_block_stay_together(tiny_fused, tmp_path, mode):
+    """In the order `concatenated` a block of 64 outputs would be torn apart. Mode nf4 makes blocks of its own."""
+    if mode == NF4:
+        result, _ = converted(tiny_fused, tmp_path / "artifacts", mode=mode, w13_order="concatenated")
+        assert "blocks_along" not in result.config["quantization_config"]
+        assert result.config["quantization_config"]["format_version"] == 1
+        return
+    with pytest.raises(UserError, match=r"gate and up share blocks: .*w13: .*pass requant\.w13_order=interleaved"):
+        converted(tiny_fused, tmp_path / "artifacts", mode=mode, w13_order="concatenated")
