@@ -179,11 +179,10 @@ def _load_x(rows, weight, C_w):
     C_w = tl.minimum(C_w, weight.C - 1)
     k_qMwmk = _inputs(C_w, S)
     slot_qMwmk = tl.reshape(rows.slot_m, [1, BM // 8, 1, 8, 1])
-    x_qMwmk = rows.x + slot_qMwmk // rows.top_k * rows.K + k_qMwmk
     used_qMwmk = slot_qMwmk >= 0
     if weight.ROW_TILES_PER_BLOCK:
         used_qMwmk &= exists_w[None, None, :, None, None]
-    return tl.load(x_qMwmk, mask=used_qMwmk, other=0.0)
+    return tl.load(rows.x + slot_qMwmk // rows.top_k * rows.K + k_qMwmk, mask=used_qMwmk, other=0.0)
 
 
 @triton.jit
