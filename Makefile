@@ -41,7 +41,7 @@ quick: $(INSTALLED)
 	pytest -m "not slow" $(PARALLEL)
 
 # Changes the library in small ways and looks whether the quick tests see it: docs/mutants.md. Of all mutants, which takes
-# days, or of a sample: make mutants SAMPLE=300, and others by SEED=2.
+# hours, or of a sample: make mutants SAMPLE=300, and others by SEED=2.
 mutants: $(INSTALLED)
 	python tests/mutants.py $(or $(SAMPLE),0) $(or $(SEED),1)
 

@@ -226,6 +226,7 @@ NF4 = "unsloth/gpt-oss-20b-unsloth-bnb-4bit"
         (NF4, (NF4,), Verdict.EXACT),
         ("Unsloth/GPT-OSS-20b-unsloth-bnb-4bit", (NF4,), Verdict.EXACT),
         ("/models/gpt-oss-20b-unsloth-bnb-4bit", (NF4,), Verdict.EXACT),
+        ("/models/gpt-oss-20b-unsloth-bnb-4bit/", (NF4,), Verdict.EXACT),
         (
             "/root/.cache/huggingface/hub/models--unsloth--gpt-oss-20b-unsloth-bnb-4bit/snapshots/1a2b/",
             (NF4,),

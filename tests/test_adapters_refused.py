@@ -75,6 +75,7 @@ DAMAGE = {
     "A cut": (put(Q + A, lambda t: t[:, :-1]), r"wrong size.*\[4, 23\]"),
     "rank of A": (put(Q + A, lambda t: t[:-1]), "wrong size.*q_proj"),
     "one dimension": (put(Q + A, lambda t: t[0]), "wrong size.*q_proj"),
+    "three dimensions": (put(Q + B, lambda t: t[..., None]), "wrong size.*q_proj"),
     "empty": (put(Q + A, lambda t: t[:0]), "wrong size.*q_proj"),
     "experts cut": (put(OUTER + B, lambda t: t[:-1]), r"wrong size.*outer sizes of \[40, 24\] or \[24, 20\]"),
     "fraction of an expert": (

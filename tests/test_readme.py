@@ -142,6 +142,7 @@ RUN_ELSEWHERE = {
 NOT_RUN = {
     "make test": "runs this test",
     "make quick": "runs a part of these tests",
+    "make mutants SAMPLE=300": "takes hours",
     "make convert MODEL=unsloth/gpt-oss-20b-unsloth-bnb-4bit": "downloads 13 GB; tests/test_hub.py has a hub of its own",
     "make convert MODEL=me/my-finetune REVISION=main": "needs the hub; tests/test_hub.py has one of its own",
     "hf auth login": "asks for a token of huggingface.co",

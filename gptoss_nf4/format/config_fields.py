@@ -235,9 +235,9 @@ def count(config: dict, key: str, where: object) -> int:
     """The count called `key`, transformers' default where config.json has none. UserError where it is out of range."""
     names = [key, *(other for other, meant in ALSO_CALLED.items() if meant == key)]
     given = {name: config[name] for name in names if name in config}
-    if key == "head_dim" and given.get(key, 0) is None:  # transformers 4 wrote null for what follows from others
+    if given == {"head_dim": None}:  # transformers 4 wrote null for what follows from others
         return count(config, "hidden_size", where) // count(config, "num_attention_heads", where)
-    if key == "num_key_value_heads" and given.get(key, 0) is None:
+    if given == {"num_key_value_heads": None}:
         return count(config, "num_attention_heads", where)
     if key not in given and "num_experts" not in given:
         given = {key: COUNTS[key]} | given  # so that `experts_per_token` alone cannot say something else
