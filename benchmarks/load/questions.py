@@ -37,13 +37,14 @@ def random_prompts(count: int, tokens: int, seed: int = 0) -> list[tuple[int, ..
 
 def clear(source: Source, asked: Sequence[Question]) -> list[Question]:
     """Those of `asked` whose every margin in the reference is large enough. ValueError where one's answer is another."""
+    sequences = [[*question.prompt, *question.answer] for question in asked]
+    with router_margins() as margins:
+        rows = [list(each) for each in reference.log_probabilities(source, sequences)]
     kept = []
-    for question in asked:
-        sequence = [*question.prompt, *question.answer]
-        with router_margins() as margins:
-            (rows,) = (list(each) for each in reference.log_probabilities(source, [sequence]))
-        best = torch.stack(rows[len(question.prompt) - 1 : -1]).topk(2)
-        if min(margins) <= ROUTER_MARGIN or (best.values[:, 0] - best.values[:, 1]).min() <= TOKEN_MARGIN:
+    for number, question in enumerate(asked):
+        of_routers = margins[number :: len(asked)]  # each layer is given one sequence after the other
+        best = torch.stack(rows[number][len(question.prompt) - 1 : -1]).topk(2)
+        if min(of_routers) <= ROUTER_MARGIN or (best.values[:, 0] - best.values[:, 1]).min() <= TOKEN_MARGIN:
             continue
         if tuple(best.indices[:, 0].tolist()) != question.answer:
             raise ValueError(f"the quiet server answers {question.answer}, transformers {best.indices[:, 0].tolist()}")
