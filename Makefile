@@ -31,10 +31,10 @@ serve: $(INSTALLED)
 run: $(INSTALLED)
 	dvc repro
 
-# The slow tests one by one: they start vLLM and whole pipelines, which take all cores and most of the memory.
+# The slow tests two files at a time: they start vLLM and whole pipelines, which take cores and memory.
 test: lint
 	pytest -m "not slow" $(PARALLEL)
-	pytest -m slow
+	pytest -m slow -n auto --maxprocesses 2 --dist loadfile
 
 # The tests that start neither vLLM nor the pipeline, on several cores. (Those that do measure time and use all cores.)
 quick: $(INSTALLED)
