@@ -24,6 +24,7 @@ from gptoss_nf4.flow import convert
 from gptoss_nf4.source.layouts import open_checkpoint
 
 CLIENTS, SECONDS = 200, 8
+CROWD = 12  # of the stand-in: some of those who leave do so by tokens, whatever else the machine does
 QUESTION = Question((1, 2, 3), tuple(range(40, 60)))
 
 
@@ -97,13 +98,13 @@ def streamed(tokens: tuple[int, ...], reason: str | None = "length") -> list[dic
 
 def asked_of(events: Callable[[int], list[dict] | None]) -> Outcome:
     with stand_in(events) as url:
-        return asyncio.run(crowd(url, "m", [QUESTION], clients=6, seconds=0.2))
+        return asyncio.run(crowd(url, "m", [QUESTION], clients=CROWD, seconds=0.2))
 
 
 def test_right_answers_and_hanging_up_are_told_apart():
     told = asked_of(lambda number: streamed(QUESTION.answer))
     assert told.wrong == told.lost == []
-    assert told.answered >= 4
+    assert told.answered >= CROWD * 2 // 3
     assert told.hung_up > 0
 
 
@@ -123,9 +124,9 @@ def test_right_answers_and_hanging_up_are_told_apart():
     ids=["last", "first", "longer", "shorter", "cut", "stopped", "without end", "empty", "error"],
 )
 def test_a_bad_answer_is_seen(events, wrong):
-    """By each of the four clients who stay."""
+    """By each of the clients who stay."""
     told = asked_of(lambda number: events)
-    assert len(told.wrong if wrong else told.lost) >= 4
+    assert len(told.wrong if wrong else told.lost) >= CROWD * 2 // 3
     assert told.lost == [] if wrong else told.wrong == []
 
 
