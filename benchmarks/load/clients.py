@@ -36,8 +36,8 @@ class HungUp(Exception):
 def connected(url: str) -> AsyncOpenAI:
     """A client that never asks twice: an answer that came at the second attempt was lost at the first.
 
-    It opens a connection for each request. The server closes one that was idle for 5 s, and a request that is sent on it in
-    that moment would be lost, with nobody to blame.
+    It opens a connection for each request, as clients do who have nothing to do with each other. So no connection is used
+    again that the server, which waits 5 s for a next request, is about to close.
     """
     headers = {"Connection": "close"}
     return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=ANSWER_SECONDS, default_headers=headers)
