@@ -153,7 +153,7 @@ def _from_conf(chosen: dict[str, str]) -> dict:
     """conf/ with the chosen models and engines. UserError where a file there is broken."""
     with reading_conf(), initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", [f"{group}={name}" for group, name in chosen.items()])
-        settings = OmegaConf.to_container(cfg, resolve=True)
+        settings = OmegaConf.to_container(cfg)
     if not isinstance(settings, dict) or not all(isinstance(settings.get(group), dict) for group in GROUPS):
         raise bad("conf/", settings, "sections for model and engine", "restore the files there: `git checkout conf`")
     return settings | {"adapters": settings.get("adapters") or {}}

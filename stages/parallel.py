@@ -1,4 +1,4 @@
-"""`dvc repro` on every core: python stages/parallel.py [targets of dvc repro, assemble by default]
+"""`dvc repro` on every core: python stages/parallel.py [stages of dvc.yaml, assemble by default]
 
 DVC runs one stage after another, and reads and writes the whole of dvc.lock after each. But layers do not depend on each
 other. So this asks `dvc status` which stages changed and runs their commands, as many at a time as there are cores. Then
@@ -22,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import connection, forkserver
 from pathlib import Path
 
+import yaml
 from common import model_of, require_settings
 from dvc_lock import mend
 from ending import end_together, end_with_parent
@@ -32,10 +33,13 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.budget import stage_bytes
 from gptoss_nf4.source.model import open_source
 from gptoss_nf4.storage.progress import Progress, show_elsewhere, size_text
+from gptoss_nf4.storage.reading import read_text
 
 # Kinds of stages, by their names in dvc.yaml. Those of LAYER_KINDS run in this order, each for all layers side by side.
 LAYER_KINDS, NORMALIZE = ("dequant", "requant"), "normalize"
 KINDS = (*LAYER_KINDS, NORMALIZE)
+# Which of KINDS a target needs. Any other stage of dvc.yaml needs all of them.
+NEEDED = {"fetch": (), "adapter": (), "dequant": ("dequant",), "requant": LAYER_KINDS, NORMALIZE: (NORMALIZE,)}
 DVC = [sys.executable, "stages/quiet_dvc.py"]
 SECONDS_BETWEEN_LOOKS = 0.1  # at what the stages have written
 
@@ -60,6 +64,30 @@ def kinds_of_stages(layers: list[int], changed: set[str]) -> dict[str, list[str]
     needed = changed | {f"requant@{layer}" for layer in layers if f"dequant@{layer}" in changed}
     found = {kind: [f"{kind}@{layer}" for layer in layers] for kind in KINDS} | {NORMALIZE: [NORMALIZE]}
     return {kind: run for kind, stages in found.items() if (run := [stage for stage in stages if stage in needed])}
+
+
+def stages_for(targets: list[str], cfg: DictConfig) -> set[str]:
+    """The stages of KINDS that `dvc repro TARGETS` would run if all had changed. UserError where one is no stage."""
+    known = yaml.safe_load(read_text(Path("dvc.yaml")))["stages"]
+    layers = [str(layer) for layer in cfg.model.layers]
+    adapters = list(cfg.adapters)
+    items = {"dequant": layers, "requant": layers, "adapter": adapters, "smoke-adapter": adapters}
+    found: set[str] = set()
+    for target in targets:
+        kind, has_item, item = target.partition("@")
+        if kind not in known or (has_item and item not in items.get(kind, ())):
+            choices = [f"{each}@{'|'.join(items[each])}" if items.get(each) else each for each in known]
+            raise UserError(
+                "no such stage",
+                where="dvc.yaml",
+                got=target,
+                expected=f"one of {', '.join(choices)}",
+                next_step="name one of these; options of dvc repro are for `dvc repro` itself",
+            )
+        its_layers = [item] if has_item and kind in LAYER_KINDS else layers
+        for each in NEEDED.get(kind, KINDS):
+            found |= {NORMALIZE} if each == NORMALIZE else {f"{each}@{layer}" for layer in its_layers}
+    return found
 
 
 def run_script(arguments: list[str], written: connection.Connection) -> None:
@@ -150,8 +178,12 @@ class Scripts:
         return process.exitcode == 0
 
 
-def run_stages(kinds: dict[str, list[str]], sizes: dict[str, int], workers: int) -> None:
+def run_stages(
+    kinds: dict[str, list[str]], sizes: dict[str, int], workers: int, changed: dict[str, list[str]] | None = None
+) -> None:
     """Run the stages of `kinds`, and record those that are done. `sizes`: bytes that all stages of a kind will write.
+
+    `changed` has all stages that are out of date, by kind, where `kinds` has not all of them.
 
     `dvc commit` replaces each file by a link to the cache, and for a moment there is none. So a kind is recorded only when
     no stage that reads its files is running. normalize reads none of the layers' files, so it runs meanwhile.
@@ -173,22 +205,22 @@ def run_stages(kinds: dict[str, list[str]], sizes: dict[str, int], workers: int)
     for kind in LAYER_KINDS:
         wait(kind, start(kind))
     normalize = start(NORMALIZE)
-    record({kind: done[kind] for kind in LAYER_KINDS}, kinds)
+    record({kind: done[kind] for kind in LAYER_KINDS}, changed or kinds)
     wait(NORMALIZE, normalize)
-    record({NORMALIZE: done[NORMALIZE]}, kinds)
+    record({NORMALIZE: done[NORMALIZE]}, changed or kinds)
     if done != {kind: kinds.get(kind, []) for kind in KINDS}:
         sys.exit("error: parallel: a stage failed, see above; what others made is kept, run the command again")
 
 
-def record(done: dict[str, list[str]], kinds: dict[str, list[str]]) -> None:
+def record(done: dict[str, list[str]], changed: dict[str, list[str]]) -> None:
     """Have DVC record the stages that are `done`.
 
-    Where all stages of a kind that had to run are done, the kind's name is given: it stands for all layers, of which the
-    others have not changed, and DVC then writes dvc.lock once.
+    Where all stages of a kind that are out of date, `changed`, are done, the kind's name is given: it stands for all
+    layers, of which the others have not changed, and DVC then writes dvc.lock once.
     """
     targets: list[str] = []
     for kind, stages in done.items():
-        targets += [kind] if stages and stages == kinds[kind] else stages
+        targets += [kind] if stages and stages == changed[kind] else stages
     if targets:
         dvc("commit", "--force", *targets)
 
@@ -205,15 +237,23 @@ def repro(targets: list[str]) -> int:
     require_settings(cfg)
     if mend():
         print("parallel: a DVC that was killed left its list of running processes half-written; it is deleted", flush=True)
+    wanted = stages_for(targets, cfg)
     dvc("repro", "--single-item", "fetch")
+    if not wanted:
+        return subprocess.run([*DVC, "repro", *targets]).returncode
     if cfg.requant.merge:  # the layers need it
         dvc("repro", "--single-item", f"adapter@{cfg.requant.merge}")
-    if kinds := kinds_of_stages(list(cfg.model.layers), changed_stages()):
-        run_stages(kinds, sizes_of(kinds, cfg), len(os.sched_getaffinity(0)))
+    changed = kinds_of_stages(list(cfg.model.layers), changed_stages())
+    limited = {kind: [stage for stage in stages if stage in wanted] for kind, stages in changed.items()}
+    if kinds := {kind: stages for kind, stages in limited.items() if stages}:
+        run_stages(kinds, sizes_of(kinds, cfg), len(os.sched_getaffinity(0)), changed)
     return subprocess.run([*DVC, "repro", *targets]).returncode
 
 
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
     end_together()
     try:
         sys.exit(repro(sys.argv[1:] or ["assemble"]))

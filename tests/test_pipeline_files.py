@@ -273,3 +273,74 @@ def test_files_are_recorded_when_nothing_reads_them_any_more(monkeypatch, failin
         parallel["run_stages"](kinds, {}, 2)
     done = "dequant requant@0" if failing == "requant@1" else ""
     assert events == [*started, *([f"commit --force {done}"] if done else [])]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["fetch"], []),
+        (["adapter@mine"], []),
+        (["adapter"], []),
+        (["dequant@1"], ["dequant@1"]),
+        (["requant@1"], ["dequant@1", "requant@1"]),
+        (["requant@0", "dequant@2"], ["dequant@0", "dequant@2", "requant@0"]),
+        (["dequant"], ["dequant@0", "dequant@1", "dequant@2"]),
+        (["normalize"], ["normalize"]),
+        (["normalize", "requant@2"], ["dequant@2", "normalize", "requant@2"]),
+        *[([stage], None) for stage in ("assemble", "prove", "smoke", "smoke-adapter@mine", "benchmark", "card", "report")],
+        (["fetch", "assemble"], None),
+    ],
+)
+def test_targets_limit_what_runs_side_by_side(monkeypatch, targets, expected):
+    """As DVC's own graph has it: see the next test."""
+    from omegaconf import OmegaConf
+
+    monkeypatch.chdir(ROOT)
+    parallel = runpy.run_path(str(ROOT / "stages/parallel.py"))
+    cfg = OmegaConf.create({"model": {"layers": [0, 1, 2]}, "adapters": {"mine": {}}})
+    every = [f"{kind}@{layer}" for kind in ("dequant", "requant") for layer in range(3)] + ["normalize"]
+    assert sorted(parallel["stages_for"](targets, cfg)) == sorted(every if expected is None else expected)
+    assert parallel["stages_for"](["requant"], cfg) == {*every} - {"normalize"}
+
+
+def test_targets_need_what_dvc_says_that_they_need(monkeypatch):
+    from dvc.repo import Repo
+    from omegaconf import OmegaConf
+
+    monkeypatch.chdir(ROOT)
+    parallel = runpy.run_path(str(ROOT / "stages/parallel.py"))
+    cfg = OmegaConf.load(ROOT / "params.yaml")
+    graph = Repo(str(ROOT)).index.graph
+    named = {stage.addressing: stage for stage in graph}
+    kinds = ("dequant@", "requant@", "normalize")
+    for target in [*named, "dequant", "requant"]:
+        starts, needed = [name for name in named if name == target or name.startswith(f"{target}@")], set()
+        while starts:
+            name = starts.pop()
+            needed.add(name)
+            starts += [each.addressing for each in graph.successors(named[name])]  # what a stage depends on
+        assert parallel["stages_for"]([target], cfg) == {name for name in needed if name.startswith(kinds)}, target
+
+
+UNKNOWN = ["nothing", "requant@7", "requant@", "requant@x", "normalize@0", "adapter@x", "-f", "", "dvc.yaml"]
+
+
+@pytest.mark.parametrize("target", UNKNOWN)
+def test_an_unknown_target_is_one_line(monkeypatch, target):
+    from omegaconf import OmegaConf
+
+    monkeypatch.chdir(ROOT)
+    parallel = runpy.run_path(str(ROOT / "stages/parallel.py"))
+    with pytest.raises(UserError, match="no such stage"):
+        parallel["stages_for"]([target], OmegaConf.load(ROOT / "params.yaml"))
+
+
+def test_a_limited_run_records_the_stages_that_ran_alone(monkeypatch):
+    """The kind's name would stand for the other layers too, which are out of date still."""
+    parallel = runpy.run_path(str(ROOT / "stages/parallel.py"))
+    told = []
+    monkeypatch.setitem(parallel["record"].__globals__, "dvc", lambda *arguments: told.append(" ".join(arguments)))
+    changed = {"dequant": ["dequant@0", "dequant@1"], "requant": ["requant@0", "requant@1"]}
+    parallel["record"]({"dequant": ["dequant@1"], "requant": ["requant@1"]}, changed)
+    parallel["record"](changed, changed)
+    assert told == ["commit --force dequant@1 requant@1", "commit --force dequant requant"]

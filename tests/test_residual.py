@@ -73,6 +73,32 @@ def test_losses_by_scaling_are_counted_value_by_value():
     assert loss.relative_error == pytest.approx(float(error.sqrt()), rel=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale", [2.0**-6, 2.0**-14, 0.5])
+def test_losses_of_every_value_and_of_many_equal_ones(dtype, scale):
+    """Against float64, value by value: all 65,536 patterns of 16 bits that are finite, some of them often, in any shape."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    if dtype == torch.float32:
+        every = torch.cat([every.float(), every.float() * 2.0**-120, torch.tensor([2.0**-149, -(2.0**-149) * 31])])
+    values = (every if dtype != torch.bfloat16 else every.view(torch.bfloat16)).clone()
+    values = values[torch.isfinite(values) & (values.abs() < 1e15)]
+    values = torch.cat([values, values[::3], values[::3], torch.zeros(7, dtype=dtype)])
+    values = values[: len(values) // 2 * 2].reshape(2, -1).T  # not contiguous
+    loss = scaling_loss(values, scale)
+    before, exact, after = values.double(), values.double() * scale, (values * scale).double()
+    smallest = torch.finfo(dtype).smallest_normal
+    assert loss.values == values.numel()
+    assert loss.became_zero == int(((after == 0) & (before != 0)).sum()) > 0
+    subnormal = (before.abs() >= smallest) & (after.abs() < smallest) & (after != 0)
+    assert loss.became_subnormal == int(subnormal.sum()) > 0
+    assert loss.squared_error == pytest.approx(float((after - exact).square().sum()) / scale**2, rel=1e-12, abs=0)
+    assert loss.squared_sum == pytest.approx(float(before.square().sum()), rel=1e-12)
+
+
+def test_nothing_is_lost_of_nothing():
+    assert scaling_loss(torch.zeros(0, dtype=torch.float16), 0.5).values == 0
+
+
 def test_underflow_is_reported_and_its_bound_fails(massive, tmp_path):
     """A bias of small values in a layer: reported where float16 can take it, refused where it cannot."""
     name = "model.layers.1.self_attn.o_proj.bias"
