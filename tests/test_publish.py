@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import hub_stand_in
 import pytest
@@ -331,3 +332,40 @@ def test_a_hub_that_does_not_answer_is_one_line(project):
     assert "error: upload failed" in done.stderr
     assert "Traceback" not in done.stderr
     assert json.loads((project / "metrics/exactness.json").read_text())["different"] == 0
+
+
+def test_the_hubs_digests_are_compared_with_what_was_proved_and_large_files_read_once(tmp_path, monkeypatch):
+    """A weight file that changes after it was checked, and arrives so, is found. The others are our own files."""
+    from gptoss_nf4.publish import upload
+    from gptoss_nf4.storage import repository
+    from gptoss_nf4.storage.writing import git_blob_sha1, sha256_of
+
+    files = {name: tmp_path / name for name in ("layer-0.safetensors", "config.json", "README.md")}
+    for path in files.values():
+        path.write_text(path.name)
+    proved = {name: sha256_of(files[name]) for name in ("layer-0.safetensors", "config.json")}
+
+    def siblings() -> list[SimpleNamespace]:
+        large, *small = files.values()
+        lfs = SimpleNamespace(sha256=sha256_of(large))
+        found = [SimpleNamespace(rfilename=large.name, lfs=lfs, blob_id=None)]
+        return found + [SimpleNamespace(rfilename=each.name, lfs=None, blob_id=git_blob_sha1(each)) for each in small]
+
+    def check(there: list[SimpleNamespace]) -> None:
+        api = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=there))
+        upload._require_same(api, "me/mine", "abc", files, proved)
+
+    good = siblings()
+    read: list[str] = []
+    monkeypatch.setattr(repository, "sha256_of", lambda path, *_: read.append(path.name))
+    check(good)
+    assert read == []
+    files["layer-0.safetensors"].write_text("changed, and sent so")
+    with pytest.raises(UserError, match=r"upload is not the checkpoint: me/mine at abc: layer-0\.safetensors"):
+        check(siblings())
+    for gone in range(3):
+        with pytest.raises(UserError, match="no such file"):
+            check([*good[:gone], *good[gone + 1 :]])
+    good[1].blob_id = "0" * 40
+    with pytest.raises(UserError, match=r"config\.json"):
+        check(good)

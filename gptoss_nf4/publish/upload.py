@@ -32,7 +32,7 @@ def publish(
     """Upload the checkpoint, its digests and its card to `repository`, and return the commit's address.
 
     The repository is made where there is none, and is private then if `private`. An existing one stays as it is: public or
-    not. Afterwards the hub's digest of every file is compared with ours.
+    not. Afterwards the hub's digest of every file is compared with what was proved, else with that of our file.
 
     UserError where the checkpoint is not what was proved, where the repository is the source itself, and where it has
     weights that did not come from here: nothing is uploaded then. And where the upload fails.
@@ -51,7 +51,7 @@ def publish(
     files = uploaded_files(artifacts)
     total = sum(path.stat().st_size for path in files.values())
     say(f"{len(files)} files, {total / 1e9:.2f} GB, to {repository}")
-    commit = _commit(files, artifacts.digest_list.name, repository, private)
+    commit = _commit(files, read_digests(artifacts.digest_list), artifacts.digest_list.name, repository, private)
     return str(commit.commit_url)
 
 
@@ -103,7 +103,9 @@ def uploaded_files(artifacts: Artifacts) -> dict[str, Path]:
     return files | {artifacts.digest_list.name: artifacts.digest_list, CARD: artifacts.card}
 
 
-def _commit(files: dict[str, Path], digest_list: str, repository: str, private: bool) -> "CommitInfo":
+def _commit(
+    files: dict[str, Path], proved: dict[str, str], digest_list: str, repository: str, private: bool
+) -> "CommitInfo":
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError
 
@@ -121,7 +123,7 @@ def _commit(files: dict[str, Path], digest_list: str, repository: str, private: 
             ],
             commit_message="Upload a checkpoint converted by gptoss-nf4",
         )
-        _require_same(api, repository, commit.oid, files)
+        _require_same(api, repository, commit.oid, files, proved)
     except (HTTPError, HFValidationError, OSError, RuntimeError) as error:
         # RuntimeError: huggingface_hub's for one file, with the reason as its cause.
         reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
@@ -135,11 +137,21 @@ def _commit(files: dict[str, Path], digest_list: str, repository: str, private: 
     return commit
 
 
-def _require_same(api: "HfApi", repository: str, commit: str, files: dict[str, Path]) -> None:
-    """UserError where the hub has another file at `commit` than we have here."""
+def _require_same(api: "HfApi", repository: str, commit: str, files: dict[str, Path], proved: dict[str, str]) -> None:
+    """UserError where the hub has another file at `commit` than it should have.
+
+    That is what was proved, by SHA-256: it was compared with the files here before they were sent, so they are not read
+    again. And a file that changed since is found. Where the hub has no SHA-256, or none was proved, it is our own file.
+    """
     there = {each.rfilename: each for each in api.model_info(repository, revision=commit, files_metadata=True).siblings}
     for name, path in files.items():
-        got, expected = digests(there[name], path) if name in there else ("no such file", "a file")
+        got: str | None
+        if name not in there:
+            got, expected = "no such file", "a file"
+        elif there[name].lfs and name in proved:
+            got, expected = there[name].lfs.sha256, proved[name]
+        else:
+            got, expected = digests(there[name], path)
         if got != expected:
             raise UserError(
                 "upload is not the checkpoint",
