@@ -169,18 +169,19 @@ def _prefetch(tiles, weight, C_w):
 def _load_x(rows, weight, C_w):
     """x of the warps' input tiles `C_w` (the last one beyond it): [q, M, w, m, k], zeros for slot -1.
 
-    M counts groups of eight rows and k the 32 inputs (t e h p) of a half. Where blocks run along the outputs, x beyond the
-    last tile is 0 as well: one predicate for both loads.
+    M counts groups of eight rows and k the 32 inputs (t e h p) of a half. Of eight rows, where blocks run along the
+    outputs, x beyond the last tile is 0 as well as absmax: both loads have one predicate then.
     """
     S: tl.constexpr = weight.S
     BM: tl.constexpr = rows.slot_m.shape[0]
-    if weight.ROW_TILES_PER_BLOCK:
+    ONE_PREDICATE: tl.constexpr = BM == 8 and weight.ROW_TILES_PER_BLOCK > 0
+    if ONE_PREDICATE:
         exists_w = C_w < weight.C
     C_w = tl.minimum(C_w, weight.C - 1)
     k_qMwmk = _inputs(C_w, S)
     slot_qMwmk = tl.reshape(rows.slot_m, [1, BM // 8, 1, 8, 1])
     used_qMwmk = slot_qMwmk >= 0
-    if weight.ROW_TILES_PER_BLOCK:
+    if ONE_PREDICATE:
         used_qMwmk &= exists_w[None, None, :, None, None]
     return tl.load(rows.x + slot_qMwmk // rows.top_k * rows.K + k_qMwmk, mask=used_qMwmk, other=0.0)
 
