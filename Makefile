@@ -36,7 +36,7 @@ test: lint
 	pytest -m "not slow" $(PARALLEL)
 	pytest -m slow -n auto --maxprocesses 2 --dist loadfile
 
-# The tests that start neither vLLM nor the pipeline, on several cores. (Those that do measure time and use all cores.)
+# The tests that start neither vLLM nor the pipeline, nor take many seconds each.
 quick: $(INSTALLED)
 	pytest -m "not slow" $(PARALLEL)
 
