@@ -185,8 +185,6 @@ def test_every_launch_fits_the_gpu(capability, dtype, blocksize, lora_rank, bloc
     for each in found:
         takes = machine_code.resources(each, each.compiled(capability))
         kept = lora_rank or "one slot a block" in takes.label  # adapters; the routing weight of a token alone
-        # Triton 3.9: four halves of absmax, in the loop. 8 of some 380 instructions.
-        kept = kept or (capability == 90 and blocks_along == OUTPUTS and "BM 16" in takes.label)
         assert takes.spilled_bytes <= (TWO_REGISTERS if kept else 0), takes
         assert takes.static_bytes <= MAX_STATIC_BYTES, takes
         assert takes.static_bytes + takes.dynamic_bytes <= MAX_SHARED_BYTES[capability], takes
