@@ -1,8 +1,9 @@
 """Mending `.dvc/tmp/rwlock`, in which DVC notes what its running processes read and write.
 
 DVC 3.67 (`dvc/rwlock.py`) truncates that file and writes it again, under a lock of its own. A kill in between leaves it
-empty or cut off, and every later command of DVC's ends with "Unable to read RWLock-file". Nothing in it outlives the
-processes that it names. So without any, it may go.
+empty or cut off, and every later command of DVC's ends with "Unable to read RWLock-file". And to DVC a zombie, which ended
+and was not waited for yet, is a process at work: it says "is busy", and in a container whose first process waits for nobody
+that stays so. Nothing in the file outlives the processes that it names. So without any, it may go.
 """
 
 import contextlib
@@ -20,33 +21,54 @@ SCRIPTS = ("dvc", "quiet_dvc.py")  # how a process of DVC's is called: `dvc`, `p
 
 
 def mend() -> bool:
-    """Delete a broken RWLOCK of the project in the working directory, unless a DVC works in it. Returns whether it did."""
-    if not _is_broken():
+    """Delete RWLOCK of the project in the working directory where it keeps DVC from working, though no DVC works there.
+
+    Returns whether it did.
+    """
+    if not _is_in_the_way():
         return False
     with contextlib.ExitStack() as held:
         for name in GUARDS:
             if not held.enter_context(_locked(DIRECTORY / name)):
                 return False
         # While a stage's command runs, DVC holds neither lock.
-        if not _is_broken() or _dvc_works_here():
+        if not _is_in_the_way() or _dvc_works_here():
             return False
         (DIRECTORY / RWLOCK).unlink(missing_ok=True)
     return True
 
 
-def _is_broken() -> bool:
-    """Whether DVC cannot read the file. No file is fine: DVC writes one."""
+def _is_in_the_way() -> bool:
+    """Whether DVC cannot read the file, or would wait for zombies. What names no process, or one at work, stays."""
     try:
-        found = json.loads((DIRECTORY / RWLOCK).read_text("utf-8"))
-        readers, writers = found.get("read", {}), found.get("write", {})
-        infos = [*writers.values(), *(info for each in readers.values() for info in each)]
-        if found.keys() - {"read", "write"}:
-            return True
-        return not all(type(info["pid"]) is int and isinstance(info["cmd"], str) for info in infos)
-    except OSError:  # it is not there, or DVC says why it cannot be read
-        return False
+        processes = _named()
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
         return True
+    states = {_state(process) for process in processes}
+    return psutil.STATUS_ZOMBIE in states and not states - {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
+
+
+def _named() -> set[int]:
+    """The processes in the file, none where there is no file. Another error than OSError's where DVC cannot read it."""
+    try:
+        found = json.loads((DIRECTORY / RWLOCK).read_text("utf-8"))
+    except OSError:  # it is not there, or DVC says why it cannot be read
+        return set()
+    readers, writers = found.get("read", {}), found.get("write", {})
+    infos = [*writers.values(), *(info for each in readers.values() for info in each)]
+    if found.keys() - {"read", "write"} or not all(isinstance(info["cmd"], str) for info in infos):
+        raise ValueError
+    if not all(type(info["pid"]) is int for info in infos):
+        raise TypeError
+    return {info["pid"] for info in infos}
+
+
+def _state(process: int) -> str:
+    """psutil's word for the state of `process`, STATUS_DEAD where there is none."""
+    try:
+        return str(psutil.Process(process).status())
+    except (psutil.NoSuchProcess, ValueError, OverflowError):
+        return str(psutil.STATUS_DEAD)
 
 
 @contextlib.contextmanager

@@ -236,7 +236,7 @@ def repro(targets: list[str]) -> int:
     cfg = settings()
     require_settings(cfg)
     if mend():
-        print("parallel: a DVC that was killed left its list of running processes half-written; it is deleted", flush=True)
+        print("parallel: a DVC that was killed left its list of running processes in the way; it is deleted", flush=True)
     wanted = stages_for(targets, cfg)
     dvc("repro", "--single-item", "fetch")
     if not wanted:

@@ -1,6 +1,8 @@
 """stages/dvc_lock.py: DVC's list of running processes is mended where it is broken and no DVC runs, and never else."""
 
 import fcntl
+import json
+import os
 import subprocess
 import sys
 
@@ -59,6 +61,23 @@ def test_what_dvc_reads_stays(rwlock, tmp_path, content):
     assert dvc_says(tmp_path) == ""
 
 
+def test_zombies_are_no_processes_at_work(rwlock, tmp_path):
+    """DVC waits for them: they end, and whoever started them has not asked how."""
+    from dvc_lock import mend
+
+    with subprocess.Popen([sys.executable, "-c", ""]) as zombie, subprocess.Popen(["sleep", "60"]) as at_work:
+        os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)  # ended, and not waited for
+        for others, expected in ((), True), ((999999,), True), ((at_work.pid,), False):
+            infos = [{"pid": pid, "cmd": "dvc repro"} for pid in (zombie.pid, *others)]
+            content = json.dumps({"read": {"y": infos}, "write": {}})
+            rwlock.write_text(content)
+            assert "busy" in dvc_says(tmp_path)
+            rwlock.write_text(content)
+            assert mend() == expected
+            assert rwlock.exists() != expected
+        at_work.kill()
+
+
 def test_nothing_to_mend(rwlock, tmp_path, monkeypatch):
     from dvc_lock import mend
 
@@ -108,4 +127,4 @@ def test_a_run_after_a_kill_mends_it(tmp_path):
     (project / ".dvc/tmp/rwlock").write_bytes(b"")
     done = subprocess.run([sys.executable, "stages/parallel.py", "fetch"], cwd=project, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "half-written; it is deleted" in done.stdout
+    assert "in the way; it is deleted" in done.stdout
