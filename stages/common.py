@@ -74,7 +74,7 @@ def stage(function: Callable[[DictConfig], str]) -> Callable[[], None]:
     def main() -> None:
         global _is_stage
         _is_stage = True
-        end_with_run()  # again, since a fork has not what its server asked the kernel for
+        end_with_run()  # again, since a fork has none of its server's threads
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing several lines
         with _one_line():
             settings()  # says what is wrong with params.yaml in better words than Hydra

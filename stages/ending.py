@@ -1,12 +1,13 @@
 """Ending with everything that was started: no process of a run works on when the run is gone.
 
 A run is a tree: parallel.py, DVC, the server that forks, the stages. SIGTERM and SIGHUP end it from the top. Where the top
-is killed and can do nothing, those below notice: forks by the sentinel of their parent, the others by the kernel's signal.
+is killed and can do nothing, those below notice: each watches the nearest one of ours above it. The kernel's own signal
+(PR_SET_PDEATHSIG) would watch the parent, and that may be a shell which lives on: DVC runs a stage by $SHELL.
 """
 
 import contextlib
-import ctypes
 import os
+import select
 import signal
 import sys
 import threading
@@ -15,8 +16,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 SECONDS_TO_END = 0.5
-TOP = "GPTOSS_NF4_RUN"  # in the environment of what a run starts: the process at its top
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+ABOVE = "GPTOSS_NF4_RUN"  # in the environment of what a process of a run starts: that process
 
 
 def end_together() -> None:
@@ -24,7 +24,7 @@ def end_together() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _end)
-    os.environ[TOP] = str(os.getpid())
+    os.environ[ABOVE] = str(os.getpid())
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -43,31 +43,25 @@ def _end(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)  # without waiting for threads
 
 
-def end_with_parent() -> None:
-    """In a fork of multiprocessing's: end when the process that asked for it is gone."""
-    from multiprocessing import connection, parent_process
-
-    parent = parent_process()
-    if parent is not None:
-        sentinel = parent.sentinel
-
-        def wait() -> None:
-            connection.wait([sentinel])
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        threading.Thread(target=wait, daemon=True).start()
-
-
 def end_with_run() -> None:
-    """In what a run starts: have the kernel end this process when the one above it is gone (prctl(2), Linux only).
+    """In what a run starts: end when the process of the run above this one is gone. What this one starts watches this one.
 
-    Nothing, where no run is above: a stage that was started by hand may outlive its shell.
+    Nothing, where no run is above: a stage that was started by hand may outlive its shell. And nothing where the system
+    has no file for a process (pidfd_open(2) is Linux's).
     """
-    top = os.environ.get(TOP, "")
-    if not top.isdecimal() or int(top) == os.getpid() or not sys.platform.startswith("linux"):
+    above = os.environ.get(ABOVE, "")
+    if not above.isdecimal() or int(above) == os.getpid():
         return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    os.environ[ABOVE] = str(os.getpid())
     try:
-        os.kill(int(top), 0)
-    except ProcessLookupError:  # it was gone before the kernel knew
+        process = os.pidfd_open(int(above))
+    except ProcessLookupError:  # it was gone before this one looked
         os._exit(128 + signal.SIGKILL)
+    except (AttributeError, OSError):
+        return
+
+    def wait() -> None:
+        select.select([process], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -25,7 +25,7 @@ from pathlib import Path
 import yaml
 from common import model_of, require_settings
 from dvc_lock import mend
-from ending import end_together, end_with_parent
+from ending import end_together
 from omegaconf import DictConfig
 from params import settings
 
@@ -100,7 +100,6 @@ def run_script(arguments: list[str], written: connection.Connection) -> None:
         with contextlib.suppress(BrokenPipeError):  # nobody looks any more
             written.send_bytes(count.to_bytes(8, "little"))
 
-    end_with_parent()
     sys.argv = arguments
     show_elsewhere(advance)
     one_of_many = contextlib.redirect_stdout(io.StringIO()) if len(arguments) > 1 else contextlib.nullcontext()

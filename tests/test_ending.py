@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,8 +23,14 @@ COMMANDS = {"parallel": ["stages/parallel.py", "prove"], "convert": ["stages/con
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
-    return checkout(tmp_path_factory.mktemp("ended") / "checkout")
+def project(tmp_path_factory) -> Iterator[Path]:
+    """A checkout in which DVC runs stages by a shell that stays above them, as dash does and bash does not."""
+    shell = tmp_path_factory.mktemp("shell") / "stays"
+    shell.write_text('#!/bin/sh\nsh "$@"\nexit $?\n')
+    shell.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENVIRONMENT, "SHELL", str(shell))
+        yield checkout(tmp_path_factory.mktemp("ended") / "checkout")
 
 
 def started(project: Path, name: str, stage: str, nohup: bool = False) -> tuple[subprocess.Popen, list[psutil.Process]]:

@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -53,11 +54,20 @@ def cache_is_whole(project: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+def converted(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
     """A project whose pipeline ran undisturbed up to prove, and its checkpoint."""
     project = checkout(tmp_path_factory.mktemp("interrupted") / "checkout")
     repro(project)
     return project, checkpoint(project)
+
+
+@pytest.fixture
+def finished(converted) -> tuple[Path, dict[str, bytes]]:
+    """What `converted` is, also after a test that failed midway."""
+    project, undisturbed = converted
+    if not (project / "artifacts/tiny/checkpoint/config.json").exists():
+        repro(project)
+    return project, undisturbed
 
 
 def test_sigkill_at_random_moments(finished, capsys):
@@ -168,8 +178,7 @@ def test_ctrl_c_while_every_core_works(finished):
         _, error = process.communicate(timeout=30)
         assert time.monotonic() - started < 3  # several processes
         assert process.returncode in (130, 255, 0)  # 255 is what DVC ends with, where it was DVC that worked
-        assert "stages/" not in error, error
-        assert "gptoss_nf4/" not in error, error
+        assert not re.search(r'File ".*(stages|gptoss_nf4)/', error), error
     repro(project)
     assert checkpoint(project) == undisturbed
     assert not list(project.rglob("*.part"))
