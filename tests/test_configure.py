@@ -131,6 +131,7 @@ def test_a_path_is_taken_as_the_shell_passes_it(here, tiny, name):
     assert adapters["mine"]["path"] == str(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["it's a=b, [c] {d}", 'модель "x" $y'])
 def test_the_scripts_themselves_take_such_a_path(here, tiny, name):
     directory = link(tiny, here / name)
@@ -396,6 +397,7 @@ def test_settings_of_another_type_written_by_hand_are_refused(here, old, new, na
     assert named in script(here, "configure", "dtype=bfloat16", ok=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "key", "value"),
     [
@@ -431,6 +433,7 @@ def test_broken_settings_are_one_line(here, text):
     assert written(here)["model"]["name"] == "tiny"
 
 
+@pytest.mark.slow
 def test_a_stage_says_in_one_line_what_is_wrong_with_the_settings(here):
     shutil.copytree(ROOT / "conf", here / "conf")
     for text, typed in (

@@ -39,6 +39,7 @@ def dvc_says(project) -> str:
     return done.stderr if done.returncode else ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", BROKEN)
 def test_what_dvc_cannot_read_is_deleted(rwlock, tmp_path, content):
     from dvc_lock import mend
@@ -61,6 +62,7 @@ def test_what_dvc_reads_stays(rwlock, tmp_path, content):
     assert dvc_says(tmp_path) == ""
 
 
+@pytest.mark.slow
 def test_zombies_are_no_processes_at_work(rwlock, tmp_path):
     """DVC waits for them: they end, and whoever started them has not asked how."""
     from dvc_lock import mend

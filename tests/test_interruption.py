@@ -20,7 +20,7 @@ from gptoss_nf4.storage.tensor_reader import read_header
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-KILLS, SEED = int(os.environ.get("KILLS", "30")), 20260102
+KILLS, SEED = int(os.environ.get("KILLS", "12")), 20260102
 FUSED_KILLS = KILLS // 3
 LAYER_STAGES = [[name, f"layer={layer}"] for name in ("dequant", "requant") for layer in (0, 1)]
 VLLM_STAGES = [["smoke"], ["benchmark"]]

@@ -8,6 +8,7 @@ import layout_makers as makers
 import pytest
 import torch
 from conftest import local
+from halves import thinned
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -46,7 +47,7 @@ def fused_name(name: str) -> str:
     return f"{stem}.{EXPERTS[kind]}.weight"
 
 
-@pytest.mark.parametrize("layout", makers.EXACT)
+@pytest.mark.parametrize("layout", thinned(makers.EXACT, 3))
 def test_a_4_bit_layout_is_converted_without_changing_a_weight(tmp_path, layout):
     experts = makers.EXACT[layout](tmp_path / "source")
     result, report = converted(tmp_path / "source", tmp_path / "artifacts")

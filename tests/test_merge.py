@@ -13,6 +13,7 @@ import pytest
 import torch
 from adapter_makers import ATTENTION, EXPERTS, PREFIX, ROUTER, Tensors, grouped, split, weights_of, with_adapter
 from conftest import edit_shard, local, make_dense
+from halves import thinned
 from project_imports import ROOT
 from proof_cases import config_changed, proved, rewritten
 from proof_mutations import LAYER, OF_TENSORS, last_bit, one_code
@@ -120,7 +121,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize(
-    ("form", "order"), [("peft", INTERLEAVED), ("grouped by expert", INTERLEAVED), ("unsloth", CONCATENATED)]
+    ("form", "order"), thinned([("unsloth", CONCATENATED), ("peft", INTERLEAVED), ("grouped by expert", INTERLEAVED)], 3)
 )
 def test_every_form_is_merged_as_peft_does(tiny, tmp_path, form, order):
     """Float32 sums in another order may move a weight across the middle between two codes: one in ten thousand at most."""
@@ -234,7 +235,7 @@ def test_dense_modules_are_merged_before_they_are_rounded(source_copy, tmp_path)
     assert report["different"] == 0
 
 
-@pytest.mark.parametrize(("size", "left"), [(0.03, (0, 0.05)), (0.05, (0.35, 0.45)), (0.08, (0.9, 1))])
+@pytest.mark.parametrize(("size", "left"), thinned([(0.05, (0.35, 0.45)), (0.03, (0, 0.05)), (0.08, (0.9, 1))], 3))
 def test_the_figures_are_those_of_float64(tiny, tmp_path, size, left):
     """A delta of 2 % of the weights is lost nearly whole: the sum rounds back to the codes that the base has."""
     merged = save_adapter(tiny, tmp_path / "mine", size, target_parameters=["mlp.experts.gate_up_proj"])
@@ -303,7 +304,7 @@ def much(tiny, tmp_path_factory) -> Case:
     return case_of(tiny, tmp_path_factory.mktemp("much"), **ALL)
 
 
-@pytest.mark.parametrize("mutation", OF_TENSORS)
+@pytest.mark.parametrize("mutation", thinned(OF_TENSORS, 4))
 def test_what_the_adapter_leaves_alone_is_proved_as_without_it(little, tmp_path, mutation):
     change, named = OF_TENSORS[mutation]
     with pytest.raises(UserError, match=named):
@@ -327,7 +328,7 @@ OF_THE_MERGED = {name: OF_TENSORS[name][0] for name in OF_TENSORS if name not in
 }
 
 
-@pytest.mark.parametrize("mutation", OF_THE_MERGED)
+@pytest.mark.parametrize("mutation", thinned(OF_THE_MERGED, 6))
 def test_a_merged_weight_is_what_is_stored_for_the_sum(much, tmp_path, mutation):
     """All weights of attention, experts and router are merged: nothing of them may be another, and no bias and no norm."""
     with pytest.raises(UserError):

@@ -1,5 +1,6 @@
 """params.yaml and conf/ from any hand: settings, or one line that says what is wrong. Never a traceback."""
 
+import itertools
 import random
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 import yaml
+from halves import thinned
 from json_mutations import retyped
 from project_imports import ROOT
 
@@ -83,7 +85,7 @@ def configured() -> str:
     return ""
 
 
-@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("what", thinned(BROKEN, 3))
 def test_broken_settings_are_one_line(here, what):
     (here / "params.yaml").write_bytes(GOOD.encode())
     assert read() == configured() == ""
@@ -121,6 +123,7 @@ def test_random_damage_to_the_settings_is_one_line_or_harmless(here):
     assert outcomes["read"] > TRIES // 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "typed"), [("normalize", []), ("serve", []), ("parallel", []), ("configure", ["dtype=float32"]), ("disk", [])]
 )
@@ -133,8 +136,11 @@ def test_the_scripts_say_it_in_one_line(here, name, typed):
     assert lines[0].startswith("error: broken settings: params.yaml: got 'utf-8' codec can't decode")
 
 
-@pytest.mark.parametrize("file", ["config.yaml", "model/tiny.yaml", "model/other.yaml"])
-@pytest.mark.parametrize("content", [b"a: [b\n", b"\xff\xfe", b"- 1\n", b"5", b"[" * 3000, b"? {a: 1}\n: 6\n"])
+FILES = ("config.yaml", "model/tiny.yaml", "model/other.yaml")
+CONTENTS = (b"a: [b\n", b"\xff\xfe", b"- 1\n", b"5", b"[" * 3000, b"? {a: 1}\n: 6\n")
+
+
+@pytest.mark.parametrize(("file", "content"), thinned(itertools.product(FILES, CONTENTS), 4))
 def test_broken_defaults_are_one_line(here, monkeypatch, file, content):
     import configure
     import given

@@ -1,5 +1,6 @@
 """The proof: what it finds, in results that were changed and in conversions whose tables were."""
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import edit_shard, local, make_dense
+from halves import thinned
 from project_imports import ROOT, direct_imports
 from proof_cases import ASKED, all_tensors, config_changed, proved, require_found, rewritten
 from proof_mutations import OF_FUSED_TENSORS, OF_TENSORS, last_bit
@@ -32,13 +34,15 @@ ALLOWED = (
 )
 
 
+SOURCES, MODES, ORDERS = ("tiny", "massive"), ("exact", "nf4"), ("interleaved", "concatenated")
+MOVES = [name for name in OF_TENSORS if any(word in name for word in ("exchanged", "reversed", "halves"))]
+CONVERSIONS = itertools.product(SOURCES, MODES, ORDERS, ("float16", "bfloat16", "float32"))
+
+
 # What it lets pass
 
 
-@pytest.mark.parametrize("source", ["tiny", "massive"])
-@pytest.mark.parametrize("mode", ["exact", "nf4"])
-@pytest.mark.parametrize("order", ["interleaved", "concatenated"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("source", "mode", "order", "dtype"), thinned(CONVERSIONS, 5))
 def test_every_conversion_passes_and_every_tensor_is_counted(request, source, mode, order, dtype, tmp_path):
     source = request.getfixturevalue(source)
     model, artifacts = local(source, tmp_path)
@@ -65,14 +69,14 @@ def test_every_conversion_passes_and_every_tensor_is_counted(request, source, mo
 # What it finds in a result
 
 
-@pytest.mark.parametrize("mutation", OF_TENSORS)
+@pytest.mark.parametrize("mutation", thinned(OF_TENSORS, 4))
 def test_a_changed_result_is_found(tiny, converted, tmp_path, mutation):
     change, named = OF_TENSORS[mutation]
     result = rewritten(converted, tmp_path / "result", change)
     require_found(tiny, result, named)
 
 
-@pytest.mark.parametrize("mutation", OF_FUSED_TENSORS)
+@pytest.mark.parametrize("mutation", thinned(OF_FUSED_TENSORS, 4))
 def test_a_changed_result_of_fused_experts_is_found(tiny_fused, converted_fused, tmp_path, mutation):
     change, named = OF_FUSED_TENSORS[mutation]
     require_found(tiny_fused, rewritten(converted_fused, tmp_path / "result", change), named)
@@ -105,7 +109,7 @@ def test_an_unchanged_one_of_fused_experts_passes(tiny_fused, converted_fused, t
     assert compared == {"w13_weight": 2 * 8 * 640 * 192, "w2_weight": 2 * 8 * 192 * 320}
 
 
-@pytest.mark.parametrize("mutation", [m for m in OF_TENSORS if any(w in m for w in ("exchanged", "reversed", "halves"))])
+@pytest.mark.parametrize("mutation", thinned(MOVES, 4))
 def test_what_lies_elsewhere_is_found_in_mode_nf4_too(tiny, tmp_path, mutation, request):
     """There weights differ anyway, but a row of another place has nothing in common with the source's."""
     again = Asked("nf4", "interleaved", "nf4", 32, "float16", "auto")
@@ -196,6 +200,7 @@ def test_progress_ends_with_all_bytes(tiny, converted, monkeypatch):
     assert [sum(counts)] == totals == [data]
 
 
+@pytest.mark.slow
 def test_the_proof_knows_nothing_of_the_conversion():
     """Neither by its imports nor by what is in memory once it is imported: of `format`, only what reads headers."""
     for file in (ROOT / "gptoss_nf4/proof").glob("*.py"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import local
+from halves import thinned
 
 from gptoss_nf4.convert import assemble, dequant, normalize, plan, requant
 from gptoss_nf4.convert.plan import RequantOptions, Target
@@ -224,7 +225,7 @@ def proof_alone(monkeypatch):
     monkeypatch.setattr("gptoss_nf4.flow.audit", lambda *arguments: {})
 
 
-@pytest.mark.parametrize("mutation", TABLES)
+@pytest.mark.parametrize("mutation", thinned(TABLES, 4))
 def test_a_wrong_table_of_the_converter_is_found(tiny, tmp_path, monkeypatch, mutation):
     patch, named = TABLES[mutation]
     patch(monkeypatch)
@@ -234,7 +235,7 @@ def test_a_wrong_table_of_the_converter_is_found(tiny, tmp_path, monkeypatch, mu
     assert artifacts.dense_weights.exists(), "found before the proof, which this test is about"
 
 
-@pytest.mark.parametrize("mutation", FUSED_TABLES)
+@pytest.mark.parametrize("mutation", thinned(FUSED_TABLES, 3))
 def test_a_wrong_table_of_the_other_direction_is_found(tiny_fused, tmp_path, monkeypatch, mutation):
     patch, named = FUSED_TABLES[mutation]
     patch(monkeypatch)
@@ -259,7 +260,7 @@ def test_a_wrong_order_of_gate_and_up_is_found(tiny, tmp_path, monkeypatch, muta
         convert(model, artifacts, RequantOptions(w13_order="concatenated"), "float16")
 
 
-@pytest.mark.parametrize("mutation", ["v before k", "experts reversed", "rows reversed", "up before gate"])
+@pytest.mark.parametrize("mutation", thinned(["v before k", "experts reversed", "rows reversed", "up before gate"], 4))
 def test_a_wrong_table_is_found_in_mode_nf4_too(tiny, tmp_path, monkeypatch, mutation):
     patch, named = TABLES[mutation]
     patch(monkeypatch)

@@ -178,6 +178,7 @@ def test_lookups_decode_every_half_of_a_word(quant_type, dtype):
     assert equal(Lookup()(words, quant_type, dtype), expected_pairs(words, quant_type, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quant_type", "dtype"), TABLES)
 def test_scaled_permutes_round_the_product_once(quant_type, dtype):
     words = all_halves()
@@ -187,6 +188,7 @@ def test_scaled_permutes_round_the_product_once(quant_type, dtype):
         assert equal(found, expected_pairs(words, quant_type, dtype, rounded)), scales
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quant_type", "dtype"), TABLES)
 def test_scaled_lookups_round_the_product_once(quant_type, dtype):
     words = all_halves()
@@ -229,6 +231,7 @@ def test_nibbles_and_halves_by_hand():
         assert [list(pair.view(np.float16)) for pair in pairs] == [values[2 * pair : 2 * pair + 2] for pair in range(4)]
 
 
+@pytest.mark.slow
 def test_the_kernels_decode_through_their_assembly():
     """The functions around the strings too: Triton's interpreter runs the kernels, and the emulator their assembly."""
     done = subprocess.run([sys.executable, ROOT / "tests" / "ptx_cases.py"], capture_output=True, text=True, cwd=ROOT)
@@ -418,6 +421,7 @@ def assert_only_equivalents_live(
         assert covered, f"no mutant is equivalent because {each.why}"
 
 
+@pytest.mark.slow
 def test_every_change_of_the_permutes_fails():
     words, text = some_words(), decode.PERMUTES.value
     expected = {each: expected_pairs(words, *each) for each in TABLES}
@@ -431,6 +435,7 @@ def test_every_change_of_the_permutes_fails():
     assert_only_equivalents_live(every, decodes, OF_PERMUTES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", BITS)
 @pytest.mark.parametrize(
     ("texts", "run", "unscaled", "least"),
@@ -463,6 +468,7 @@ def test_every_change_of_a_product_of_pairs_fails(dtype):
     assert_only_equivalents_live(every, lambda text: multiplied(text, dtype), [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "least", "equivalents"), [("declare", 30, OF_DECLARING), ("store", 30, OF_STORING), ("look", 200, OF_LOOKUPS)]
 )
@@ -479,6 +485,7 @@ def test_every_change_of_the_lookups_fails(part, least, equivalents):
     assert_only_equivalents_live(every, decodes, equivalents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", EXPANSIONS)
 def test_every_change_of_the_heads_decoding_fails(shift):
     words, text = some_words(), EXPANSIONS[shift]

@@ -148,6 +148,7 @@ def test_a_truncated_shard_and_a_missing_shard(source_copy, tmp_path):
         fetch(model, artifacts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -157,6 +157,7 @@ def float32(tiny, tmp_path_factory) -> Path:
     return artifacts.checkpoint
 
 
+@pytest.mark.slow
 def test_the_adapters_change_the_model(adapters):
     """So an adapter that is ignored would be seen."""
     tokens = [5, 80, 200, 31, 7]
@@ -197,18 +198,17 @@ def test_the_float16_checkpoint_serves_the_same_adapters(tiny, adapters, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("expert_parallel", [False, True])
-def test_two_ranks(float32, adapters, tmp_path, expert_parallel):
+def test_two_ranks(float32, adapters, tmp_path):
+    """Each with experts of its own. In the test below each has rows of all experts."""
     if (os.cpu_count() or 1) < 2:
         pytest.skip("needs two cores: vLLM binds one rank to each")
     settings = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    engine = {"tensor_parallel_size": 2, "enable_expert_parallel": expert_parallel}
+    engine = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     require_close(agreements(float32, adapters, tmp_path, [None, "all", "split"], settings, **engine))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("expert_parallel", [False, True])
-def test_two_ranks_of_experts_whose_blocks_run_along_the_outputs(tiny_fused, tmp_path, expert_parallel):
+def test_two_ranks_of_experts_whose_blocks_run_along_the_outputs(tiny_fused, tmp_path):
     if (os.cpu_count() or 1) < 2:
         pytest.skip("needs two cores: vLLM binds one rank to each")
     model, artifacts = local(tiny_fused, tmp_path / "artifacts")
@@ -220,7 +220,7 @@ def test_two_ranks_of_experts_whose_blocks_run_along_the_outputs(tiny_fused, tmp
     }
     adapters = Adapters({"all": tmp_path / "all"}, models)
     settings = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    engine = {"tensor_parallel_size": 2, "enable_expert_parallel": expert_parallel}
+    engine = {"tensor_parallel_size": 2}
     require_close(agreements(artifacts.checkpoint, adapters, tmp_path, [None, "all"], settings, **engine))
 
 
