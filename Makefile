@@ -7,7 +7,8 @@ LOCK := requirements/$(ENGINE).txt
 INSTALLED := $(VENV)/.installed-$(ENGINE)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-PARALLEL := -n auto --maxprocesses 4 --dist worksteal
+# One thread of OpenMP each: threads of several processes would wait for each other on the same cores.
+QUICK := OMP_NUM_THREADS=1 pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: convert serve run test quick mutants lint lock clean free
 
@@ -33,12 +34,12 @@ run: $(INSTALLED)
 
 # The slow tests two files at a time: they start vLLM and whole pipelines, which take cores and memory.
 test: lint
-	pytest -m "not slow" $(PARALLEL)
+	$(QUICK)
 	pytest -m slow -n auto --maxprocesses 2 --dist loadfile
 
-# The tests that start neither vLLM nor the pipeline, nor take many seconds each.
+# The tests that start neither vLLM nor the pipeline, nor take many seconds each; of long tables some rows.
 quick: $(INSTALLED)
-	pytest -m "not slow" $(PARALLEL)
+	$(QUICK)
 
 # Changes the library in small ways and looks whether the quick tests see it: docs/mutants.md. Of all mutants, which takes
 # hours, or of a sample: make mutants SAMPLE=300, and others by SEED=2.

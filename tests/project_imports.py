@@ -1,6 +1,7 @@
 """Which project modules a file imports, directly or through others, read from the syntax tree."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +17,7 @@ def module_file(name: str) -> Path | None:
     return None
 
 
+@cache
 def direct_imports(file: Path) -> set[str]:
     """Dotted names of everything that `file` imports, inside functions too."""
     found = set()

@@ -180,6 +180,7 @@ def test_blocks_along_the_outputs_keep_the_pace(card):
 # ---- the report ----
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU: the report would measure it")
 def test_without_a_gpu_the_report_is_one_line():
     done = subprocess.run([sys.executable, "-m", "benchmarks.report_gpu"], capture_output=True, text=True, cwd=ROOT)

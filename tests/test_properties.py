@@ -180,6 +180,7 @@ def test_rows_of_w13_and_activations_are_put_where_the_kernels_look(experts, hal
     assert ordered.tolist() == [sorted(x.tolist(), key=keys.__getitem__)] * experts
 
 
+@pytest.mark.slow
 def test_slots_are_sorted_as_python_sorts_them():
     """In Triton's interpreter, which has to be chosen before the kernels are imported."""
     command = [sys.executable, ROOT / "tests/sort_cases.py"]
