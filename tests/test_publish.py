@@ -46,8 +46,6 @@ def published_model(tiny, tmp_path_factory) -> Path:
     write_json(root / "metrics/exactness.json", {"model": "mine", "mode": "exact", "dtype": "float16"} | found)
     write_json(root / "metrics/dtypes.json", {"model": "mine"} | dtypes)
     write_digests(artifacts.checkpoint, artifacts.digest_list)
-    done = run(root, "configure.py", "model=local", f"model.path={source}", "model.name=mine")
-    assert done.returncode == 0, done.stderr
     return root
 
 
@@ -240,7 +238,10 @@ def test_what_is_published_is_what_was_proved(project):
 
 
 @pytest.mark.slow
-def test_the_stage_publishes_and_says_in_one_line_what_it_cannot(project):
+def test_the_stage_publishes_and_says_in_one_line_what_it_cannot(published_model, project):
+    source = published_model / "my-finetune"
+    configured = run(project, "configure.py", "model=local", f"model.path={source}", "model.name=mine")
+    assert configured.returncode == 0, configured.stderr
     with hub_stand_in.hub() as hub:
         environment = hub_stand_in.environment(hub, project / "hf")
         done = run(project, "publish.py", f"repository={REPOSITORY}", "private=false", environment=environment)
