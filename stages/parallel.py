@@ -29,6 +29,7 @@ from ending import end_together
 from omegaconf import DictConfig
 from params import settings
 
+from gptoss_nf4.convert.plan import EXACT
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.budget import stage_bytes
 from gptoss_nf4.source.model import open_source
@@ -114,7 +115,8 @@ def run_script(arguments: list[str], written: connection.Connection) -> None:
 class Scripts:
     """Runs the scripts of stages, `workers` at a time. Once one has failed, no other starts."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, modules: tuple[str, ...]) -> None:
+        """`modules`: imported once, for all scripts."""
         self._pool = ThreadPoolExecutor(workers)
         self._failed, self._lock = threading.Event(), threading.Lock()
         # Imports take as long as a layer. A server does them once and forks for each command.
@@ -125,7 +127,7 @@ class Scripts:
         """Bytes that all stages have written so far."""
         threading.Thread(target=self._count, daemon=True).start()
         # Each fork imports the main script once more, which costs nothing where the server has imported it as a module.
-        self._server.set_forkserver_preload([Path(sys.argv[0]).stem, "gptoss_nf4.convert.requant"])
+        self._server.set_forkserver_preload([Path(sys.argv[0]).stem, *modules])
         # While the server imports, Ctrl-C would end it with a traceback. It inherits that it is to ignore it.
         heeded = signal.signal(signal.SIGINT, signal.SIG_IGN)
         forkserver.ensure_running()
@@ -178,16 +180,21 @@ class Scripts:
 
 
 def run_stages(
-    kinds: dict[str, list[str]], sizes: dict[str, int], workers: int, changed: dict[str, list[str]] | None = None
+    kinds: dict[str, list[str]],
+    sizes: dict[str, int],
+    workers: int,
+    changed: dict[str, list[str]] | None = None,
+    modules: tuple[str, ...] = (),
 ) -> None:
     """Run the stages of `kinds`, and record those that are done. `sizes`: bytes that all stages of a kind will write.
 
-    `changed` has all stages that are out of date, by kind, where `kinds` has not all of them.
+    `changed` has all stages that are out of date, by kind, where `kinds` has not all of them. `modules` are what the stages
+    import that takes long.
 
     `dvc commit` replaces each file by a link to the cache, and for a moment there is none. So a kind is recorded only when
     no stage that reads its files is running. normalize reads none of the layers' files, so it runs meanwhile.
     """
-    scripts = Scripts(workers)
+    scripts = Scripts(workers, modules)
     done: dict[str, list[str]] = {}
 
     def wait(kind: str, started: dict[str, Future]) -> None:
@@ -245,7 +252,8 @@ def repro(targets: list[str]) -> int:
     changed = kinds_of_stages(list(cfg.model.layers), changed_stages())
     limited = {kind: [stage for stage in stages if stage in wanted] for kind, stages in changed.items()}
     if kinds := {kind: stages for kind, stages in limited.items() if stages}:
-        run_stages(kinds, sizes_of(kinds, cfg), len(os.sched_getaffinity(0)), changed)
+        modules = ("gptoss_nf4.convert.requant", *("bitsandbytes.functional",) * (cfg.requant.mode != EXACT))
+        run_stages(kinds, sizes_of(kinds, cfg), len(os.sched_getaffinity(0)), changed, modules)
     return subprocess.run([*DVC, "repro", *targets]).returncode
 
 

@@ -255,7 +255,7 @@ def test_files_are_recorded_when_nothing_reads_them_any_more(monkeypatch, failin
     class Scripts:
         written = 0
 
-        def __init__(self, workers):
+        def __init__(self, workers, modules):
             self.failed = False
 
         def showing(self, size, what):
