@@ -264,19 +264,22 @@ def make_run(directory: Path) -> float:
 
 
 def take_installation(directory: Path) -> None:
-    """Have the clone use what `make test` has just installed by the same rule, which takes minutes, for the same files.
+    """Have the clone use what `make test` has just installed by the same rule and from the same files: that takes minutes.
 
     The clone's own modules come first there: `run` sets PYTHONPATH. Where these tests run in another environment than
-    make's, the clone installs its own.
+    make's, or in an old one, the clone installs its own.
     """
-    stamp = f".installed-{'gpu' if shutil.which('nvidia-smi') else 'cpu'}"
-    if Path(sys.prefix) != ROOT / ".venv" or not (ROOT / ".venv" / stamp).exists():
+    stamp = ROOT / ".venv" / f".installed-{'gpu' if shutil.which('nvidia-smi') else 'cpu'}"
+    made_from = [Path("pyproject.toml"), *(path.relative_to(ROOT) for path in (ROOT / "requirements").rglob("*.t*"))]
+    if Path(sys.prefix) != ROOT / ".venv" or not stamp.exists():
+        return
+    installed = stamp.stat().st_mtime
+    if any((ROOT / each).stat().st_mtime > installed for each in made_from):
         return
     (directory / ".venv").symlink_to(ROOT / ".venv")
-    for path in (directory / "pyproject.toml", *(directory / "requirements").rglob("*")):
-        original = ROOT / path.relative_to(directory)
-        if path.is_file() and path.read_bytes() == original.read_bytes():
-            shutil.copystat(original, path)  # else make would find the installation older than what it is made from
+    for each in made_from:
+        if (ROOT / each).read_bytes() == (directory / each).read_bytes():
+            os.utime(directory / each, (installed, installed))  # else make would think it newer than the installation
 
 
 def save_adapter(source: Path, directory: Path) -> None:
