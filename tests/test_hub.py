@@ -1,31 +1,18 @@
 """The hub code against a local stand-in of the Hugging Face hub."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import hub_stand_in
 import pytest
-from project_imports import ROOT
 
-from gptoss_nf4.source.model import HUB_PATTERNS
-
-REPOSITORY = "someone/tiny-gpt-oss"
-SCRIPT = """
-import json, sys
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.fetch import fetch
-from gptoss_nf4.source.model import Model, open_source
+from gptoss_nf4.source.interface import Source
+from gptoss_nf4.source.model import HUB_PATTERNS, Model, base_on_hub, hub_config, hub_snapshot, open_source
 from gptoss_nf4.storage.artifacts import Artifacts
-from pathlib import Path
-model = Model(name="tiny", kind="hub", repository=sys.argv[1], revision=None)
-try:
-    manifest = fetch(model, Artifacts(Path(sys.argv[2])))
-    print(json.dumps([manifest["source"], manifest["license"], open_source(model, Artifacts(Path(sys.argv[2]))).layout]))
-except UserError as error:
-    sys.exit(str(error))
-"""
+
+REPOSITORY = "someone/tiny-gpt-oss"
 
 
 @pytest.fixture
@@ -39,43 +26,84 @@ def hub(source_copy, monkeypatch, tmp_path):
         yield state
 
 
-def run_fetch(tmp_path: Path, repository: str = REPOSITORY) -> subprocess.CompletedProcess:
-    """In a process of its own, since huggingface_hub reads the environment when it is imported."""
-    command = [sys.executable, "-c", SCRIPT, repository, str(tmp_path / "artifacts")]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def here(hub, tmp_path, monkeypatch):
+    """The stand-in for this process too, which read the environment when it imported huggingface_hub."""
+    from huggingface_hub import constants, hf_api
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf/hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    return hub
 
 
-def test_a_hub_model_is_downloaded_once_and_its_commit_recorded(hub, tmp_path):
-    done = run_fetch(tmp_path)
-    assert done.returncode == 0, done.stderr
-    origin, licence, layout = json.loads(done.stdout)
-    assert origin == {"kind": "hub", "repository": REPOSITORY, "commit": hub.repositories[REPOSITORY].commits[-1]}
-    assert licence == "apache-2.0"
-    assert layout == "split"
-    assert "pytorch_model.bin" not in hub.served, HUB_PATTERNS
-    assert len([name for name in hub.served if name.endswith(".safetensors")]) == 3
-    assert run_fetch(tmp_path).returncode == 0
-    assert len([name for name in hub.served if name.endswith(".safetensors")]) == 3
+def fetched(tmp_path: Path, repository: str = REPOSITORY, revision: str | None = None) -> tuple[dict, Source]:
+    """The manifest, and the source as every later stage opens it, without the network."""
+    model, artifacts = Model(name="tiny", kind="hub", repository=repository, revision=revision), Artifacts(tmp_path / "a")
+    return fetch(model, artifacts), open_source(model, artifacts)
 
 
-def test_a_wrong_digest_is_found(hub, tmp_path):
-    hub.lie_about = "model-00002-of-00003.safetensors"
-    done = run_fetch(tmp_path)
-    assert done.returncode == 1
-    assert "wrong digest" in done.stderr
-    assert "model-00002-of-00003.safetensors" in done.stderr
+def weights(hub) -> list[str]:
+    return [name for name in hub.served if name.endswith(".safetensors")]
 
 
-def test_an_absent_repository_is_one_line(hub, tmp_path):
-    done = run_fetch(tmp_path, "someone/else")
-    assert done.returncode == 1
-    assert "no such repository" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_hub_model_is_downloaded_once_and_its_commit_recorded(here, tmp_path):
+    manifest, source = fetched(tmp_path)
+    commit = here.repositories[REPOSITORY].commits[-1]
+    assert manifest["source"] == {"kind": "hub", "repository": REPOSITORY, "commit": commit}
+    assert manifest["license"] == "apache-2.0"
+    assert source.layout == "split"
+    assert source.checkpoint.directory == hub_snapshot(REPOSITORY, commit)
+    assert "pytorch_model.bin" not in here.served, HUB_PATTERNS
+    assert len(weights(here)) == 3
+    fetched(tmp_path)
+    assert len(weights(here)) == 3
 
 
-def test_a_hub_that_does_not_answer_is_one_line(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
-    done = run_fetch(tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"download failed: {REPOSITORY}: got ")
-    assert "Traceback" not in done.stderr
+def test_the_commit_that_was_fetched_stays_the_source(here, tmp_path):
+    """A newer one, which the same name has by now, is somebody else's next version."""
+    manifest, _ = fetched(tmp_path)
+    first = manifest["source"]["commit"]
+    here.add(REPOSITORY, {"config.json": b"{}"})
+    assert here.repositories[REPOSITORY].commits[-1] != first
+    assert json.loads((hub_snapshot(REPOSITORY, first) / "config.json").read_text())["model_type"] == "gpt_oss"
+    with pytest.raises(UserError, match=r"missing source.*no someone/tiny-gpt-oss at 0123.*dvc repro -s -f fetch"):
+        hub_snapshot(REPOSITORY, "0123" * 10)
+
+
+def test_a_wrong_digest_is_found(here, tmp_path):
+    here.lie_about = "model-00002-of-00003.safetensors"
+    with pytest.raises(UserError, match=r"wrong digest.*model-00002-of-00003\.safetensors"):
+        fetched(tmp_path)
+
+
+def test_an_absent_repository_is_one_line(here, tmp_path):
+    with pytest.raises(UserError, match="no such repository"):
+        fetched(tmp_path, "someone/else")
+
+
+def test_a_hub_that_does_not_answer_is_one_line(here, tmp_path, monkeypatch):
+    from huggingface_hub import constants, hf_api
+
+    nobody = "http://127.0.0.1:9"  # where nobody listens
+    monkeypatch.setattr(constants, "ENDPOINT", nobody)
+    monkeypatch.setattr(hf_api.api, "endpoint", nobody)
+    with pytest.raises(UserError, match=f"^download failed: {REPOSITORY}: got "):
+        fetched(tmp_path)
+
+
+def test_the_base_that_an_adapter_names_is_read_from_its_repository(here):
+    config = {"base_model_name_or_path": "someone/base"}
+    here.add("me/lora", {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": b""})
+    here.add("me/silent", {"adapter_config.json": b"{}"})
+    here.add("me/both", {"adapter_config.json": json.dumps(config).encode(), "config.json": b"{}"})
+    assert base_on_hub("me/lora", None) == "someone/base"
+    for repository in ("me/silent", "me/both", REPOSITORY, "me/nothing", "no such name", ""):
+        assert base_on_hub(repository, None) is None, repository
+    assert hub_config("me/both", None).read_bytes() == b"{}"
+    with pytest.raises(UserError, match=r"cannot read the repository's config\.json.*config\.json of me/lora"):
+        hub_config("me/lora", None)

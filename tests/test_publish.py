@@ -78,6 +78,7 @@ def test_a_card_tells_what_was_found(published_model):
     assert fields["license"] == "apache-2.0"
     assert (fields["base_model"], fields["base_model_relation"]) == ("openai/gpt-oss-20b", "quantized")
     assert "float16" in fields["tags"]
+    assert (fields["pipeline_tag"], fields["library_name"]) == ("text-generation", "vllm")
     found = read_json_object(published_model / "metrics/exactness.json")
     assert f"| values compared | {found['compared']:,} |" in text
     assert "| different | 0 |" in text
@@ -99,6 +100,13 @@ def test_a_card_of_a_merged_adapter_says_that_weights_changed(published_model, t
     assert "no weight was changed" not in " ".join(text.split())
     assert f"| merged adapter | helpful, SHA-256 `{'ab' * 32}` |" in text
     assert "| w13 | 5.00% | 8.00% | 39% |" in text
+
+
+@pytest.mark.parametrize(("name", "stage"), [("exactness", "prove"), ("dtypes", "normalize")])
+def test_a_card_without_a_stages_metrics_names_the_stage(project, name, stage):
+    (project / f"metrics/{name}.json").unlink()
+    with pytest.raises(UserError, match=rf"stage {stage}.*dvc repro {stage}"):
+        card(artifacts_of(project), project / "metrics", REPOSITORY)
 
 
 def test_a_card_in_the_checkpoint_changes_neither_digests_nor_the_proof_of_them(project):

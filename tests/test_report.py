@@ -17,7 +17,7 @@ from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.flow import convert
 from gptoss_nf4.report.chart import BOTTOM, HEIGHT, TOP, Series, bar_chart, line_chart, number_text
 from gptoss_nf4.report.facts import Facts, gather
-from gptoss_nf4.report.page import page
+from gptoss_nf4.report.page import charts, page
 from gptoss_nf4.report.series import plotted
 from gptoss_nf4.source.model import Model
 from gptoss_nf4.storage.artifacts import Artifacts
@@ -264,6 +264,33 @@ def test_colours_have_contrast_in_light_in_dark_and_on_paper():
 
 
 # Charts
+
+
+def test_every_chart_says_what_it_shows(project):
+    said = {chart.key: (chart.title, chart.x_label, chart.y_label) for chart in charts(complete(project)).values()}
+    assert said == {
+        "sizes": ("Size by layer", "layer", "MB"),
+        "absmax-mean": ("Mean absmax by layer", "layer", "mean absmax"),
+        "absmax-largest": ("Largest absmax by layer", "layer", "largest absmax"),
+        "seconds": ("Seconds by layer", "layer", "seconds"),
+        "positions": ("Difference in log-probability by position", "token", "largest difference"),
+        "speed": ("Output tokens per second by requests in flight", "requests in flight", "tokens per second"),
+    }
+
+
+def test_series_beyond_the_styles_begin_again_with_the_first():
+    series = [Series(str(number), ((0, number), (1, number))) for number in range(8)]
+    for chart in (bar_chart("k", "t", "x", "y", series), line_chart("k", "t", "x", "y", series)):
+        assert [each.style for each in chart.drawn] == [0, 1, 2, 3, 4, 5, 0, 1]
+        assert [each.name for each in chart.drawn] == [each.name for each in series]
+
+
+def test_bars_are_named_by_their_place():
+    for count, every in ((3, 1), (12, 1), (13, 2), (36, 3)):
+        chart = bar_chart("k", "t", "x", "y", [Series("s", tuple((place, 1) for place in range(count)))])
+        assert [tick.text for tick in chart.x_ticks] == [str(place) for place in range(0, count, every)]
+        middles = [bar.left + bar.width / 2 for bar in chart.drawn[0].bars]
+        assert [tick.at for tick in chart.x_ticks] == pytest.approx(middles[::every], abs=0.02)
 
 
 def test_bars_stand_on_one_another_and_on_the_axis():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import edit_shard, local
 from project_imports import ROOT
+from whole_model import whole_model
 
 from benchmarks.dtypes import ENGINE, agreements, rows
 from gptoss_nf4.check.agreement import Generation
@@ -19,6 +20,7 @@ from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.flow import convert
 from gptoss_nf4.format.residual import AUTO_FLOAT16, resolve, scaling_loss, writes_to_stream
 from gptoss_nf4.samples import embedded
+from gptoss_nf4.samples.embedded import MASSIVE_CHANNEL
 from gptoss_nf4.source.model import open_source
 from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.reading import read_json_object
@@ -42,6 +44,26 @@ def test_what_the_setting_stands_for(setting, dtype, scale):
 def test_only_powers_of_two_are_taken(setting):
     with pytest.raises(UserError, match="power of two"):
         resolve(setting, "float16")
+
+
+def test_the_massive_model_leaves_float16_in_one_channel_that_its_norms_take_out(massive):
+    """As trained models have it: beyond 65504 in the stream, and ordinary numbers behind every norm."""
+    model, ids = whole_model(massive), torch.arange(40)[None]
+    seen = []
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.register_forward_hook(lambda _, given, made: seen.append((given[0], made)))
+    model.model.norm.register_forward_hook(lambda _, given, made: seen.append((given[0], made)))
+    with torch.no_grad():
+        model(ids)
+    others = torch.arange(model.config.hidden_size) != MASSIVE_CHANNEL
+    behind_a_layer = seen[2:]
+    assert len(behind_a_layer) == 2 * model.config.num_hidden_layers - 1
+    for given, made in behind_a_layer:
+        assert given[..., MASSIVE_CHANNEL].min() > 30000
+        assert (made[..., MASSIVE_CHANNEL] == 0).all()
+        assert 0.25 < made[..., others].square().mean().sqrt() < 4
+    assert seen[-1][0][..., MASSIVE_CHANNEL].min() > 65504
 
 
 def test_exactly_what_writes_to_the_stream_is_scaled(massive, tmp_path):

@@ -57,3 +57,18 @@ def test_the_speed_is_measured_on_a_sample(tiny: Path, monkeypatch):
     assert hashing_speed(source) > 0
     largest = max(info.bytes for info in source.tensors.values())
     assert 2 * 1000 <= sum(read) < 2 * (1000 + largest)
+
+
+def test_hashing_tells_how_far_it_is(source_copy, tmp_path, monkeypatch):
+    """Of a checkpoint's files too: 13 GB take a minute."""
+    from gptoss_nf4.storage import progress
+    from gptoss_nf4.storage.digests import verify, write_digests
+
+    told: list[int] = []
+    monkeypatch.setattr(progress, "_shown_elsewhere", told.append)
+    files = [path for path in source_copy.iterdir() if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    write_digests(source_copy, tmp_path / "digests")
+    assert sum(told) == size
+    assert verify(source_copy, tmp_path / "digests", "x") == len(files)
+    assert sum(told) == 2 * size

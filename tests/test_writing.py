@@ -9,7 +9,9 @@ import stat
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.storage import machine, writing
@@ -54,8 +56,6 @@ def write_whole(target: Path) -> None:
 
 def write_tensors(target: Path) -> None:
     with writing_tensors(target, [Declared("w", "U8", (10,))]) as out:
-        import numpy as np
-
         out.append("w", np.arange(10, dtype=np.uint8))
 
 
@@ -181,3 +181,28 @@ def test_a_conversion_asks_for_its_room_before_it_hashes(source_copy, tmp_path, 
     assert not artifacts.root.exists()
     free.free = 2 * size
     assert fetch(model, artifacts)["tensors"] > 0
+
+
+def test_only_the_declared_bytes_are_taken_and_all_of_them(tmp_path):
+    """Whoever writes a tensor file has to bring what its header says, in that order."""
+    declared = [Declared("codes", "U8", (2, 4)), Declared("absmax", "F32", (2,))]
+    codes, absmax = np.zeros((2, 4), np.uint8), np.ones(2, np.float32)
+
+    def written(*appended: tuple[str, np.ndarray]) -> None:
+        with writing_tensors(tmp_path / "x.safetensors", declared) as out:
+            for name, piece in appended:
+                out.append(name, piece)
+
+    for appended, told in (
+        ([("absmax", absmax)], "8 bytes of absmax appended, but 8 bytes of codes come next"),
+        ([("codes", codes), ("codes", codes)], "8 bytes of codes appended, but 8 bytes of absmax come next"),
+        ([("codes", codes[:1]), ("codes", codes)], "8 bytes of codes appended, but 4 bytes of codes come next"),
+        ([("codes", codes), ("absmax", absmax), ("more", codes)], "8 bytes of more appended, but all is written"),
+        ([("codes", codes)], "the file is not whole: 8 bytes of absmax come next"),
+        ([("codes", codes), ("absmax", absmax[:1])], "the file is not whole: 4 bytes of absmax come next"),
+    ):
+        with pytest.raises(ValueError, match=f"^{told}$"):
+            written(*appended)
+        assert list(tmp_path.iterdir()) == []
+    written(("codes", codes[:1]), ("codes", codes[1:]), ("absmax", absmax))
+    assert load_file(tmp_path / "x.safetensors")["absmax"].tolist() == [1, 1]
