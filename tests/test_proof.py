@@ -17,10 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from gptoss_nf4.convert.plan import RequantOptions
+from gptoss_nf4.errors import UserError
 from gptoss_nf4.flow import convert
 from gptoss_nf4.proof.compare import difference, places
 from gptoss_nf4.proof.config import Asked
-from gptoss_nf4.proof.prove import prove
+from gptoss_nf4.proof.pair import Fault
+from gptoss_nf4.proof.prove import Exactness, prove, require_proved
 from gptoss_nf4.storage.progress import Progress
 
 ALLOWED = (
@@ -177,6 +179,15 @@ def test_rows_of_gate_and_up_lie_where_transformers_takes_them_from():
             rows = source[first : first + 4]
             for which, place in places(order, 12, first):
                 assert torch.equal(rows[which], stored[place : place + len(rows[which])])
+
+
+def test_the_first_fault_is_named_and_the_others_counted(tmp_path):
+    found = Exactness(3, 3)
+    require_proved(found, tmp_path)
+    for count, told in ((1, "2 of 8 values"), (2, r"2 of 8 values \(2 faults in all\)"), (3, r".*\(3 faults in all\)")):
+        found.faults.append(Fault(f"w{count}", "2 of 8 values"))
+        with pytest.raises(UserError, match=f"the result is not the source's: {tmp_path}: w1: got {told}, expected none"):
+            require_proved(found, tmp_path)
 
 
 def test_differences_are_counted():
