@@ -1,35 +1,21 @@
 """What all stage scripts share: how a stage starts, and its settings as the library's types."""
 
-import fcntl
-import functools
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import TracebackType
+from ending import end_with_run
+
+end_with_run()  # before the imports, which take a second
+
+import fcntl  # noqa: E402
+import functools  # noqa: E402
+import os  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # stages run from a checkout, installed or not
-
-
-def _one_line_for_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Called for an exception that nothing caught. Ctrl-C, also while importing, gets one line instead of a traceback."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-        return
-    name = Path(sys.argv[0]).stem
-    print(f"{name}: interrupted, nothing is half-written; run the command again to go on", file=sys.stderr, flush=True)
-    os._exit(130)  # without waiting for threads
-
-
-sys.excepthook = _one_line_for_ctrl_c
-
-from ending import end_with_run  # noqa: E402
-
-end_with_run()  # before the imports, which take a second
 
 import hydra  # noqa: E402
 from checks import ADAPTER_FIELDS, CHECKS, adapters, check  # noqa: E402

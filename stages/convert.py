@@ -12,6 +12,9 @@ key=value are settings as configure.py takes them. It configures, converts on al
 result. What is done already is not done again.
 """
 
+from ending import end_together
+
+# isort: split
 import os
 import re
 import shlex
@@ -20,7 +23,6 @@ import sys
 
 from common import ROOT
 from configure import configure, said
-from ending import end_together
 from given import repository_as_model, unquoted
 from omegaconf import DictConfig
 from parallel import repro

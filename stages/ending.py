@@ -3,16 +3,32 @@
 A run is a tree: parallel.py, DVC, the server that forks, the stages. SIGTERM and SIGHUP end it from the top. Where the top
 is killed and can do nothing, those below notice: each watches the nearest one of ours above it. The kernel's own signal
 (PR_SET_PDEATHSIG) would watch the parent, and that may be a shell which lives on: DVC runs a stage by $SHELL.
+
+And Ctrl-C, which a terminal sends to all of them. Scripts import this before anything else: what takes long is importing.
 """
 
-import contextlib
 import os
-import select
-import signal
 import sys
-import threading
-from pathlib import Path
-from types import FrameType
+
+
+def _one_line_for_ctrl_c(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """Called for an exception that nothing caught. Ctrl-C, also while importing, gets one line instead of a traceback."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, error.__traceback__)
+        return
+    name = os.path.splitext(os.path.basename(sys.argv[0]))[0]
+    print(f"{name}: interrupted, nothing is half-written; run the command again to go on", file=sys.stderr, flush=True)
+    os._exit(130)  # without waiting for threads
+
+
+sys.excepthook = _one_line_for_ctrl_c  # os and sys are what Python has imported anyway
+
+import contextlib  # noqa: E402
+import select  # noqa: E402
+import signal  # noqa: E402
+import threading  # noqa: E402
+from pathlib import Path  # noqa: E402
+from types import FrameType  # noqa: E402
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 SECONDS_TO_END = 0.5

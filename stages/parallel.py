@@ -6,6 +6,9 @@ other. So this asks `dvc status` which stages changed and runs their commands, a
 done. Commands, bytes and dvc.lock are the same as without this script. A kind of stages gets one line, not one a layer.
 """
 
+from ending import end_together
+
+# isort: split
 import contextlib
 import io
 import json
@@ -25,7 +28,6 @@ from pathlib import Path
 import yaml
 from common import model_of, require_settings
 from dvc_lock import mend
-from ending import end_together
 from omegaconf import DictConfig
 from params import settings
 

@@ -5,6 +5,9 @@ layers, around ten that say something. This leaves out what DVC logs as informat
 stay, and so does whatever a stage prints.
 """
 
+from ending import end_with_run
+
+# isort: split
 import logging
 import os
 import sys
@@ -21,9 +24,6 @@ def _without_traceback(kind: type[BaseException], error: BaseException, trace: T
 
 
 sys.excepthook = _without_traceback
-
-from ending import end_with_run  # noqa: E402
-
 end_with_run()
 
 from dvc.cli import main as dvc_main  # noqa: E402

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import hub_stand_in
 import pytest
 import torch
 from conftest import converted_for_interpreter, edit_shard, local, make_dense
@@ -157,6 +159,24 @@ def test_vllm_serve_without_flags_answers_an_openai_client(converted, tmp_path):
         answer = client.completions.create(
             model=str(artifacts.checkpoint), prompt=PROMPTS[0], max_tokens=8, temperature=0, extra_body={"ignore_eos": True}
         )
+    assert answer.usage.completion_tokens == 8
+    assert len(set(answer.choices[0].text)) > 1
+
+
+@pytest.mark.slow
+def test_vllm_serve_takes_a_published_checkpoint_from_the_hub(converted, tmp_path, monkeypatch):
+    """By its repository's name. vLLM downloads it from the stand-in, into a cache of its own."""
+    _, artifacts = converted
+    repository = "someone/my-finetune"
+    with hub_stand_in.hub() as hub:
+        hub.add(repository, {file.name: file.read_bytes() for file in artifacts.checkpoint.iterdir()})
+        for key, value in hub_stand_in.environment(hub, tmp_path / "hf", token=None).items():
+            monkeypatch.setenv(key, value)
+        with server(Path(repository), {"enforce_eager": True}, tmp_path / "serve.log") as url:
+            client = OpenAI(base_url=f"{url}/v1", api_key="none")
+            asked = {"prompt": PROMPTS[0], "max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}}
+            answer = client.completions.create(model=repository, **asked)
+        assert {"layer-0.safetensors", "layer-1.safetensors", "dense.safetensors"} <= set(hub.served)
     assert answer.usage.completion_tokens == 8
     assert len(set(answer.choices[0].text)) > 1
 
