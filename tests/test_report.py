@@ -181,6 +181,21 @@ def test_a_report_of_a_few_stages_says_what_is_missing(project):
     assert plotted([], [], [], [], None) == {name: [] for name in ("seconds", "size", "absmax", "logprobs", "speed")}
 
 
+def test_of_nothing_all_is_missing_and_each_names_its_stage(tmp_path):
+    facts = gather(Artifacts(tmp_path / "artifacts/tiny"), tmp_path / "metrics", LAYERS, ["mine"])
+    assert [(each.what, each.stage) for each in facts.missing] == [
+        ("The source", "fetch"),
+        ("Size and absmax of each layer", "requant"),
+        ("The dtypes", "normalize"),
+        ("The settings of the result", "assemble"),
+        ("The proof", "prove"),
+        ("The comparison with transformers", "smoke"),
+        ("The speed", "benchmark"),
+        ("What adapter mine changes", "adapter@mine"),
+        ("Adapter mine compared with PEFT", "smoke-adapter@mine"),
+    ]
+
+
 def test_metrics_of_another_model_are_missing(project):
     complete(project)
     write_json(project / "metrics/smoke.json", SMOKE | {"model": "gpt_oss_20b"})
@@ -319,6 +334,11 @@ def test_axes_have_round_values_and_hold_every_point(points, x_ticks):
     heights = [tick.at for tick in chart.y_ticks]
     assert heights == sorted(heights, reverse=True)
     assert len(set(heights)) == len(heights)
+
+
+def test_an_axis_of_nothing_but_zeros_has_a_length():
+    chart = line_chart("k", "t", "x", "y", [Series("a", ((0, 0.0),))])
+    assert [tick.text for tick in chart.y_ticks] == ["0", "0.2"]
 
 
 def test_without_numbers_there_is_no_chart():

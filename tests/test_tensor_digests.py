@@ -1,10 +1,13 @@
 """Digests of a source's tensors, and what is remembered of them."""
 
+import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 from gptoss_nf4.fetch import tensor_digests
 from gptoss_nf4.fetch.tensor_digests import bytes_to_hash, describe, hashing_speed
 from gptoss_nf4.storage.checkpoint import Checkpoint
+from gptoss_nf4.storage.repository import digests
 
 
 def test_only_files_that_changed_are_hashed_again(source_copy, tmp_path, monkeypatch):
@@ -72,3 +75,21 @@ def test_hashing_tells_how_far_it_is(source_copy, tmp_path, monkeypatch):
     assert sum(told) == size
     assert verify(source_copy, tmp_path / "digests", "x") == len(files)
     assert sum(told) == 2 * size
+
+
+def test_digests_of_a_hubs_files_tell_how_far_they_are(tmp_path):
+    """Git's blob id hashes the length too (git-hash-object(1)); in LFS it is SHA-256."""
+    data = b"x" * 100_000
+    (tmp_path / "file").write_bytes(data)
+    sha256, blob = (
+        hashlib.sha256(data).hexdigest(),
+        hashlib.sha1(b"blob 100000\0" + data, usedforsecurity=False).hexdigest(),
+    )
+    for there, expected in (
+        (SimpleNamespace(lfs=SimpleNamespace(sha256="a"), blob_id="b"), ("a", sha256)),
+        (SimpleNamespace(lfs=None, blob_id="b"), ("b", blob)),
+        (SimpleNamespace(lfs=None, blob_id=None), (None, blob)),
+    ):
+        told: list[int] = []
+        assert digests(there, tmp_path / "file", told.append) == digests(there, tmp_path / "file") == expected
+        assert sum(told) == len(data)
