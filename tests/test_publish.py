@@ -22,7 +22,7 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.licence import MAX_CARD_BYTES, licence
 from gptoss_nf4.flow import convert
 from gptoss_nf4.publish import upload
-from gptoss_nf4.publish.card import card, write_card
+from gptoss_nf4.publish.card import base_model, card, write_card
 from gptoss_nf4.publish.upload import require_proved_checkpoint, uploaded_files
 from gptoss_nf4.source.model import Model, open_source
 from gptoss_nf4.storage.artifacts import Artifacts
@@ -100,6 +100,13 @@ def test_a_card_of_a_merged_adapter_says_that_weights_changed(published_model, t
     assert "no weight was changed" not in " ".join(text.split())
     assert f"| merged adapter | helpful, SHA-256 `{'ab' * 32}` |" in text
     assert "| w13 | 5.00% | 8.00% | 39% |" in text
+
+
+def test_the_base_is_the_repository_that_was_converted_or_what_the_source_says():
+    said = {"base_model": "openai/gpt-oss-20b"}
+    assert base_model(said | {"source": {"kind": "hub", "repository": "me/mine"}}) == "me/mine"
+    assert base_model(said | {"source": {"kind": "local", "path": "/data"}}) == "openai/gpt-oss-20b"
+    assert base_model({"source": {"kind": "local", "path": "/data"}}) is None
 
 
 @pytest.mark.parametrize(("name", "stage"), [("exactness", "prove"), ("dtypes", "normalize")])
