@@ -11,13 +11,18 @@ import os
 import sys
 
 
+def _script() -> str:
+    """What messages call this process."""
+    return os.path.splitext(os.path.basename(sys.argv[0]))[0]
+
+
 def _one_line_for_ctrl_c(kind: type[BaseException], error: BaseException, trace: object) -> None:
     """Called for an exception that nothing caught. Ctrl-C, also while importing, gets one line instead of a traceback."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, error.__traceback__)
         return
-    name = os.path.splitext(os.path.basename(sys.argv[0]))[0]
-    print(f"{name}: interrupted, nothing is half-written; run the command again to go on", file=sys.stderr, flush=True)
+    line = f"{_script()}: interrupted, nothing is half-written; run the command again to go on"
+    print(line, file=sys.stderr, flush=True)
     os._exit(130)  # without waiting for threads
 
 
@@ -27,7 +32,6 @@ import contextlib  # noqa: E402
 import select  # noqa: E402
 import signal  # noqa: E402
 import threading  # noqa: E402
-from pathlib import Path  # noqa: E402
 from types import FrameType  # noqa: E402
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
@@ -53,8 +57,7 @@ def _end(number: int, frame: FrameType | None) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 kill(process)
         _, below = psutil.wait_procs(below, timeout=SECONDS_TO_END)
-    name = Path(sys.argv[0]).stem
-    line = f"{name}: ended by {signal.Signals(number).name}; run the command again to go on\n"
+    line = f"{_script()}: ended by {signal.Signals(number).name}; run the command again to go on\n"
     os.write(sys.stderr.fileno(), line.encode())  # print may be what was interrupted
     os._exit(128 + number)  # without waiting for threads
 

@@ -5,6 +5,7 @@ from argparse import Namespace
 import pytest
 import torch
 from conftest import edit_shard, local
+from halves import thinned
 
 from gptoss_nf4.check.audit import audit
 from gptoss_nf4.convert.normalize import normalize
@@ -25,9 +26,10 @@ def test_losses_are_counted():
     assert result[0, 0] == 1
 
 
-def test_pieces_make_the_same_file_and_the_same_counts(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("small", thinned([1000, 56], 2))
+def test_pieces_make_the_same_file_and_the_same_counts(tiny, tmp_path, monkeypatch, small):
     made = []
-    for piece_bytes in (1 << 23, 1000):
+    for piece_bytes in (1 << 23, small):
         monkeypatch.setattr("gptoss_nf4.storage.checkpoint.PIECE_BYTES", piece_bytes)
         model, artifacts = local(tiny, tmp_path / str(piece_bytes))
         fetch(model, artifacts)

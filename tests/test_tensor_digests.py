@@ -81,10 +81,8 @@ def test_digests_of_a_hubs_files_tell_how_far_they_are(tmp_path):
     """Git's blob id hashes the length too (git-hash-object(1)); in LFS it is SHA-256."""
     data = b"x" * 100_000
     (tmp_path / "file").write_bytes(data)
-    sha256, blob = (
-        hashlib.sha256(data).hexdigest(),
-        hashlib.sha1(b"blob 100000\0" + data, usedforsecurity=False).hexdigest(),
-    )
+    sha256 = hashlib.sha256(data).hexdigest()
+    blob = hashlib.sha1(b"blob 100000\0" + data, usedforsecurity=False).hexdigest()
     for there, expected in (
         (SimpleNamespace(lfs=SimpleNamespace(sha256="a"), blob_id="b"), ("a", sha256)),
         (SimpleNamespace(lfs=None, blob_id="b"), ("b", blob)),
