@@ -273,13 +273,16 @@ def take_installation(directory: Path) -> None:
     made_from = [Path("pyproject.toml"), *(path.relative_to(ROOT) for path in (ROOT / "requirements").rglob("*.t*"))]
     if Path(sys.prefix) != ROOT / ".venv" or not stamp.exists():
         return
-    installed = stamp.stat().st_mtime
-    if any((ROOT / each).stat().st_mtime > installed for each in made_from):
+    installed = stamp.stat().st_mtime_ns
+    if any((ROOT / each).stat().st_mtime_ns > installed for each in made_from):
         return
     (directory / ".venv").symlink_to(ROOT / ".venv")
     for each in made_from:
         if (ROOT / each).read_bytes() == (directory / each).read_bytes():
-            os.utime(directory / each, (installed, installed))  # else make would think it newer than the installation
+            # Else make would think it newer than the installation. In nanoseconds: a float may round up, past the stamp.
+            os.utime(directory / each, ns=(installed, installed))
+    if subprocess.run(["make", "-q", stamp.relative_to(ROOT)], cwd=directory).returncode != 0:
+        (directory / ".venv").unlink()  # make would install into what another clone uses
 
 
 def save_adapter(source: Path, directory: Path) -> None:
