@@ -41,7 +41,7 @@ GPUS = {
     90: Gpu(wgmma=True, shared_bytes=228 * 1024, starts_early=True, multiprocessors=132),
 }
 TOKENS = (1, 8, 32, 64, 128, 256, 2048)
-LINEAR_ROWS = (1, 16, 64, 65)
+LINEAR_ROWS = (1, 16, 32, 64, 65)
 LORA_RANKS = (16, 64)
 # Tiles that a warp decodes in an iteration of its loop.
 TILES = {
@@ -49,7 +49,7 @@ TILES = {
     "small.swiglu_experts": 2,
     "small.down_experts": 2,
     "large.swiglu_experts": 2,
-    "large.down_experts": 1,
+    "large.down_experts": 2,
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 

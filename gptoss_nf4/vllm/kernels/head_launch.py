@@ -75,14 +75,12 @@ def plan_product(rows: int, gpu: Gpu) -> Plan | None:
         return Few(rows=8, warps=2, tiles=2)
     if rows <= 16:
         return Few(rows=16, warps=2, tiles=1)
-    if rows <= 32:
-        return Few(rows=32, warps=2, tiles=2)
     if rows > MAX_ROWS:
         return None
     if not gpu.wgmma:  # with more rows or tiles there are not enough registers
-        return Many(rows=64, warps=4, tiles=4, stages=3)
-    # More row tiles would read x less often, and leave too few programs on a multiprocessor.
-    return Many(rows=64 if rows <= 64 else 128, warps=4, tiles=8, stages=4)
+        return Few(rows=32, warps=2, tiles=2) if rows <= 32 else Many(rows=64, warps=4, tiles=4, stages=3)
+    # A row tile for each warp: with two, lanes meet in a bank of shared memory, 32 at a time. Eight warps gave wrong logits.
+    return Many(rows=32 if rows <= 32 else 64 if rows <= 64 else 128, warps=4, tiles=4, stages=4)
 
 
 def linear(x: torch.Tensor, packed: TwelveBits, bias: torch.Tensor | None = None, plan: Plan | None = None) -> torch.Tensor:

@@ -61,7 +61,7 @@ def linear(
     # With more rows the product takes the memory from `shrink`, and waits for it the longer (NOTES.md).
     few = gpu.starts_early and plan.rows == 8
     added = None if factors is None else shrink(x, factors, rows, 1, early=few)
-    options = plan.options(gpu) | _early(plan, gpu, added) | {"AHEAD": few}
+    options = plan.options(gpu) | _early(plan, gpu, added) | {"AHEAD": plan.ahead}
     plan.kernels.linear[argument.R, triton.cdiv(rows, plan.rows)](
         x, argument, added, out, count=rows, K=inputs, N=out_features, **options
     )

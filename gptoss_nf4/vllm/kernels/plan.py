@@ -69,6 +69,8 @@ class Small:
     """Of a program; they share its inputs."""
     down_warps: int = 4
     """The same for `down_experts`."""
+    ahead: bool = False
+    """Of a linear layer, a program asks for its weights a round before it needs them."""
 
     kernels: ClassVar[ModuleType] = small
 
@@ -135,27 +137,29 @@ def examined(device: torch.device) -> Gpu:
 
 def plan_linear(rows: int, row_tiles: int, gpu: Gpu) -> Small | None:
     """For a linear layer of `row_tiles` on `rows` rows of activations; None: a dense copy of the weight, and cuBLAS."""
+    # Many programs that start early crowd each other out, unless they are small. These gain by asking ahead; with few
+    # programs it pays only where all of them run at once.
+    crowded = gpu.starts_early and row_tiles >= 2 * gpu.multiprocessors
     if rows <= 8:
-        # Many programs that start early crowd each other out, unless they are small.
-        crowded = gpu.starts_early and row_tiles >= 2 * gpu.multiprocessors
-        return Small(rows=8, warps=4 if crowded else 8)
+        return Small(rows=8, warps=4 if crowded else 8, ahead=gpu.starts_early)
     if rows <= 32:
-        return Small(rows=16, warps=4)
+        return Small(rows=16, warps=4, ahead=crowded or (gpu.starts_early and rows <= 16))
     if rows <= MAX_LINEAR_ROWS:
-        return Small(rows=32, warps=4)
+        return Small(rows=32, warps=2 if gpu.starts_early else 4, ahead=gpu.starts_early)
     return None
 
 
 def plan_experts(tokens: int, top_k: int, experts: int, gpu: Gpu) -> Plan:
     """For both products of the experts, by the mean number of rows that an expert gets."""
     mean = tokens * top_k / experts
-    if mean <= 4:
-        # The programs of one token's w2 all fit beside those of w13 that still run. Large ones spread more evenly.
-        return Small(rows=8, warps=4, down_warps=8 if tokens == 1 and gpu.starts_early else 4)
-    if mean <= 8:
-        return Small(rows=16, warps=4)
-    if mean <= 24:
-        return Large(rows=32)
-    if mean <= 128 or not gpu.wgmma:  # with mma.sync 128 rows take more registers than there are
-        return Large(rows=64)
-    return Large(rows=128, stages=3 if gpu.holds_large_tables else 4)  # two programs share a multiprocessor's memory
+    # The programs of one token's w2 all fit beside those of w13 that still run. Large ones spread more evenly.
+    few = Small(rows=8, warps=4, down_warps=8 if tokens == 1 and gpu.starts_early else 4)
+    rest = Large(rows=128)
+    plans: tuple[tuple[int, Plan], ...] = (
+        *((6, few), (12, Large(rows=16, stages=4))),
+        *((24, Large(rows=32)), (80, Large(rows=64))),
+    )
+    if not gpu.wgmma:  # with mma.sync 128 rows take more registers than there are
+        rest = Large(rows=64)
+        plans = ((4, few), (8, Small(rows=16, warps=4)), (24, Large(rows=32)))
+    return next((plan for most, plan in plans if mean <= most), rest)
