@@ -3,8 +3,8 @@
     python -m benchmarks.machine_code [86]
 
 Every launch that gpt-oss-20b makes, without adapters and with them, is recorded and compiled for the compute capability:
-registers, spills, shared memory, and the machine instructions of the innermost loop per 4-bit weight. Experts come with
-blocks along the inputs and along the outputs.
+registers, spills, shared memory, the machine instructions of the innermost loop per 4-bit weight, and how often that loop
+waits for Hopper's matrix instructions. Experts come with blocks along the inputs and along the outputs.
 """
 
 import re
@@ -273,6 +273,16 @@ def loop_length(sass: str) -> int | None:
     return loop and sum(loop[0] <= address <= loop[1] for address, _, _ in code)
 
 
+def waits(code: list[tuple[int, str, str]]) -> tuple[int, int]:
+    """Of the main loop: how often it waits for wgmma instructions, and how many it has.
+
+    As often as it has them: the compiler has serialized them, and says so in a note of ptxas (C7510 to C7519).
+    """
+    loop = main_loop(code)
+    inside = [opcode for address, opcode, _ in code if loop and loop[0] <= address <= loop[1]]
+    return sum(op.startswith("WARPGROUP.DEPBAR") for op in inside), sum(op.startswith("HGMMA") for op in inside)
+
+
 def main() -> None:
     capability = int(sys.argv[1]) if len(sys.argv) > 1 else 86
     if capability not in GPUS:
@@ -287,10 +297,13 @@ def main() -> None:
     found += [head_launches(GPT_OSS_20B, dtype, gpu) for dtype in (torch.bfloat16, torch.float16)]
     for each in {each.label: each for each in chain(*found)}.values():
         compiled = each.compiled(capability)
-        r, loop = resources(each, compiled), loop_length(disassembled(compiled, "-sass"))
+        sass = disassembled(compiled, "-sass")
+        r, loop = resources(each, compiled), loop_length(sass)
         a_weight = f"{loop / each.decoded:.2f}" if loop and each.decoded else None
-        rows.append([each.label, r.registers, r.spilled_bytes, r.static_bytes + r.dynamic_bytes, loop, a_weight])
-    columns = ["kernel", "registers", "spilled bytes", "shared bytes", "loop", "instructions a weight"]
+        waited, products = waits(instructions(sass))
+        wgmma = f"{waited} of {products}" if products else None
+        rows.append([each.label, r.registers, r.spilled_bytes, r.static_bytes + r.dynamic_bytes, loop, a_weight, wgmma])
+    columns = ["kernel", "registers", "spilled bytes", "shared bytes", "loop", "instructions a weight", "waits of wgmma"]
     print(markdown(columns, rows))
 
 

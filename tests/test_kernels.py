@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import machine_code
 from benchmarks.weights import GPT_OSS_20B
-from gptoss_nf4.format.blocks import INPUTS, OUTPUTS
+from gptoss_nf4.format.blocks import DIRECTIONS, INPUTS, OUTPUTS
 from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.vllm.kernels import launch, tiles
 from gptoss_nf4.vllm.kernels.codebook import best_factor, codebook
@@ -188,6 +188,24 @@ def test_every_launch_fits_the_gpu(capability, dtype, blocksize, lora_rank, bloc
         assert takes.spilled_bytes <= (TWO_REGISTERS if kept else 0), takes
         assert takes.static_bytes <= MAX_STATIC_BYTES, takes
         assert takes.static_bytes + takes.dynamic_bytes <= MAX_SHARED_BYTES[capability], takes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [None, 16])
+@pytest.mark.parametrize("blocks_along", DIRECTIONS)
+def test_products_of_many_rows_run_beside_the_decoding(blocks_along, lora_rank):
+    """The compiler has not serialized the products: the loop waits less often than it has any."""
+    gpu = machine_code.GPUS[90]
+    found = machine_code.launches(GPT_OSS_20B, torch.bfloat16, gpu, lora_rank=lora_rank, blocks_along=blocks_along)
+    large = [each for each in found if each.kernel.startswith("large.")]
+    assert {each.arguments["BM"] for each in large} == {16, 32, 64, 128}
+    for each in large:
+        waited, products = machine_code.waits(machine_code.instructions(sass_of(each, 90)))
+        assert 0 < waited < products, each.label
+
+
+def sass_of(launch: machine_code.Launch, capability: int) -> str:
+    return machine_code.disassembled(launch.compiled(capability), "-sass")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: there is none on this machine")
