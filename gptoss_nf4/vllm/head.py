@@ -17,7 +17,7 @@ from gptoss_nf4.vllm.proving.ladder import require_usable
 logger = logging.getLogger("vllm.gptoss_nf4")
 
 VARIABLE = "GPTOSS_NF4_HEAD"  # of the environment: one of FORMS, to compare them or to report a fault
-PACKED, DENSE = FORMS = ("packed", "dense")  # the first by default: faster for up to 16 rows (NOTES.md)
+PACKED, DENSE = FORMS = ("packed", "dense")  # the first by default: faster for few rows (NOTES.md)
 
 
 class HeadMethod(UnquantizedEmbeddingMethod):

@@ -80,7 +80,7 @@ def plan_product(rows: int, gpu: Gpu) -> Plan | None:
     if not gpu.wgmma:  # with more rows or tiles there are not enough registers
         return Few(rows=32, warps=2, tiles=2) if rows <= 32 else Many(rows=64, warps=4, tiles=4, stages=3)
     # A row tile for each warp: with two, 32 lanes meet in one bank. Eight warps gave wrong logits (NOTES.md).
-    return Many(rows=32 if rows <= 32 else 64 if rows <= 64 else 128, warps=4, tiles=4, stages=4)
+    return Many(rows=min(triton.next_power_of_2(rows), 128), warps=4, tiles=4, stages=4)
 
 
 def linear(x: torch.Tensor, packed: TwelveBits, bias: torch.Tensor | None = None, plan: Plan | None = None) -> torch.Tensor:

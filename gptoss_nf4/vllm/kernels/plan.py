@@ -1,7 +1,8 @@
-"""Which kernels run a product, and how: by its number of rows and by the GPU. Measured on an H100 (NOTES.md)."""
+"""Which kernels run a product, and how: by its number of rows and by the GPU. Measured on an H100, an H200 (NOTES.md)."""
 
 from dataclasses import dataclass
 from enum import Enum
+from math import inf
 from types import ModuleType
 from typing import ClassVar
 
@@ -154,12 +155,13 @@ def plan_experts(tokens: int, top_k: int, experts: int, gpu: Gpu) -> Plan:
     mean = tokens * top_k / experts
     # The programs of one token's w2 all fit beside those of w13 that still run. Large ones spread more evenly.
     few = Small(rows=8, warps=4, down_warps=8 if tokens == 1 and gpu.starts_early else 4)
-    rest = Large(rows=128)
-    plans: tuple[tuple[int, Plan], ...] = (
-        *((6, few), (12, Large(rows=16, stages=4))),
-        *((24, Large(rows=32)), (80, Large(rows=64))),
-    )
+    plans: list[tuple[float, Plan]] = [  # each up to a mean
+        (6, few),
+        (12, Large(rows=16, stages=4)),
+        (24, Large(rows=32)),
+        (80, Large(rows=64)),
+        (inf, Large(rows=128)),
+    ]
     if not gpu.wgmma:  # with mma.sync 128 rows take more registers than there are
-        rest = Large(rows=64)
-        plans = ((4, few), (8, Small(rows=16, warps=4)), (24, Large(rows=32)))
-    return next((plan for most, plan in plans if mean <= most), rest)
+        plans = [(4, few), (8, Small(rows=16, warps=4)), (24, Large(rows=32)), (inf, Large(rows=64))]
+    return next(plan for most, plan in plans if mean <= most)
