@@ -3,7 +3,7 @@
     python -m benchmarks.conversion [--model synthetic_20b] [--layers 24] [--growth 1 6 12]
 
 It makes the source itself, of random codes, and works in a directory of its own. It prints the tables and writes
-metrics/conversion.json. It takes about six minutes on two cores, and 45 GB of disk while `cp` is measured.
+metrics/conversion.json. It takes six to twelve minutes on two cores, and 45 GB of disk while `cp` is measured.
 """
 
 import argparse

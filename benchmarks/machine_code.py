@@ -259,11 +259,15 @@ def loops(code: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
     return found
 
 
+def inner_loops(code: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
+    """First and last address of each loop that has no other within."""
+    found = loops(code)
+    return [one for one in found if not any(one != other and one[0] <= other[0] and other[1] <= one[1] for other in found)]
+
+
 def main_loop(code: list[tuple[int, str, str]]) -> tuple[int, int] | None:
     """First and last address of the longest innermost loop."""
-    found = loops(code)
-    inner = [one for one in found if not any(one != other and one[0] <= other[0] and other[1] <= one[1] for other in found)]
-    return max(inner, key=lambda loop: loop[1] - loop[0], default=None)
+    return max(inner_loops(code), key=lambda loop: loop[1] - loop[0], default=None)
 
 
 def loop_length(sass: str) -> int | None:
@@ -274,13 +278,19 @@ def loop_length(sass: str) -> int | None:
 
 
 def waits(code: list[tuple[int, str, str]]) -> tuple[int, int]:
-    """Of the main loop: how often it waits for wgmma instructions, and how many it has.
+    """Of the innermost loop with the most wgmma instructions: how often it waits for them, and how many it has.
 
-    As often as it has them: the compiler has serialized them, and says so in a note of ptxas (C7510 to C7519).
+    With tiles of 64 inputs a product of ours has four of them and waits twice. If it waits as often as it has them, the
+    compiler has serialized them; ptxas -v says why (C7510 to C7519).
     """
-    loop = main_loop(code)
-    inside = [opcode for address, opcode, _ in code if loop and loop[0] <= address <= loop[1]]
-    return sum(op.startswith("WARPGROUP.DEPBAR") for op in inside), sum(op.startswith("HGMMA") for op in inside)
+
+    def count(loop: tuple[int, int], opcode: str) -> int:
+        return sum(loop[0] <= address <= loop[1] and op.startswith(opcode) for address, op, _ in code)
+
+    products, waited = max(
+        ((count(loop, "HGMMA"), count(loop, "WARPGROUP.DEPBAR")) for loop in inner_loops(code)), default=(0, 0)
+    )
+    return waited, products
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ PLANS = [
     (40, None),
     (65, None),
     (128, Many(rows=128, warps=4, tiles=8, stages=4)),
-    (130, Many(rows=128, warps=8, tiles=16, stages=3)),
+    (130, Many(rows=128, warps=4, tiles=8, stages=3)),
     (48, Many(rows=32, warps=4, tiles=8, stages=2)),
     (head_launch.MAX_ROWS + 1, None),
 ]

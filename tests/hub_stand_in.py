@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+import pytest
+
 TOKEN = "hf_of_someone"
 
 
@@ -198,3 +200,20 @@ def environment(state: State, home: Path, token: str | None = TOKEN) -> dict[str
     """
     found = {"HF_ENDPOINT": state.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     return found | ({"HF_TOKEN": token} if token else {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"})
+
+
+def use_here(state: State, patch: pytest.MonkeyPatch, cache: Path | None = None) -> None:
+    """Let this process take `state` for the hub: it read the environment when it imported huggingface_hub.
+
+    cache: in place of the user's cache of downloads.
+    """
+    from huggingface_hub import constants, hf_api
+
+    patch.setattr(constants, "ENDPOINT", state.url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", state.url + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    patch.setattr(hf_api.api, "endpoint", state.url)
+    if cache is not None:
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))

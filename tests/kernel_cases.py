@@ -65,12 +65,12 @@ ACROSS = (OUTPUTS, OUTPUTS)
 EXPERTS = [
     Experts(tokens=1, experts=4, hidden=192, intermediate=64),
     Experts(tokens=5, experts=4, hidden=192, intermediate=64),
-    # The smaller tile, and row tiles that are no multiple of a program's.
+    # The smaller tile, and row tiles that are no multiple of a program's; nor, of hidden, of half of it.
     Experts(tokens=5, experts=4, hidden=192, intermediate=96, blocksize=32, plan=Small(rows=8, warps=2)),
     Experts(
         tokens=5, experts=4, hidden=128, intermediate=128, blocksize=128, quant_type="fp4", plan=Small(rows=16, warps=1)
     ),
-    Experts(tokens=9, experts=4, hidden=192, intermediate=288, blocksize=32, plan=Large(rows=32)),
+    Experts(tokens=9, experts=4, hidden=160, intermediate=288, blocksize=32, plan=Large(rows=32)),
     Experts(tokens=40, experts=3, hidden=256, intermediate=64, plan=Large(rows=16)),
     # Blocks of 64 outputs: two pairs of gate and up tiles, four tiles of w2. The inputs of w2 are tiles of 32.
     Experts(tokens=1, experts=4, hidden=192, intermediate=96, blocks_along=ACROSS),

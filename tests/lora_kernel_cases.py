@@ -54,7 +54,7 @@ EXPERTS = [
     ),
     (Experts(tokens=9, experts=3, hidden=128, intermediate=128, plan=Small(rows=16, warps=1)), Adapters(count=8, rank=64)),
     (
-        Experts(tokens=9, experts=4, hidden=192, intermediate=288, blocksize=32, plan=Large(rows=32)),
+        Experts(tokens=9, experts=4, hidden=160, intermediate=288, blocksize=32, plan=Large(rows=32)),
         Adapters(count=3, rank=8),
     ),
     (Experts(tokens=40, experts=3, hidden=256, intermediate=64, plan=Large(rows=16)), Adapters(count=2, rank=64)),

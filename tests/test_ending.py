@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -47,6 +48,7 @@ def started(project: Path, name: str, stage: str, nohup: bool = False) -> tuple[
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),  # these tests may run below nohup
         )
         while not asleep.exists():
             assert process.poll() is None, process.communicate()

@@ -28,16 +28,8 @@ def hub(source_copy, monkeypatch, tmp_path):
 
 @pytest.fixture
 def here(hub, tmp_path, monkeypatch):
-    """The stand-in for this process too, which read the environment when it imported huggingface_hub."""
-    from huggingface_hub import constants, hf_api
-
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf/hub"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
-    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    """The stand-in for this process too."""
+    hub_stand_in.use_here(hub, monkeypatch, tmp_path / "hf/hub")
     return hub
 
 

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from gptoss_nf4.format.blocks import DIRECTIONS, INPUTS, OUTPUTS
 from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.vllm.kernels import launch, tiles
 from gptoss_nf4.vllm.kernels.codebook import best_factor, codebook
-from gptoss_nf4.vllm.kernels.plan import Plan, plan_experts, plan_linear
+from gptoss_nf4.vllm.kernels.plan import Decoding, Plan, plan_experts, plan_linear
 
 ROOT = Path(__file__).parent.parent
 LIMITS = {"torch.bfloat16": 4e-3, "torch.float16": 1e-3}
@@ -165,21 +166,22 @@ def test_results(script, cases):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("capability", "dtype", "blocksize", "lora_rank", "blocks_along"),
+    ("capability", "chosen", "dtype", "blocksize", "lora_rank", "blocks_along"),
     [
-        (86, torch.bfloat16, 64, None, INPUTS),
-        (86, torch.bfloat16, 64, 16, INPUTS),
-        (86, torch.bfloat16, 64, 16, OUTPUTS),
-        (86, torch.float16, 64, None, OUTPUTS),
-        (80, torch.bfloat16, 32, None, INPUTS),
-        (90, torch.bfloat16, 64, None, INPUTS),
-        (90, torch.bfloat16, 64, 16, OUTPUTS),
-        (90, torch.float16, 64, None, OUTPUTS),
+        (86, None, torch.bfloat16, 64, None, INPUTS),
+        (86, None, torch.bfloat16, 64, 16, INPUTS),
+        (86, None, torch.bfloat16, 64, 16, OUTPUTS),
+        (86, None, torch.float16, 64, None, OUTPUTS),
+        (80, None, torch.bfloat16, 32, None, INPUTS),
+        (90, None, torch.bfloat16, 64, None, INPUTS),
+        (90, Decoding.PERMUTES, torch.float16, 64, None, INPUTS),  # where the table in shared memory failed
+        (90, None, torch.bfloat16, 64, 16, OUTPUTS),
+        (90, None, torch.float16, 64, None, OUTPUTS),
     ],
 )
-def test_every_launch_fits_the_gpu(capability, dtype, blocksize, lora_rank, blocks_along):
+def test_every_launch_fits_the_gpu(capability, chosen, dtype, blocksize, lora_rank, blocks_along):
     """For an RTX 3090 and others, with no GPU here: all that gpt-oss-20b launches, at all batch sizes."""
-    gpu = machine_code.GPUS[capability]
+    gpu = replace(machine_code.GPUS[capability], chosen=chosen)
     found = machine_code.launches(GPT_OSS_20B, dtype, gpu, blocksize, lora_rank, blocks_along)
     assert {each.kernel for each in found} == KERNELS | (LORA_KERNELS if lora_rank else ROUTING_KERNELS)
     for each in found:
@@ -191,21 +193,19 @@ def test_every_launch_fits_the_gpu(capability, dtype, blocksize, lora_rank, bloc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora_rank", [None, 16])
+@pytest.mark.parametrize(("dtype", "lora_rank"), [(torch.float16, None), (torch.bfloat16, 16)])
 @pytest.mark.parametrize("blocks_along", DIRECTIONS)
-def test_products_of_many_rows_run_beside_the_decoding(blocks_along, lora_rank):
-    """The compiler has not serialized the products: the loop waits less often than it has any."""
+def test_products_of_many_rows_run_beside_the_decoding(blocks_along, dtype, lora_rank):
+    """The compiler has not serialized the products: the loop waits once for two of them, at most."""
     gpu = machine_code.GPUS[90]
-    found = machine_code.launches(GPT_OSS_20B, torch.bfloat16, gpu, lora_rank=lora_rank, blocks_along=blocks_along)
+    found = machine_code.launches(GPT_OSS_20B, dtype, gpu, lora_rank=lora_rank, blocks_along=blocks_along)
     large = [each for each in found if each.kernel.startswith("large.")]
     assert {each.arguments["BM"] for each in large} == {16, 32, 64, 128}
     for each in large:
-        waited, products = machine_code.waits(machine_code.instructions(sass_of(each, 90)))
-        assert 0 < waited < products, each.label
-
-
-def sass_of(launch: machine_code.Launch, capability: int) -> str:
-    return machine_code.disassembled(launch.compiled(capability), "-sass")
+        compiled = each.compiled(90)
+        waited, products = machine_code.waits(machine_code.instructions(machine_code.disassembled(compiled, "-sass")))
+        assert 0 < 2 * waited <= products, each.label
+        assert machine_code.resources(each, compiled).spilled_bytes <= (TWO_REGISTERS if lora_rank else 0), each.label
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: there is none on this machine")

@@ -230,8 +230,8 @@ def publish(
 ) -> str:
     """What stage publish does, with the stand-in for the hub."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.HfApi", partial(HfApi, endpoint=hub.url, token=token or False))
-        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        hub_stand_in.use_here(hub, patch)
+        patch.setattr("huggingface_hub.HfApi", partial(HfApi, token=token or False))
         return upload.publish(artifacts_of(project), project / "metrics", repository, private)
 
 

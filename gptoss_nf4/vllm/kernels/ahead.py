@@ -1,8 +1,8 @@
 """What a kernel can do before its inputs are there: ask for its weights, and start while another kernel ends.
 
 `prefetch` brings weights into the L2 cache before a load asks for them. The loop of `products` has one tile in flight
-for each warp. In a small kernel, such as an attention projection at one token, that is too little to keep the memory
-busy. The experts' kernels have enough warps, and lose by it (NOTES.md).
+for each warp. In a small kernel, such as an attention projection, that is too little to keep the memory busy. The
+experts' kernels have enough warps, and lose by it (NOTES.md).
 
 `start_early`: on Hopper and newer a kernel may be started while the one in front of it runs ("programmatic dependent
 launch" in CUDA's words, `early` here). Each of its programs waits for that one's results in `start_early`, and then

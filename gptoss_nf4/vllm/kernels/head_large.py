@@ -2,7 +2,7 @@
 
 A program holds the sums of some row tiles for `BM` rows of activations. Its warps share the row tiles, not the inputs, so
 that each weight is decoded once for all those rows. Weights and activations come through shared memory, some input tiles
-ahead. Decoded weights go from registers into the product as operand A, in the order of inputs that `large` explains.
+ahead. Decoded weights go from registers into the product as operand A, in the order of inputs that `operands` explains.
 
 Escapes come last. Those of neighbouring row tiles stand one after the other, so they are taken together, 32 or 64 at a
 time, as one more product. It reads whole columns of the activations; therefore these are given a second time, transposed.
@@ -83,7 +83,7 @@ def _weights(words, tile_R, C, weight, table, dtype: tl.constexpr, WGMMA: tl.con
     low_Rljq = tl.join(tl.load(words + word_Rls + PLANE), tl.load(words + word_Rls + 2 * PLANE))
     weight_Rlsprh = decode(codes_Rls, tl.permute(low_Rljq, [3, 0, 1, 2]), table, weight.SHIFT, dtype)
     weight_Rgtsprh = tl.reshape(weight_Rlsprh, [TILES, 8, 4, 4, 2, 2, 2])
-    # As in `large`: k in the order in which the weights stand in a lane's registers already.
+    # As in `operands`: k in the order in which the weights stand in a lane's registers already.
     if WGMMA:
         weight_Rrgk = tl.permute(weight_Rgtsprh, [0, 5, 1, 3, 6, 2, 4])
     else:

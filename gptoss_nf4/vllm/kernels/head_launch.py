@@ -57,7 +57,7 @@ class Many:
     rows: int
     """Of activations, of a program: 16 to 128."""
     warps: int
-    """4 or 8."""
+    """4: with 8, which are two warpgroups, some logits were wrong on a GPU (NOTES.md)."""
     tiles: int
     """Row tiles of a program, a power of two, at least `warps`."""
     stages: int
@@ -79,7 +79,7 @@ def plan_product(rows: int, gpu: Gpu) -> Plan | None:
         return None
     if not gpu.wgmma:  # with more rows or tiles there are not enough registers
         return Few(rows=32, warps=2, tiles=2) if rows <= 32 else Many(rows=64, warps=4, tiles=4, stages=3)
-    # A row tile for each warp: with two, 32 lanes meet in one bank. Eight warps gave wrong logits (NOTES.md).
+    # A row tile for each warp: with two, 32 lanes meet in one bank of shared memory.
     return Many(rows=min(triton.next_power_of_2(rows), 128), warps=4, tiles=4, stages=4)
 
 

@@ -1,13 +1,13 @@
-"""Products with many rows of activations for each expert: prefill.
+"""Products with many rows of activations for each expert: prefill, and decoding of large batches.
 
-A program computes twice 64 rows of outputs, of gate and of up or neighbours, for `BM` rows of activations. Weights are
+A program computes 64 gate and 64 up rows, or 128 neighbouring ones, for `BM` rows of activations. Weights are
 decoded in registers, multiplied by absmax there, and go from there into the product as operand A, see `operands`. To
 dequantize whole experts to memory instead would mean to write and read four times the bytes. On Hopper the products are
 `wgmma`, on Ampere `mma.sync`.
 
-wgmma runs beside other instructions, but only where nothing else writes its sums until it is waited for. If the loop might
-run not at all, the compiler sets them to zero on that way behind the loop, and then waits for each product before the next.
-So the kernels say that there is an input tile.
+wgmma runs beside other instructions, but only where nothing else writes its sums until it is waited for. If the loop
+might not run at all, the compiler sets them to zero on that way behind the loop, and then waits for each product before
+the next. So the kernels say that there is an input tile.
 
 The kernels are `swiglu_experts` and `down_experts`. They take the arguments of their namesakes in `small`, but
 activations in the order of `tiles.operand_order`, and sorted slots only. What adapters add comes after the loop.
@@ -24,7 +24,7 @@ from gptoss_nf4.vllm.kernels.operands import activations, tiles_from, weights
 from gptoss_nf4.vllm.kernels.swiglu import clamped_swiglu
 
 WARPS = 4  # of a program
-ROW_TILES = tl.constexpr(WARPS)  # whose sums a program holds, of gate and of up each
+ROW_TILES = tl.constexpr(WARPS)  # of each of the two sums that a program holds
 # Row tiles of a program: gate and up, or neighbours.
 SWIGLU_TILES = 2 * WARPS
 DOWN_TILES = 2 * WARPS

@@ -62,7 +62,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Small:
-    """The kernels of `small`: decoding."""
+    """The kernels of `small`: decoding, of not too many."""
 
     rows: int
     """Of activations, of a program: 8, 16 or 32."""
@@ -71,7 +71,7 @@ class Small:
     down_warps: int = 4
     """The same for `down_experts`."""
     ahead: bool = False
-    """Of a linear layer, a program asks for its weights a round before it needs them."""
+    """Programs of a linear layer bring weights into the L2 cache a round before they load them, see `ahead`."""
 
     kernels: ClassVar[ModuleType] = small
 
@@ -85,7 +85,7 @@ class Small:
 
 @dataclass(frozen=True)
 class Large:
-    """The kernels of `large`: prefill."""
+    """The kernels of `large`: prefill, and decoding of large batches."""
 
     rows: int
     """Of activations, of a program: 16 to 128."""
@@ -138,8 +138,8 @@ def examined(device: torch.device) -> Gpu:
 
 def plan_linear(rows: int, row_tiles: int, gpu: Gpu) -> Small | None:
     """For a linear layer of `row_tiles` on `rows` rows of activations; None: a dense copy of the weight, and cuBLAS."""
-    # Many programs that start early crowd each other out, unless they are small. These gain by asking ahead; with few
-    # programs it pays only where all of them run at once.
+    # Many programs that start early crowd each other out, unless they are small. Asking ahead gains everywhere but with
+    # few programs at 17 to 32 rows (NOTES.md).
     crowded = gpu.starts_early and row_tiles >= 2 * gpu.multiprocessors
     if rows <= 8:
         return Small(rows=8, warps=4 if crowded else 8, ahead=gpu.starts_early)
