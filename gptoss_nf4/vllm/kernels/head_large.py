@@ -15,6 +15,7 @@ import triton.language as tl
 
 from gptoss_nf4.vllm.kernels.head import PLANE, TILE
 from gptoss_nf4.vllm.kernels.head_decode import decode
+from gptoss_nf4.vllm.kernels.operands import operand_a
 
 
 @triton.jit(do_not_specialize=["count", "blocks"])
@@ -82,13 +83,7 @@ def _weights(words, tile_R, C, weight, table, dtype: tl.constexpr, WGMMA: tl.con
     codes_Rls = tl.load(words + word_Rls)
     low_Rljq = tl.join(tl.load(words + word_Rls + PLANE), tl.load(words + word_Rls + 2 * PLANE))
     weight_Rlsprh = decode(codes_Rls, tl.permute(low_Rljq, [3, 0, 1, 2]), table, weight.SHIFT, dtype)
-    weight_Rgtsprh = tl.reshape(weight_Rlsprh, [TILES, 8, 4, 4, 2, 2, 2])
-    # As in `operands`: k in the order in which the weights stand in a lane's registers already.
-    if WGMMA:
-        weight_Rrgk = tl.permute(weight_Rgtsprh, [0, 5, 1, 3, 6, 2, 4])
-    else:
-        weight_Rrgk = tl.permute(weight_Rgtsprh, [0, 5, 1, 3, 2, 6, 4])
-    return tl.reshape(weight_Rrgk, [TILES * 16, 64])
+    return operand_a(tl.reshape(weight_Rlsprh, [TILES, 8, 4, 4, 2, 2, 2]), WGMMA)
 
 
 @triton.jit

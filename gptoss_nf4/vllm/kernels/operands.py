@@ -62,13 +62,23 @@ def weights(
         weight_Rgtsprh = _times_rows(
             words_Rls, tiles, tile_R, exists_R, C, weight, decoder, dtype, in_decoding, SHARED_TABLE
         )
-    # k in the order in which the weights stand in a lane's registers already, as Triton lays out operand A:
-    # (s h t p) for wgmma, (s t h p) for mma.sync.
+    return operand_a(weight_Rgtsprh, WGMMA)
+
+
+@triton.jit
+def operand_a(weight_Rgtsprh, WGMMA: tl.constexpr):
+    """Decoded weights [R, g, t, s, p, r, h] as operand A [n, k].
+
+    k is in the order in which they stand in a lane's registers already, as Triton lays out operand A: (s h t p) for wgmma,
+    (s t h p) for mma.sync.
+    """
+    R: tl.constexpr = weight_Rgtsprh.shape[0]
+    S: tl.constexpr = weight_Rgtsprh.shape[3]
     if WGMMA:
         weight_Rrgk = tl.permute(weight_Rgtsprh, [0, 5, 1, 3, 6, 2, 4])
     else:
         weight_Rrgk = tl.permute(weight_Rgtsprh, [0, 5, 1, 3, 2, 6, 4])
-    return tl.reshape(weight_Rrgk, [tile_R.shape[0] * 16, 16 * S])
+    return tl.reshape(weight_Rrgk, [R * 16, 16 * S])
 
 
 @triton.jit

@@ -106,7 +106,21 @@ class Large:
 
 
 Plan = Small | Large
-
+# Of both products of the experts, each up to a mean number of rows that an expert gets.
+WGMMA_PLANS: tuple[tuple[float, Plan], ...] = (
+    (6, Small(rows=8, warps=4)),
+    (12, Large(rows=16, stages=4)),
+    (24, Large(rows=32)),
+    (80, Large(rows=64)),
+    (inf, Large(rows=128)),
+)
+# With mma.sync 128 rows take more registers than there are.
+OTHER_PLANS: tuple[tuple[float, Plan], ...] = (
+    (4, Small(rows=8, warps=4)),
+    (8, Small(rows=16, warps=4)),
+    (24, Large(rows=32)),
+    (inf, Large(rows=64)),
+)
 
 _GPUS: dict[torch.device, Gpu] = {}
 
@@ -152,16 +166,8 @@ def plan_linear(rows: int, row_tiles: int, gpu: Gpu) -> Small | None:
 
 def plan_experts(tokens: int, top_k: int, experts: int, gpu: Gpu) -> Plan:
     """For both products of the experts, by the mean number of rows that an expert gets."""
+    if tokens == 1 and gpu.starts_early:
+        # The programs of one token's w2 all fit beside those of w13 that still run. Large ones spread more evenly.
+        return Small(rows=8, warps=4, down_warps=8)
     mean = tokens * top_k / experts
-    # The programs of one token's w2 all fit beside those of w13 that still run. Large ones spread more evenly.
-    few = Small(rows=8, warps=4, down_warps=8 if tokens == 1 and gpu.starts_early else 4)
-    plans: list[tuple[float, Plan]] = [  # each up to a mean
-        (6, few),
-        (12, Large(rows=16, stages=4)),
-        (24, Large(rows=32)),
-        (80, Large(rows=64)),
-        (inf, Large(rows=128)),
-    ]
-    if not gpu.wgmma:  # with mma.sync 128 rows take more registers than there are
-        plans = [(4, few), (8, Small(rows=16, warps=4)), (24, Large(rows=32)), (inf, Large(rows=64))]
-    return next(plan for most, plan in plans if mean <= most)
+    return next(plan for most, plan in (WGMMA_PLANS if gpu.wgmma else OTHER_PLANS) if mean <= most)
