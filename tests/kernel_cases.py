@@ -22,7 +22,7 @@ if not ON_GPU:
 from gptoss_nf4.format.blocks import INPUTS, OUTPUTS  # noqa: E402
 from gptoss_nf4.format.codec import CODEBOOKS  # noqa: E402
 from gptoss_nf4.vllm.activation import clamped_swiglu  # noqa: E402
-from gptoss_nf4.vllm.kernels import combine, launch, sort, tiles  # noqa: E402
+from gptoss_nf4.vllm.kernels import combine, launch, order, sort, tiles  # noqa: E402
 from gptoss_nf4.vllm.kernels.arguments import Packed, Routing  # noqa: E402
 from gptoss_nf4.vllm.kernels.codebook import best_factor  # noqa: E402
 from gptoss_nf4.vllm.kernels.plan import Large, Plan, Small, gpu_of, plan_experts  # noqa: E402
@@ -125,6 +125,7 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16,):
         for case in DECODED:
             report(f"decoding {case}", dtype, wrong_bits(*case, dtype))
+        report("order of activations", dtype, {"order, exact": misplaced_inputs(dtype)})
         for case in LINEARS:
             report(str(case), dtype, linear_error(case, dtype))
         for case in EXPERTS:
@@ -156,6 +157,16 @@ def misplaced_slots(tokens: int, top_k: int = 4, experts: int = 32) -> dict[str,
         expected = torch.where(flat < 0, -1, local[flat])
         found = poison(lambda ids=ids: sort.local_experts(ids, local))
         wrong[f"{name}, local numbers"] = int((found != expected).sum())
+    return wrong
+
+
+def misplaced_inputs(dtype: torch.dtype) -> int:
+    """How many bit patterns of activations stand elsewhere than `tiles.operand_order` puts them; some are NaN."""
+    wrong = 0
+    for rows, inputs in ((1, 32), (3, 2880), (5, 1056)):
+        x = torch.randint(-(1 << 15), 1 << 15, (rows, inputs), dtype=torch.int16, device=DEVICE).view(dtype)
+        found = poison(lambda x=x: order.in_operand_order(x))
+        wrong += int((found.view(torch.int16) != tiles.operand_order(x, 32).view(torch.int16)).sum())
     return wrong
 
 
@@ -202,19 +213,19 @@ def experts_errors(case: Experts, dtype: torch.dtype) -> dict[str, float]:
     local = torch.tensor([*range(case.experts - 1), -1], dtype=torch.int32, device=DEVICE)  # the last is another rank's
     routing, here = route(ids, plan, local), expert < case.experts - 1
 
-    def order(t: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    def ordered(t: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """As the product with `matrix` takes it."""
         return tiles.operand_order(t, 16 * matrix.packed.codes.shape[-1]) if isinstance(plan, Large) else t
 
     middle = clamped_swiglu(products(w13, expert, x.repeat_interleave(TOP_K, 0)))
-    result = poison(lambda: launch.swiglu_experts(order(x, w13), TOP_K, routing, w13.packed, case.intermediate, plan))
-    errors = {"w13": relative(result[here], order(middle, w2)[here])}
+    result = poison(lambda: launch.swiglu_experts(ordered(x, w13), TOP_K, routing, w13.packed, case.intermediate, plan))
+    errors = {"w13": relative(result[here], ordered(middle, w2)[here])}
 
     middle = middle.to(dtype)
     down = products(w2, expert, middle) * topk_weights.double().view(-1, 1) * here[:, None]
     result = poison(
         lambda: launch.down_experts(
-            order(middle, w2), TOP_K, topk_weights, routing, w2.packed, case.hidden, plan, torch.float32
+            ordered(middle, w2), TOP_K, topk_weights, routing, w2.packed, case.hidden, plan, torch.float32
         )
     )
     errors["w2"] = relative(result, down)

@@ -4,6 +4,7 @@ A field that is None is None when the kernel is compiled: `if weight.bias is not
 Letters stand for the axes of `tiles`.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,10 @@ class Routing(NamedTuple):
     """Of `logits`."""
 
 
+NOT_ROUTED = Routing(None, None, None)
+"""Of a linear layer."""
+
+
 def kernel_weight(packed: Packed, dtype: torch.dtype) -> Weight:
     """`packed` as the kernels take it for activations in `dtype` (float16 or bfloat16)."""
     codes, absmax, bias, blocksize, quant_type, blocks_along, absmax_factor = packed
@@ -95,7 +100,11 @@ def kernel_weight(packed: Packed, dtype: torch.dtype) -> Weight:
         R=row_tiles,
         C=input_tiles,
         B=absmax.shape[1 if outputs else 2],
-        S=tl.constexpr(words),
-        TILES_PER_BLOCK=tl.constexpr(1 if outputs else max(1, blocksize // (words * ROWS))),
-        ROW_TILES_PER_BLOCK=tl.constexpr(blocksize // ROWS if outputs else 0),
+        S=_constant(words),
+        TILES_PER_BLOCK=_constant(1 if outputs else max(1, blocksize // (words * ROWS))),
+        ROW_TILES_PER_BLOCK=_constant(blocksize // ROWS if outputs else 0),
     )
+
+
+# Made once: each launch would make three, and that takes as long as the rest of it.
+_constant = cache(tl.constexpr)

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from gptoss_nf4.vllm.kernels.ahead import start_early
 from gptoss_nf4.vllm.kernels.lora import early_launch
+from gptoss_nf4.vllm.kernels.start import cdiv, start_kernel
 
 
 @triton.jit
@@ -51,9 +52,8 @@ def sum_slots(
         out = torch.empty(tokens, hidden, dtype=dtype, device=partial.device)
     if tokens:
         block = 1024
-        grid = (tokens, triton.cdiv(hidden, block))
+        grid = (tokens, cdiv(hidden, block))
         ids = None if ids is None else ids.contiguous()
-        _sum_slots[grid](
-            partial, ids, out, N=hidden, TOP_K=top_k, BLOCK=block, EARLY=early, num_warps=4, **early_launch(early)
-        )
+        options = {"num_warps": 4} | early_launch(early)
+        start_kernel(_sum_slots, grid, partial, ids, out, N=hidden, TOP_K=top_k, BLOCK=block, EARLY=early, **options)
     return out

@@ -10,6 +10,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from gptoss_nf4.vllm.kernels.lora import Factors, add_delta, early_launch, launch_options, slice_of, wait_for_t
 from gptoss_nf4.vllm.kernels.shrink import shrink
+from gptoss_nf4.vllm.kernels.start import cdiv, next_power_of_2, start_kernel
 
 FEW_ROWS = 64
 ROW_BLOCKS = (128, 64, 32, 16)  # rows of the weight that a program of `expand_rows` may take
@@ -85,10 +86,12 @@ def expand(out: torch.Tensor, x: torch.Tensor, factors: Factors, early: bool = F
         return
     few, early = rows <= FEW_ROWS, early and rows <= FEW_ROWS
     _, _, rank, inputs = factors.a.shape
-    sizes = [triton.next_power_of_2(size) for size in (rank, inputs, outputs)]
+    sizes = [next_power_of_2(size) for size in (rank, inputs, outputs)]
     if few and len(factors.ends) <= 1 and sizes[0] * max(sizes[1:]) <= MAX_ELEMENTS:
         RANKS, BLOCK, BN = sizes
-        add_to_row[(rows,)](
+        start_kernel(
+            add_to_row,
+            (rows,),
             out,
             x,
             factors.a,
@@ -110,6 +113,5 @@ def expand(out: torch.Tensor, x: torch.Tensor, factors: Factors, early: bool = F
     inner = factors.ends[:-1]
     block = next(size for size in ROW_BLOCKS if all(end % size == 0 for end in inner))
     slots = 16 if few else 64
-    expand_rows[triton.cdiv(outputs, block), triton.cdiv(rows, slots)](
-        out, lora, slots=rows, BM=slots, BN=block, num_warps=4, **launch_options(lora)
-    )
+    grid = cdiv(outputs, block), cdiv(rows, slots)
+    start_kernel(expand_rows, grid, out, lora, slots=rows, BM=slots, BN=block, num_warps=4, **launch_options(lora))

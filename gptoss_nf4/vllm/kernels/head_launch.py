@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 from gptoss_nf4.vllm.kernels import head, head_large
 from gptoss_nf4.vllm.kernels.plan import Gpu, gpu_of
+from gptoss_nf4.vllm.kernels.start import cdiv, next_power_of_2, start_kernel
 from gptoss_nf4.vllm.kernels.tiles import MAX_INPUTS, ROWS, operand_order
 from gptoss_nf4.vllm.kernels.twelve_bits import SHIFTS, TwelveBits
 
@@ -80,7 +80,7 @@ def plan_product(rows: int, gpu: Gpu) -> Plan | None:
     if not gpu.wgmma:  # with more rows or tiles there are not enough registers
         return Few(rows=32, warps=2, tiles=2) if rows <= 32 else Many(rows=64, warps=4, tiles=4, stages=3)
     # A row tile for each warp: with two, 32 lanes meet in one bank of shared memory.
-    return Many(rows=min(triton.next_power_of_2(rows), 128), warps=4, tiles=4, stages=4)
+    return Many(rows=min(next_power_of_2(rows), 128), warps=4, tiles=4, stages=4)
 
 
 def linear(x: torch.Tensor, packed: TwelveBits, bias: torch.Tensor | None = None, plan: Plan | None = None) -> torch.Tensor:
@@ -113,18 +113,19 @@ def linear(x: torch.Tensor, packed: TwelveBits, bias: torch.Tensor | None = None
 
 def _launch(plan: Plan, x: torch.Tensor, packed: TwelveBits, out: torch.Tensor) -> None:
     weight, rows, row_tiles = kernel_weight(packed), len(x), len(packed.table)
-    blocks = triton.cdiv(rows, plan.rows)
-    grid = (blocks * triton.cdiv(row_tiles, plan.tiles),)
+    blocks = cdiv(rows, plan.rows)
+    grid = (blocks * cdiv(row_tiles, plan.tiles),)
     if isinstance(plan, Few):
         options = {"BM": plan.rows, "WARPS": plan.warps, "TWO": plan.tiles == 2, "num_warps": plan.warps}
-        head.product[grid](x, weight, out, rows, blocks, row_tiles, **options)
+        start_kernel(head.product, grid, x, weight, out, count=rows, blocks=blocks, R=row_tiles, **options)
     else:
         wgmma = gpu_of(x.device).wgmma
         columns = x.new_empty(weight.K, blocks * plan.rows)  # with rows that are not stored, so that all loads are whole
         columns[:, :rows] = x.t()
         x = operand_order(x, MAX_INPUTS, wgmma)
         options = {"BM": plan.rows, "TILES": plan.tiles, "STAGES": plan.stages, "WGMMA": wgmma, "num_warps": plan.warps}
-        head_large.product[grid](x, columns, weight, out, rows, blocks, columns.shape[1], row_tiles, **options)
+        sizes = {"count": rows, "blocks": blocks, "padded": columns.shape[1], "R": row_tiles}
+        start_kernel(head_large.product, grid, x, columns, weight, out, **sizes, **options)
 
 
 def linear_in_parts(x: torch.Tensor, packed: TwelveBits, out: torch.Tensor) -> None:
@@ -147,10 +148,11 @@ def dequantize(packed: TwelveBits, first: int = 0, rows: int | None = None) -> t
 def _dequantize_rows(packed: TwelveBits, first: int, out: torch.Tensor) -> None:
     weight, tile = kernel_weight(packed), first // ROWS
     scaled = packed.scale != 1
-    row_tiles = triton.cdiv(len(out), ROWS)
-    grid = (row_tiles, triton.cdiv(weight.C, INPUT_TILES))
-    head.unpack[grid](weight, out, tile, len(out), TILES=INPUT_TILES, SCALED=scaled, num_warps=4)
-    head.unpack_escapes[(row_tiles,)](weight, out, tile, len(out), SCALED=scaled, num_warps=1)
+    row_tiles = cdiv(len(out), ROWS)
+    grid = (row_tiles, cdiv(weight.C, INPUT_TILES))
+    rows = {"first": tile, "count": len(out)}
+    start_kernel(head.unpack, grid, weight, out, **rows, TILES=INPUT_TILES, SCALED=scaled, num_warps=4)
+    start_kernel(head.unpack_escapes, (row_tiles,), weight, out, **rows, SCALED=scaled, num_warps=1)
 
 
 def kernel_weight(packed: TwelveBits) -> Weight:

@@ -18,6 +18,7 @@ Names end in the letters of their axes, see `tiles`. Here R is the four row tile
 import triton
 import triton.language as tl
 
+from gptoss_nf4.vllm.kernels.ahead import start_early
 from gptoss_nf4.vllm.kernels.decode import fill_shared, load_table
 from gptoss_nf4.vllm.kernels.lora import add_delta
 from gptoss_nf4.vllm.kernels.operands import activations, tiles_from, weights
@@ -45,6 +46,7 @@ def swiglu_experts(
     STAGES: tl.constexpr,
     WGMMA: tl.constexpr,
     SHARED_TABLE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """out[slot] = clamped SwiGLU of w[expert] @ x[slot // top_k] + bias[expert].
 
@@ -59,7 +61,9 @@ def swiglu_experts(
         STAGES: a program reads STAGES - 1 input tiles ahead.
         WGMMA: Triton compiles the products to wgmma, else to mma.sync.
         SHARED_TABLE: decode by `lookup`, else by `decode`.
+        EARLY: the kernel is started before the one in front of it has ended, see `ahead`.
     """
+    start_early(EARLY)
     block = tl.program_id(1)
     if block * BM >= tl.load(routing.padded_count):
         return
@@ -117,6 +121,7 @@ def down_experts(
     STAGES: tl.constexpr,
     WGMMA: tl.constexpr,
     SHARED_TABLE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """out[slot] = (w[expert] @ x[slot] + bias[expert]) * slot_weights[slot].
 
@@ -127,8 +132,9 @@ def down_experts(
         weight: a `Weight`. lora: a `lora.Lora` or None. routing: a `Routing` for blocks of BM, with slots.
         slot_weights: float32 [count].
         count: the number of slots.
-        STAGES, WGMMA, SHARED_TABLE: as in `swiglu_experts`.
+        STAGES, WGMMA, SHARED_TABLE, EARLY: as in `swiglu_experts`.
     """
+    start_early(EARLY)
     block = tl.program_id(1)
     first_tile = tl.program_id(0) * (2 * ROW_TILES)
     if block * BM >= tl.load(routing.padded_count):

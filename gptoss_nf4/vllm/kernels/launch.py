@@ -6,7 +6,6 @@ No function here waits for the GPU or looks at a tensor's values, so all may be 
 from collections.abc import Callable
 
 import torch
-import triton
 import triton.language as tl
 
 from gptoss_nf4.vllm.kernels import dense
@@ -14,13 +13,15 @@ from gptoss_nf4.vllm.kernels.arguments import Packed, Routing, kernel_weight
 from gptoss_nf4.vllm.kernels.combine import sum_slots
 from gptoss_nf4.vllm.kernels.expand import expand
 from gptoss_nf4.vllm.kernels.lora import Factors, Lora, early_launch, launch_options
+from gptoss_nf4.vllm.kernels.order import in_operand_order
 from gptoss_nf4.vllm.kernels.plan import Gpu, Large, Plan, Small, gpu_of, plan_experts, plan_linear
 from gptoss_nf4.vllm.kernels.router import MAX_ROUTER_ROWS, few_logits
 from gptoss_nf4.vllm.kernels.routing import choose, route, routes
 from gptoss_nf4.vllm.kernels.shared_memory import ask_when_loaded
 from gptoss_nf4.vllm.kernels.shrink import shrink
 from gptoss_nf4.vllm.kernels.sort import fits, local_experts, sort_slots
-from gptoss_nf4.vllm.kernels.tiles import ROWS, operand_order
+from gptoss_nf4.vllm.kernels.start import cdiv, start_kernel
+from gptoss_nf4.vllm.kernels.tiles import ROWS
 
 ask_when_loaded()
 
@@ -62,9 +63,8 @@ def linear(
     few = gpu.starts_early and plan.rows == 8
     added = None if factors is None else shrink(x, factors, rows, 1, early=few)
     options = plan.options(gpu) | _early(plan, gpu, added) | {"AHEAD": plan.ahead}
-    plan.kernels.linear[argument.R, triton.cdiv(rows, plan.rows)](
-        x, argument, added, out, count=rows, K=inputs, N=out_features, **options
-    )
+    grid = argument.R, cdiv(rows, plan.rows)
+    start_kernel(plan.kernels.linear, grid, x, argument, added, out, count=rows, K=inputs, N=out_features, **options)
     return out
 
 
@@ -86,9 +86,8 @@ def dequantize(weight: Packed, out_features: int, dtype: torch.dtype) -> torch.T
     inputs = argument.C * weight.codes.shape[-1] * ROWS
     out = torch.empty(out_features, inputs, dtype=dtype, device=weight.codes.device)
     tiles = dense.INPUT_TILES
-    dense.dequantize[argument.R, triton.cdiv(argument.C, tiles)](
-        argument, out, N=out_features, K=inputs, TILES=tiles, num_warps=4
-    )
+    grid = argument.R, cdiv(argument.C, tiles)
+    start_kernel(dense.dequantize, grid, argument, out, N=out_features, K=inputs, TILES=tiles, num_warps=4)
     return out
 
 
@@ -201,7 +200,7 @@ def experts(
     partial_dtype = torch.float32  # costs nothing with few slots
     if isinstance(plan, Large):
         partial_dtype = x.dtype  # half the bytes
-        x = operand_order(x, w13.codes.shape[-1] * ROWS)
+        x = in_operand_order(x, early=gpu_of(x.device).starts_early)
     middle = swiglu_experts(x, top_k, routing, w13, intermediate, plan, w13_factors)
     partial = down_experts(middle, top_k, topk_weights, routing, w2, hidden, plan, partial_dtype, w2_factors)
     early = gpu_of(x.device).starts_early
@@ -226,7 +225,9 @@ def swiglu_experts(
     gpu, weight = gpu_of(x.device), kernel_weight(w13, x.dtype)
     added = _shrink(x, factors, slots, top_k, routing, plan)
     blocks = slots if routing.experts is None else len(routing.experts)
-    plan.kernels.swiglu_experts[triton.cdiv(weight.R, plan.kernels.SWIGLU_TILES), blocks](
+    start_kernel(
+        plan.kernels.swiglu_experts,
+        (cdiv(weight.R, plan.kernels.SWIGLU_TILES), blocks),
         x,
         weight,
         added,
@@ -261,7 +262,9 @@ def down_experts(
     gpu, weight = gpu_of(x.device), kernel_weight(w2, x.dtype)
     added = _shrink(x, factors, slots, top_k, routing, plan)
     blocks = slots if routing.experts is None else len(routing.experts)
-    plan.kernels.down_experts[triton.cdiv(weight.R, plan.kernels.DOWN_TILES), blocks](
+    start_kernel(
+        plan.kernels.down_experts,
+        (cdiv(weight.R, plan.kernels.DOWN_TILES), blocks),
         x,
         weight,
         added,
@@ -278,8 +281,6 @@ def down_experts(
 
 def _early(plan: Plan, gpu: Gpu, added: Lora | None) -> dict:
     """The options of `plan`'s kernels that say when they start; see `ahead`, and for kernels with adapters `lora`."""
-    if isinstance(plan, Large):
-        return launch_options(added)
     if added is not None:
         return {"EARLY": False} | launch_options(added)
     return {"EARLY": gpu.starts_early} | early_launch(gpu.starts_early)

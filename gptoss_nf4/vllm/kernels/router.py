@@ -7,6 +7,7 @@ import triton.language as tl
 
 from gptoss_nf4.vllm.kernels.ahead import start_early
 from gptoss_nf4.vllm.kernels.lora import early_launch
+from gptoss_nf4.vllm.kernels.start import next_power_of_2, start_kernel
 
 MAX_ROUTER_ROWS = 64  # of activations; beyond, cuBLAS
 
@@ -38,14 +39,16 @@ def few_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, ear
     experts = len(weight)
     out = torch.empty(rows, experts, dtype=x.dtype, device=x.device)
     if rows:
-        _router[experts, rows](
+        start_kernel(
+            _router,
+            (experts, rows),
             x.contiguous(),
             weight,
             bias,
             out,
             K=hidden,
             E=experts,
-            BLOCK=triton.next_power_of_2(hidden),
+            BLOCK=next_power_of_2(hidden),
             EARLY=early,
             num_warps=4,
             **early_launch(early),

@@ -18,6 +18,7 @@ from gptoss_nf4.vllm.kernels.ahead import start_early
 from gptoss_nf4.vllm.kernels.arguments import Routing
 from gptoss_nf4.vllm.kernels.lora import early_launch
 from gptoss_nf4.vllm.kernels.sort import store_blocks
+from gptoss_nf4.vllm.kernels.start import cdiv, next_power_of_2, start_kernel
 
 LARGEST = tl.constexpr(3e38)  # -3e38 is above what stands for experts that have been taken, and those that do not exist
 NONE = tl.constexpr(float("-inf"))
@@ -124,14 +125,16 @@ def choose(logits: torch.Tensor, top_k: int, *, early: bool = False) -> tuple[to
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
     if tokens:
-        _choose[(triton.cdiv(tokens, TOKENS.value),)](
+        start_kernel(
+            _choose,
+            (cdiv(tokens, TOKENS.value),),
             logits,
             weights,
             ids,
-            tokens,
+            tokens=tokens,
             E=experts,
             TOP_K=top_k,
-            EXPERTS=triton.next_power_of_2(experts),
+            EXPERTS=next_power_of_2(experts),
             EARLY=early,
             num_warps=4,
             **early_launch(early),
@@ -174,7 +177,7 @@ def _route(
 
 def routes(tokens: int, experts: int) -> bool:
     """Whether `route` takes this many."""
-    return triton.next_power_of_2(tokens) * triton.next_power_of_2(experts) <= MAX_CHOICES
+    return next_power_of_2(tokens) * next_power_of_2(experts) <= MAX_CHOICES
 
 
 def route(
@@ -203,7 +206,9 @@ def route(
     slots = torch.empty(blocks * block, dtype=torch.int32, device=logits.device)
     owners = torch.empty(blocks, dtype=torch.int32, device=logits.device)
     padded_count = torch.empty(1, dtype=torch.int32, device=logits.device)
-    _route[(1,)](
+    start_kernel(
+        _route,
+        (1,),
         logits,
         is_padding,
         expert_map,
@@ -212,14 +217,14 @@ def route(
         slots,
         owners,
         padded_count,
-        tokens,
+        tokens=tokens,
         E=experts,
         TOP_K=top_k,
         BLOCK=block,
-        TOKENS=triton.next_power_of_2(tokens),
-        EXPERTS=triton.next_power_of_2(experts),
-        BLOCKS=triton.next_power_of_2(blocks),
-        PADDED=triton.next_power_of_2(blocks * block),
+        TOKENS=next_power_of_2(tokens),
+        EXPERTS=next_power_of_2(experts),
+        BLOCKS=next_power_of_2(blocks),
+        PADDED=next_power_of_2(blocks * block),
         EARLY=early,
         num_warps=8,
         **early_launch(early),

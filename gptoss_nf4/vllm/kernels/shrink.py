@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gptoss_nf4.vllm.kernels.arguments import Routing
+from gptoss_nf4.vllm.kernels.arguments import NOT_ROUTED, Routing
 from gptoss_nf4.vllm.kernels.lora import Factors, Lora, early_launch
+from gptoss_nf4.vllm.kernels.start import cdiv, next_power_of_2, start_kernel
 
 
 @triton.jit
@@ -66,12 +67,12 @@ def shrink_blocks(
     Grid: blocks of BM slots, T / RANKS.
 
     Args:
-        routing: a `Routing` for blocks of BM, with slots; None for a linear layer, whose rows are the slots.
+        routing: a `Routing` for blocks of BM, with slots; NOT_ROUTED for a linear layer, whose rows are the slots.
         slots: their number. held: how many adapters `a` has. BLOCK: inputs of one `tl.dot`.
         OPERAND_ORDER: x is in `tiles.operand_order`.
     """
     block = tl.program_id(0)
-    if routing is not None:
+    if routing.slots is not None:
         if block * BM >= tl.load(routing.padded_count):
             return
         expert = tl.load(routing.experts + block).to(tl.int64)
@@ -139,14 +140,16 @@ def shrink(
     shared = {"adapters": factors.adapters, "top_k": top_k, "x_top_k": slots // len(x), "K": inputs, "E": num_experts}
     if block is None:
         at_once = _ranks_of_program(slots, early)
-        shrink_slots[slots, triton.cdiv(ranks, at_once)](
+        start_kernel(
+            shrink_slots,
+            (slots, cdiv(ranks, at_once)),
             x,
             factors.a,
             t,
             experts=factors.experts,
             T=ranks,
             RANKS=at_once,
-            BLOCK=min(4096, triton.next_power_of_2(inputs)),
+            BLOCK=min(4096, next_power_of_2(inputs)),
             EARLY=early,
             num_warps=4,
             **early_launch(early),
@@ -154,13 +157,16 @@ def shrink(
         )
     else:
         experts = None if routing is None else routing.experts
-        blocks = triton.cdiv(slots, block) if experts is None else len(experts)
+        blocks = cdiv(slots, block) if experts is None else len(experts)
         at_once = min(64, _padded(ranks))
-        shrink_blocks[blocks, triton.cdiv(ranks, at_once)](
+        start_kernel(
+            shrink_blocks,
+            (blocks, cdiv(ranks, at_once)),
             x,
             factors.a,
             t,
-            routing=routing,
+            # Not None itself: Triton 3.6 cannot compare a tuple with it that has None in it.
+            routing=NOT_ROUTED if routing is None else routing,
             slots=slots,
             held=held,
             T=ranks,
@@ -191,7 +197,7 @@ def shrink(
 
 def _padded(rank: int) -> int:
     """`rank` rounded up to what `tl.dot` takes."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, next_power_of_2(rank))
 
 
 def _ranks_of_program(slots: int, early: bool) -> int:

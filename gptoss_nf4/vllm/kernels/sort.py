@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gptoss_nf4.vllm.kernels.start import cdiv, next_power_of_2, start_kernel
+
 MAX_COMPARISONS = 1 << 13  # slots x experts: 256 x 32 take a third of the shared memory that a program may have
 
 
@@ -83,15 +85,14 @@ def local_experts(ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.T
         return ids.flatten()
     out = torch.empty(ids.numel(), dtype=torch.int32, device=ids.device)
     block = 256
-    _local_experts[(triton.cdiv(ids.numel(), block),)](
-        ids.contiguous(), expert_map, out, ids.numel(), BLOCK=block, num_warps=4
-    )
+    grid = (cdiv(ids.numel(), block),)
+    start_kernel(_local_experts, grid, ids.contiguous(), expert_map, out, count=ids.numel(), BLOCK=block, num_warps=4)
     return out
 
 
 def fits(slots: int, experts: int) -> bool:
     """Whether `sort_slots` takes this many."""
-    return triton.next_power_of_2(slots) * triton.next_power_of_2(experts) <= MAX_COMPARISONS
+    return next_power_of_2(slots) * next_power_of_2(experts) <= MAX_COMPARISONS
 
 
 def sort_slots(
@@ -113,18 +114,20 @@ def sort_slots(
     slots = torch.empty(blocks * block, dtype=torch.int32, device=ids.device)
     owners = torch.empty(blocks, dtype=torch.int32, device=ids.device)
     padded_count = torch.empty(1, dtype=torch.int32, device=ids.device)
-    _sort_slots[(1,)](
+    start_kernel(
+        _sort_slots,
+        (1,),
         ids.contiguous(),
         expert_map,
         slots,
         owners,
         padded_count,
-        count,
+        count=count,
         BLOCK=block,
-        SLOTS=triton.next_power_of_2(count),
-        EXPERTS=triton.next_power_of_2(experts),
-        BLOCKS=triton.next_power_of_2(blocks),
-        PADDED=triton.next_power_of_2(blocks * block),
+        SLOTS=next_power_of_2(count),
+        EXPERTS=next_power_of_2(experts),
+        BLOCKS=next_power_of_2(blocks),
+        PADDED=next_power_of_2(blocks * block),
         num_warps=8,
     )
     return slots, owners, padded_count
