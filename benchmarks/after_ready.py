@@ -72,7 +72,8 @@ def count(directory: Path, layers: int, rank: int | None) -> int:
         max_model_len=8192,
         max_num_seqs=64,
         max_num_batched_tokens=2048,
-        gpu_memory_utilization=0.5,
+        gpu_memory_utilization=0.2,
+        kv_cache_memory_bytes=2 << 30,  # not measured: others may use the GPU too
         enable_prefix_caching=False,
         attention_config={"backend": "TRITON_ATTN"},
         **lora,

@@ -72,6 +72,8 @@ EXPERTS = [
     ),
     Experts(tokens=9, experts=4, hidden=160, intermediate=288, blocksize=32, plan=Large(rows=32)),
     Experts(tokens=40, experts=3, hidden=256, intermediate=64, plan=Large(rows=16)),
+    # Blocks that fill both halves, and some that do not.
+    Experts(tokens=45, experts=3, hidden=128, intermediate=64, plan=Large(rows=32)),
     # Blocks of 64 outputs: two pairs of gate and up tiles, four tiles of w2. The inputs of w2 are tiles of 32.
     Experts(tokens=1, experts=4, hidden=192, intermediate=96, blocks_along=ACROSS),
     Experts(tokens=5, experts=4, hidden=192, intermediate=160, blocks_along=ACROSS, plan=Small(rows=8, warps=2)),

@@ -142,7 +142,7 @@ def test_every_plan_is_among_those_compiled(capability):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "cases"), [("kernel_cases.py", 31), ("lora_kernel_cases.py", 18), ("routing_kernel_cases.py", 8)]
+    ("script", "cases"), [("kernel_cases.py", 32), ("lora_kernel_cases.py", 18), ("routing_kernel_cases.py", 8)]
 )
 def test_results(script, cases):
     """On a GPU the kernels themselves; elsewhere their logic, in float16, through Triton's interpreter."""

@@ -108,7 +108,7 @@ class Large:
 Plan = Small | Large
 # Of both products of the experts, each up to a mean number of rows that an expert gets.
 WGMMA_PLANS: tuple[tuple[float, Plan], ...] = (
-    (6, Small(rows=8, warps=4)),
+    (5.5, Small(rows=8, warps=4)),
     (12, Large(rows=16, stages=4)),
     (24, Large(rows=32)),
     (80, Large(rows=64)),
