@@ -142,6 +142,7 @@ def touch(*names: str):
         (touch("global_step500/x.txt", "latest"), ("sharded training state", "save_pretrained")),
         (touch("notes.txt"), ("neither config.json nor *.safetensors", "check the path")),
         (touch("config.json"), ("no *.safetensors", "check the path")),
+        (touch("model.safetensors", "checkpoint-60/config.json"), ("no config.json", "copy the base model's config.json")),
     ],
 )
 def test_directories_that_hold_no_checkpoint_are_told_apart(tmp_path, make, told):
@@ -151,6 +152,13 @@ def test_directories_that_hold_no_checkpoint_are_told_apart(tmp_path, make, told
     assert all(text in message for text in told), message
     with pytest.raises(UserError):
         require_checkpoint(directory)
+
+
+def test_of_many_checkpoints_below_the_one_of_the_last_step_is_proposed(tmp_path):
+    steps = (9, 60, 70, 500, 600, 1000, 1100, 20_000)
+    touch(*(f"run/checkpoint-{step}/config.json" for step in steps))(tmp_path)
+    with pytest.raises(UserError, match=rf"8 checkpoints below it.* such as {tmp_path}/run/checkpoint-20000$"):
+        require_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
