@@ -226,13 +226,13 @@ def test_a_repository_has_an_owner_and_a_name(project, name):
 
 
 def publish(
-    project: Path, hub: hub_stand_in.State, repository: str = REPOSITORY, private: bool = True, token: str | None = TOKEN
+    project: Path, hub: hub_stand_in.State, repository: str = REPOSITORY, token: str | None = TOKEN, **asked: bool
 ) -> str:
-    """What stage publish does, with the stand-in for the hub."""
+    """What stage publish does, with the stand-in for the hub. Where `private` is not asked for, it is the default."""
     with pytest.MonkeyPatch.context() as patch:
         hub_stand_in.use_here(hub, patch)
         patch.setattr("huggingface_hub.HfApi", partial(HfApi, token=token or False))
-        return upload.publish(artifacts_of(project), project / "metrics", repository, private)
+        return upload.publish(artifacts_of(project), project / "metrics", repository, **asked)
 
 
 def test_what_is_published_is_what_was_proved(project):
