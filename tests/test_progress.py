@@ -41,6 +41,17 @@ def test_hours_make_few_lines(clock, capsys):
     assert 10 <= len(capsys.readouterr().err.splitlines()) <= 40
 
 
+def test_a_line_comes_at_the_very_second(clock, capsys):
+    """Ten after the one before where a tenth is done, two minutes at the latest; no second sooner."""
+    with Progress(1000, "x") as shown:
+        for seconds, count, lines in (
+            (9.9, 100, 0), (10.0, 0, 1), (19.9, 99, 0), (129.9, 0, 0), (130.0, 0, 1), (140.0, 99, 0), (141.0, 1, 1),
+        ):  # fmt: skip
+            clock[0] = seconds
+            shown.advance(count)
+            assert len(capsys.readouterr().err.splitlines()) == lines, seconds
+
+
 def test_what_stands_still_says_so_too(clock, capsys):
     with Progress(1000, "x") as shown:
         clock[0] = 200.0
