@@ -121,6 +121,7 @@ SAME_FUNCTION: dict[str, tuple[Change, Change]] = {
         without("use_cache", "attention_dropout", "output_router_logits"),
     ),
     "a rope that names no part of each head": (rope_with(partial_rotary_factor=None), dict),
+    "such a rope by its older name": (lambda c: c.update(rope_scaling=rope_of(c) | {"partial_rotary_factor": None}), dict),
     "a dtype of no number": (lambda c: c.update(torch_dtype="auto"), dict),
     "fields without effect": (dict, without("attention_dropout", "router_aux_loss_coef", "initial_context_length")),
     "rope's defaults": (rope_without("beta_fast", "beta_slow"), dict),
