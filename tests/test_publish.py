@@ -170,9 +170,11 @@ def test_a_licence_is_taken_in_the_hubs_form_only(tmp_path, text, license_):
     assert licence(tmp_path)["license"] == license_
 
 
-def test_a_base_may_be_a_list_of_one(tmp_path):
-    (tmp_path / "README.md").write_text("---\nbase_model:\n- openai/gpt-oss-20b\n---\n")
-    assert licence(tmp_path)["base_model"] == "openai/gpt-oss-20b"
+@pytest.mark.parametrize(("bases", "base"), [(["openai/gpt-oss-20b"], "openai/gpt-oss-20b"), (["a/b", "c/d"], None)])
+def test_a_base_may_be_a_list_of_one(tmp_path, bases, base):
+    """Of several, as a merge of models has them, none is the base."""
+    (tmp_path / "README.md").write_text("---\nbase_model:\n" + "".join(f"- {each}\n" for each in bases) + "---\n")
+    assert licence(tmp_path)["base_model"] == base
 
 
 def test_a_source_without_a_card_has_no_licence(tmp_path):
