@@ -112,7 +112,7 @@ def test_starting_values_that_leave_the_base_alone(start):
     parse({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": start})
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora", "corda", "loftq", "lora_ga", "what comes next"])
+@pytest.mark.parametrize("start", ["pissa", "olora", "corda", "loftq", "lora_ga", "what comes next", 1, 0, ["gaussian"]])
 def test_starting_values_that_change_the_base(start):
     line = refusal({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": start})
     assert "path_initial_model_for_weight_conversion" in line
@@ -273,6 +273,7 @@ NF4 = "unsloth/gpt-oss-20b-unsloth-bnb-4bit"
         ("someone/gpt-oss-20b-unsloth-bnb-4bit", (NF4,), Verdict.OTHER_WEIGHTS),
         ("unsloth/gpt-oss-120b-unsloth-bnb-4bit", (NF4,), Verdict.OTHER_MODEL),
         ("openai/gpt-oss-safeguard-20b", (NF4,), Verdict.OTHER_MODEL),
+        ("/runs/gpt-oss-20b/merged-gpt-oss-120b", (NF4,), Verdict.OTHER_MODEL),
         ("/models/mine", (NF4,), Verdict.UNKNOWN),
         ("outputs/merged", (NF4,), Verdict.UNKNOWN),
         ("/models/mine", ("/models/other",), Verdict.UNKNOWN),

@@ -185,6 +185,14 @@ def test_paths_that_are_no_directory_are_told_apart(tmp_path, monkeypatch, given
     assert require_directory(str(tmp_path / "my-finetune")) == tmp_path / "my-finetune"
 
 
+def test_a_tilde_is_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    assert require_directory("~/mine") == tmp_path / "mine"
+    with pytest.raises(UserError, match=r"no such directory: .* has no '~nobody-at-all'"):
+        require_directory("~nobody-at-all/mine")
+
+
 def test_a_path_that_is_there_is_no_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/my-finetune").mkdir(parents=True)
