@@ -181,6 +181,7 @@ def test_bad_fields(fields):
         ("alpha_pattern", {"q_proj": 10**9}, {"q_proj": 10**9 + 1}),
         ("base_model_name_or_path", "x" * 4096, "x" * 4097),
     ],
+    ids=lambda value: plain(value)[:30],
 )
 def test_the_largest_values_and_those_beyond(field, value, beyond):
     """512 is the largest max_lora_rank of vLLM 0.32.0, and a path of Linux has 4096 characters at most."""

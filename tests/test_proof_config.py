@@ -114,6 +114,10 @@ SAME_FUNCTION: dict[str, tuple[Change, Change]] = {
         lambda c: c.update(num_key_value_heads=None, num_attention_heads=8),
         lambda c: c.update(num_key_value_heads=8, num_attention_heads=8),
     ),
+    "null for what follows from a default, 64 heads": (
+        lambda c: (c.update(num_key_value_heads=None), c.pop("num_attention_heads")),
+        lambda c: (c.update(num_key_value_heads=64), c.pop("num_attention_heads")),
+    ),
     "null where older libraries had no value": (
         lambda c: c.update(
             use_cache=None, attention_dropout=None, output_router_logits=None, original_max_position_embeddings=None
