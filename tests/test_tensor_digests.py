@@ -137,6 +137,8 @@ def test_hashing_tells_how_far_it_is(source_copy, tmp_path, monkeypatch):
     assert sum(told) == size
     assert verify(source_copy, tmp_path / "digests", "x") == len(files)
     assert sum(told) == 2 * size
+    (source_copy / ".gitignore").write_text("/source\n")  # as DVC puts it beside its outputs
+    assert verify(source_copy, tmp_path / "digests", "x") == len(files)
 
 
 def test_digests_of_a_hubs_files_tell_how_far_they_are(tmp_path):

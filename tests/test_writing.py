@@ -180,6 +180,7 @@ def test_a_disk_that_is_too_small_by_a_byte_is_refused(tmp_path, monkeypatch):
     assert asked == [tmp_path]
     with pytest.raises(UserError, match=r"disk too small: .*5\.0 GB free, expected 5\.0 GB for the result; make room"):
         require_disk(5_000_000_001, tmp_path, "the result")
+    assert set(asked) == {tmp_path}, "the directory itself may be a disk's"
 
 
 def test_a_conversion_asks_for_its_room_before_it_hashes(source_copy, tmp_path, monkeypatch):
