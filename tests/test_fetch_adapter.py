@@ -49,7 +49,7 @@ def test_what_an_adapter_changes_is_peft_s_to_three_digits(tiny, saved, tmp_path
         assert about["relative_size"] == pytest.approx(float(delta / base), rel=6e-3), name
         assert about["relative_size"] == float(f"{about['relative_size']:.3g}")
     assert (described["name"], described["source"]) == ("mine", {"kind": "local", "path": str(directory)})
-    assert described["base"]["verdict"] == "exact"
+    assert described["base"] == {"verdict": "exact", "statement": f"The adapter was trained on this base, {tiny}."}
     assert json.loads(artifacts.adapter("mine").read_text()) == described
     expected = [
         {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

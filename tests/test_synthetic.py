@@ -44,6 +44,10 @@ def test_it_is_valid_and_bitsandbytes_reads_what_we_read(tmp_path):
         assert torch.equal(torch.from_numpy(source.dequantized(module)), theirs)
         assert (source.absmax(module) > 0).all()
         assert theirs.std() > 0
+    for name, mean in (("input_layernorm.weight", 1), ("post_attention_layernorm.weight", 1), ("self_attn.sinks", 0)):
+        assert source.floating(f"model.layers.1.{name}").tensor().float().mean() == pytest.approx(mean, abs=0.1)
+    for name, mean in (("model.norm.weight", 1), ("model.embed_tokens.weight", 0), ("lm_head.weight", 0)):
+        assert source.floating(name).tensor().float().mean() == pytest.approx(mean, abs=0.1)
 
 
 def test_its_index_has_each_tensor_once_in_numbered_shards(tmp_path):
