@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.samples import embedded
-from gptoss_nf4.source.refused import require_checkpoint, require_directory
+from gptoss_nf4.source.refused import _checkpoints_below, require_checkpoint, require_directory
 
 EXPERTS = "model.layers.0.mlp.experts"
 
@@ -157,6 +157,7 @@ def test_directories_that_hold_no_checkpoint_are_told_apart(tmp_path, make, told
 def test_of_many_checkpoints_below_the_one_of_the_last_step_is_proposed(tmp_path):
     steps = (9, 60, 70, 500, 600, 1000, 1100, 20_000)
     touch(*(f"run/checkpoint-{step}/config.json" for step in steps))(tmp_path)
+    assert [each.name for each in _checkpoints_below(tmp_path)] == [f"checkpoint-{step}" for step in steps]
     with pytest.raises(UserError, match=rf"8 checkpoints below it.* such as {tmp_path}/run/checkpoint-20000$"):
         require_checkpoint(tmp_path)
 
