@@ -90,12 +90,13 @@ def test_a_process_whose_work_another_one_shows_tells_it(monkeypatch, clock, cap
     assert capsys.readouterr().err == ""
 
 
-def test_the_plan_has_time_disk_and_memory(tmp_path):
+def test_the_plan_has_time_disk_and_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("gptoss_nf4.fetch.budget.available_memory", lambda: 5 << 30)
+    monkeypatch.setattr("gptoss_nf4.fetch.budget.free_disk", lambda root: 7_000_000_000 if root == tmp_path else 0)
     plan = Budget(disk_bytes=13_000_000_000, memory_bytes=1 << 30)
     line = plan_line(plan, 12_000_000_000, tmp_path, hashing_speed=12e9)
     assert f"to convert and prove 12.0 GB: about 39 s on {len(os.sched_getaffinity(0))} cores" in line
-    assert "13.0 GB of disk (" in line
-    assert "1.0 GiB of memory (" in line
+    assert "13.0 GB of disk (7 GB are free), 1.0 GiB of memory (5 GiB are free)" in line
     assert "about" not in plan_line(plan, 12_000_000_000, tmp_path, hashing_speed=None)
     assert "about 28 minutes on" in plan_line(plan, 12_000_000_000, tmp_path, hashing_speed=1e8)
 

@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 from conftest import local
+from safetensors.torch import load_file
 
 from gptoss_nf4.fetch import fetch as fetching
 from gptoss_nf4.fetch import tensor_digests
@@ -44,6 +46,24 @@ def test_only_files_that_changed_are_hashed_again(source_copy, tmp_path, monkeyp
     for damage in ("{", "[]", '{"model-00001-of-00003.safetensors": 5}', '{"model-00001-of-00003.safetensors": {}}'):
         memory.write_text(damage)
         described(total)
+
+
+def test_a_tensor_is_described_by_dtype_shape_and_content(source_copy, tmp_path):
+    source = Checkpoint(source_copy)
+    groups = [["model.norm.weight", "lm_head.weight"], [], ["model.layers.0.mlp.experts.down_projs.2.weight.absmax"]]
+    stored = {name: tensor for file in source.weight_files for name, tensor in load_file(file).items()}
+    dtypes = {torch.bfloat16: "BF16", torch.uint8: "U8"}
+    assert json.loads(json.dumps(describe(source, groups, tmp_path / "seen.json"))) == [
+        {
+            name: {
+                "dtype": dtypes[stored[name].dtype],
+                "shape": list(stored[name].shape),
+                "sha256": hashlib.sha256(stored[name].view(torch.uint8).numpy().tobytes()).hexdigest(),
+            }
+            for name in group
+        }
+        for group in groups
+    ]
 
 
 def test_a_change_that_leaves_size_and_time_alone_is_seen(source_copy, tmp_path, monkeypatch):
