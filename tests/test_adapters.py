@@ -322,6 +322,15 @@ def test_description(model, tmp_path):
     assert about["modules"]["model.layers.0.mlp.experts.w2"]["experts"] == SMALL.experts
 
 
+def test_the_norm_of_what_nearly_cancels_is_not_lost():
+    """In float32 the square of the first would be 0, and where a sum cancels it may be below 0."""
+    a = torch.ones(2, 1)
+    assert Delta("x", a, torch.tensor([[1.0, 2**-17 - 1]])).frobenius_norm() == 2**-17
+    for row, column in zip(*torch.randn(2, 700, 3, generator=torch.Generator().manual_seed(72)), strict=True):
+        nothing = Delta("x", torch.stack([row, -10 * row]), torch.stack([column, column / 10], 1))
+        assert 0 <= nothing.frobenius_norm() < 1e-5
+
+
 def test_weights_are_taken_from_the_models_as_they_are():
     """The makers' own view of a model: [out, in], of both models."""
     for model in (fused_model(SMALL), SplitModel(SMALL)):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import time
 
 import pytest
@@ -111,7 +112,7 @@ def test_starting_values_that_leave_the_base_alone(start):
     parse({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": start})
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora", "corda", "loftq", "lora_ga", "what comes next"])
+@pytest.mark.parametrize("start", ["pissa", "olora", "corda", "loftq", "lora_ga", "what comes next", 1, 0, ["gaussian"]])
 def test_starting_values_that_change_the_base(start):
     line = refusal({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": start})
     assert "path_initial_model_for_weight_conversion" in line
@@ -164,7 +165,29 @@ def test_unknown_fields():
     ids=lambda fields: plain(fields)[:60],
 )
 def test_bad_fields(fields):
-    refusal({"peft_type": "LORA", "r": 4, "lora_alpha": 4} | fields)
+    line = refusal({"peft_type": "LORA", "r": 4, "lora_alpha": 4} | fields)
+    (field,) = fields
+    named = "lora_B_layout" if "lora_B_layout" in str(fields) else field
+    assert re.search(rf"( got |this name in |adapter_config\.json, ){named}\b", line), line
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "beyond"),
+    [
+        ("r", 512, 513),
+        ("rank_pattern", {"q_proj": 512}, {"q_proj": 513}),
+        ("lora_alpha", 1e9, 1.1e9),
+        ("lora_alpha", -1e9, -1.1e9),
+        ("alpha_pattern", {"q_proj": 10**9}, {"q_proj": 10**9 + 1}),
+        ("base_model_name_or_path", "x" * 4096, "x" * 4097),
+    ],
+    ids=lambda value: plain(value)[:30],
+)
+def test_the_largest_values_and_those_beyond(field, value, beyond):
+    """512 is the largest max_lora_rank of vLLM 0.32.0, and a path of Linux has 4096 characters at most."""
+    plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
+    parse(plain | {field: value})
+    assert f"{field}=" in refusal(plain | {field: beyond})
 
 
 MODULES = [
@@ -214,8 +237,13 @@ def test_a_pattern_cannot_take_long():
     for pattern in evil:
         with pytest.raises(UserError, match="bad pattern"):
             Patterns({pattern: 1}, "test")
+    expressions = {f"x{n}y.*": n for n in range(65)}
     with pytest.raises(UserError, match="65 regular expressions"):
-        Patterns({f"layers.{n}.*": 1 for n in range(65)}, "test")
+        Patterns(expressions, "test")
+    assert Patterns(dict(list(expressions.items())[:64]), "test").get("x63y.q_proj", -1) == 63
+    assert Patterns({"a" * 200: 1}, "test").get("a" * 200, -1) == 1
+    with pytest.raises(UserError, match="a pattern of 201 characters"):
+        Patterns({"a" * 201: 1}, "test")
     worst = Patterns({".*" * 4 + "x": 1}, "test")
     start = time.perf_counter()
     worst.get("model.layers.10.mlp.experts.gate_up_projs.127", 0)
@@ -246,6 +274,7 @@ NF4 = "unsloth/gpt-oss-20b-unsloth-bnb-4bit"
         ("someone/gpt-oss-20b-unsloth-bnb-4bit", (NF4,), Verdict.OTHER_WEIGHTS),
         ("unsloth/gpt-oss-120b-unsloth-bnb-4bit", (NF4,), Verdict.OTHER_MODEL),
         ("openai/gpt-oss-safeguard-20b", (NF4,), Verdict.OTHER_MODEL),
+        ("/runs/gpt-oss-20b/merged-gpt-oss-120b", (NF4,), Verdict.OTHER_MODEL),
         ("/models/mine", (NF4,), Verdict.UNKNOWN),
         ("outputs/merged", (NF4,), Verdict.UNKNOWN),
         ("/models/mine", ("/models/other",), Verdict.UNKNOWN),

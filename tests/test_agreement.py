@@ -40,6 +40,13 @@ def test_what_the_engine_does_not_tell_is_not_counted():
     assert found.as_dict() == {"positions": 0, "top1_agreement": None, "worst_logprob_difference": 0.0}
 
 
+def test_a_position_at_which_the_engine_lists_impossible_tokens_alone_differs_by_nothing():
+    found = Agreement()
+    found.add(generation({}, {0: -math.inf, 2: -math.inf}), torch.tensor([[0.5, 0.25, 0.25]]).log())
+    assert found.as_dict() == {"positions": 1, "top1_agreement": 1.0, "worst_logprob_difference": 0.0}
+    assert [each["difference"] for each in found.by_position] == [0.0]
+
+
 def test_infinity_is_no_number_and_impossible_is_one():
     assert generation({}, {0: -math.inf, 1: -1.0}).finite
     assert not generation({}, {0: math.inf}).finite

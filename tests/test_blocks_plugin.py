@@ -43,6 +43,16 @@ def test_the_transpose_of_what_bitsandbytes_gives_bit_for_bit(kind, dtype, quant
         assert torch.equal(one, expected[expert])
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_of_blocks_are_what_bitsandbytes_gives_bit_for_bit(dtype, quant_type):
+    weight = torch.randn(EXPERTS, 34, HIDDEN, generator=torch.Generator().manual_seed(3))
+    packed, state = bnb.quantize_4bit(weight, blocksize=32, quant_type=quant_type)
+    state.dtype = dtype
+    codes, absmax = packed.view(EXPERTS, 34, HIDDEN // 2), state.absmax.view(EXPERTS, 34, HIDDEN // 32)
+    assert torch.equal(dequantize(codes, absmax, 32, quant_type, dtype), bnb.dequantize_4bit(packed, state))
+
+
 def weight_of(kind: type[ExpertWeight], tp_size: int, tp_rank: int, directions: dict | None = None) -> ExpertWeight:
     settings = Settings("nf4", 64, "interleaved", directions=directions or {f"{LAYER}.{kind.name}": OUTPUTS})
     rows, columns = WIDTHS[kind]

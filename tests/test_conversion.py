@@ -4,19 +4,24 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from conftest import edit_shard, local, make_dense
+from safetensors.torch import load_file
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from whole_model import whole_model
 
 from gptoss_nf4.check.weights import stored_weight
+from gptoss_nf4.convert.assemble import assemble
+from gptoss_nf4.convert.dequant import dequant
 from gptoss_nf4.convert.plan import NF4, RequantOptions, require_plan
+from gptoss_nf4.convert.requant import requant
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.flow import convert
 from gptoss_nf4.format.dimensions import Dimensions
 from gptoss_nf4.format.rows import CONCATENATED, INTERLEAVED, interleaved_rows, w13_rows
 from gptoss_nf4.samples import embedded
 from gptoss_nf4.source.layouts import open_checkpoint
-from gptoss_nf4.storage.checkpoint import Checkpoint
+from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.checkpoint import INDEX_FILE, Checkpoint
 from gptoss_nf4.storage.reading import read_json_object
 from gptoss_nf4.vllm.experts import run_used_experts
 
@@ -118,7 +123,44 @@ def test_mode_nf4_quantizes_as_bitsandbytes_and_reports_the_error(tiny, tmp_path
     after = stored_weight(result, fused)
     expected = ((after - all_before).double().norm() / all_before.double().norm()).item()
     assert error["relative_rms_error"] == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert error["largest_error"] == pytest.approx(float((after - all_before).abs().max()), rel=1e-6, abs=1e-12)
+    assert error["weights"] == all_before.numel()
     assert report["different"] > 0 if (quant_type, blocksize) != ("nf4", 64) else error["relative_rms_error"] < 1e-6
+
+
+def test_index_and_reports_tell_what_the_files_hold(converted):
+    """Of each 4-bit module the absmax of all its parts, which differ in size in q, k and v."""
+    stored = {file.name: load_file(file) for file in converted.glob("*.safetensors")}
+    index = read_json_object(converted / INDEX_FILE)
+    assert index["weight_map"] == {name: file for file, tensors in stored.items() for name in tensors}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in stored.values() for t in tensors.values())
+    for layer in range(2):
+        told = read_json_object(converted.parent / f"reports/layer-{layer}.json")["targets"]
+        ending = ".weight.absmax"
+        tensors = stored[f"layer-{layer}.safetensors"]
+        found = {name.removesuffix(ending): tensor for name, tensor in tensors.items() if name.endswith(ending)}
+        assert told.keys() == found.keys()
+        for name, absmax in found.items():
+            about = told[name]["absmax"]
+            assert (about["smallest"], about["largest"]) == (float(absmax.min()), float(absmax.max()))
+            assert about["mean"] == pytest.approx(float(absmax.double().mean()), rel=1e-9)
+
+
+def test_a_layer_of_the_source_is_forgotten_when_it_is_converted(tiny, tmp_path, monkeypatch):
+    """Source and result together are larger than many machines' memory."""
+    forgotten: list[list[str]] = []
+    monkeypatch.setattr(Checkpoint, "forget", lambda checkpoint, names: forgotten.append(names))
+    source, artifacts = open_checkpoint(tiny), Artifacts(tmp_path)
+    dequant(source, artifacts, 1)
+    assert forgotten == []
+    requant(source, artifacts, 1, RequantOptions(), "cpu")
+    assert forgotten == [sorted(name for name in Checkpoint(tiny).tensors if ".layers.1." in name)]
+
+
+def test_no_dtype_but_ours_is_assembled(tiny, tmp_path):
+    with pytest.raises(UserError, match="int8"):
+        assemble(open_checkpoint(tiny), Artifacts(tmp_path), RequantOptions(), "int8")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dense_attention_module_is_carried_dense(source_copy, tmp_path):
@@ -169,6 +211,12 @@ def test_another_blocksize_in_one_module_is_refused_in_mode_exact(source_copy, m
     with pytest.raises(UserError, match=r"mixed quantization.*requant\.mode=nf4"):
         require_plan(source, RequantOptions())
     require_plan(source, RequantOptions(mode=NF4))
+
+
+def test_the_largest_blocksize_that_divides_every_row_is_proposed(tiny):
+    """Rows of 192, 256 and 320 weights."""
+    with pytest.raises(UserError, match=r"not whole blocks: .*in_features 192 and blocksize 128.*requant\.blocksize=64,"):
+        require_plan(open_checkpoint(tiny), RequantOptions(mode=NF4, blocksize=128))
 
 
 def test_rows_that_are_not_whole_blocks_name_the_mode_that_works(tmp_path):

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import layout_makers as makers
 import pytest
 from conftest import local
 
@@ -50,6 +51,15 @@ def test_a_conversion_needs_room_for_what_it_will_write(disk, tiny, tmp_path, co
         (artifacts.checkpoint / file).touch()
         wrote -= (converted / file).stat().st_size
         assert budget(open_checkpoint(tiny), artifacts).disk_bytes == pytest.approx(wrote, rel=0.1)
+
+
+def test_the_memory_of_the_largest_process_is_counted_by_hand(tiny, tmp_path):
+    """Twice a layer's absmax, float32 for 64 weights; or an expert's gate and up at 44 bytes a weight."""
+    makers.split_16_bit(tmp_path / "dense")
+    weights = 192 * (2 * 256 + 2 * 128 + 8 * 3 * 320)  # q and o, k and v, 8 experts
+    for directory, expected in ((tiny, 2 * 4 * weights // 64), (tmp_path / "dense", 44 * 256 * 192)):
+        found = budget(open_checkpoint(directory), Artifacts(tmp_path / "artifacts")).memory_bytes
+        assert found == expected + (400 << 20)
 
 
 def test_a_synthetic_source_needs_room_for_itself(disk, tmp_path):

@@ -6,14 +6,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from gptoss_nf4.engine import measure
+from gptoss_nf4.engine import generate, measure
 from gptoss_nf4.engine.forecast import forecast_on_cpu
-from gptoss_nf4.engine.generate import generation
 from gptoss_nf4.engine.serve import Memory, ServedAdapter, cache_bytes, lora_rank, serve_arguments
 from gptoss_nf4.format.dimensions import Dimensions
 
@@ -102,6 +102,26 @@ def test_the_forecast_is_what_was_measured():
     assert more > 2 * 32 * 3 * 2880**2 / 3e9 / 2  # all experts once more, at 3e9 weights a second and core
 
 
+FEW = Dimensions(  # of attention 3,000,000 weights a layer, of an expert 300,000, of the head 700,000
+    layers=3, hidden=1000, intermediate=100, experts=4, experts_per_token=2, heads=10, kv_heads=5, head_dim=100,
+    vocabulary=700,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new_tokens", "cores", "dequantized", "products"),
+    [
+        # Two prefills of all 4 experts, then 7 steps of 2: 22 experts and 9 times attention in each layer.
+        (["x" * 2049], 7, 1, 3 * (22 * 300_000 + 9 * 3_000_000), 2056 * (3 * 3_600_000 + 700_000)),
+        # One prefill, then 10 steps in which 3 requests use all 4 experts.
+        (["x", "y", "z"], 10, 2, 3 * (44 * 300_000 + 11 * 3_000_000), 33 * (3 * 3_600_000 + 700_000)),
+    ],
+)
+def test_the_weights_and_products_of_a_forecast_are_counted_by_hand(prompts, new_tokens, cores, dequantized, products):
+    seconds = 40 + (dequantized / 3e9 + products / 7.2e9) / cores
+    assert forecast_on_cpu(FEW, 0, 0, prompts, new_tokens, cores).seconds == pytest.approx(seconds, rel=1e-12)
+
+
 def test_a_forecast_says_what_is_too_much():
     forecast = forecast_on_cpu(GPT_OSS_20B, 12 * GIB, GIB, ["x"], 1, cores=2)
     assert forecast.too_much(16 * GIB, forecast.seconds / 60) is None
@@ -113,10 +133,69 @@ def test_an_output_of_vllm_becomes_a_generation():
     entries = [None, {5: SimpleNamespace(logprob=-1.5), 6: SimpleNamespace(logprob=float("-inf"))}]
     completion = SimpleNamespace(text=" 4", token_ids=(7,), logprobs=[{7: SimpleNamespace(logprob=-0.25)}])
     output = SimpleNamespace(prompt="2 + 2", prompt_token_ids=[1, 2], prompt_logprobs=entries, outputs=[completion])
-    found = generation(output)
+    found = generate.generation(output)
     assert (found.prompt, found.text, found.token_ids, found.prompt_tokens) == ("2 + 2", " 4", [1, 2, 7], 2)
     assert found.logprobs == [{}, {5: -1.5, 6: float("-inf")}, {7: -0.25}]
     assert found.finite
+
+
+class Engine:
+    """vLLM's LLM: notes how it is made and asked, and answers with prompt and adapter."""
+
+    def __init__(self, made: list["Engine"], model: str, **arguments):
+        self.model, self.arguments, self.ended = model, arguments, 0
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self.shutdown))
+        made.append(self)
+
+    def shutdown(self) -> None:
+        self.ended += 1
+
+    def generate(self, prompts, sampling, use_tqdm, lora_request):
+        assert not self.ended
+        self.asked = (prompts, sampling, use_tqdm, lora_request)
+        return [
+            SimpleNamespace(
+                prompt=prompt,
+                prompt_token_ids=[1],
+                prompt_logprobs=[None],
+                outputs=[SimpleNamespace(text=f"{prompt} by {adapter}", token_ids=[], logprobs=[])],
+            )
+            for prompt, adapter in zip(prompts, lora_request or [None] * len(prompts), strict=True)
+        ]
+
+
+@pytest.fixture
+def engines(monkeypatch) -> list[Engine]:
+    """The engines that are made."""
+    made: list[Engine] = []
+    vllm = SimpleNamespace(LLM=partial(Engine, made), SamplingParams=lambda **fields: fields)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=lambda *fields: fields))
+    return made
+
+
+# Greedy, to the last token, with as many log-probabilities as vLLM gives by default (max_logprobs of its ModelConfig).
+GREEDY = {"temperature": 0, "max_tokens": 5, "ignore_eos": True, "logprobs": 20, "prompt_logprobs": 20}
+
+
+def test_the_base_is_asked_greedily_and_its_engine_ended(engines):
+    found = generate.generate(HERE, ["a", "b"], 5, {"dtype": "float32"})
+    assert [each.text for each in found] == ["a by None", "b by None"]
+    (engine,) = engines
+    assert (engine.model, engine.arguments, engine.ended) == (str(HERE), {"dtype": "float32"}, 1)
+    assert engine.asked == (["a", "b"], GREEDY, False, None)
+
+
+def test_base_and_adapter_are_asked_at_once_and_told_apart(engines):
+    arguments = {"dtype": "float32", "enable_lora": False}
+    base, adapted = generate.generate_with(HERE, adapter(12), ["a", "b"], 5, arguments)
+    lora = ("mine", 1, "/data/mine")
+    assert [each.text for each in base] == ["a by None", "b by None"]
+    assert [each.text for each in adapted] == [f"a by {lora}", f"b by {lora}"]
+    (engine,) = engines
+    assert engine.arguments == {"dtype": "float32", "enable_lora": True, "max_loras": 1, "max_lora_rank": 16}
+    assert engine.asked == (["a", "a", "b", "b"], GREEDY, False, [None, lora, None, lora])
+    assert engine.ended == 1
 
 
 class Scripted:

@@ -49,7 +49,7 @@ def test_what_an_adapter_changes_is_peft_s_to_three_digits(tiny, saved, tmp_path
         assert about["relative_size"] == pytest.approx(float(delta / base), rel=6e-3), name
         assert about["relative_size"] == float(f"{about['relative_size']:.3g}")
     assert (described["name"], described["source"]) == ("mine", {"kind": "local", "path": str(directory)})
-    assert described["base"]["verdict"] == "exact"
+    assert described["base"] == {"verdict": "exact", "statement": f"The adapter was trained on this base, {tiny}."}
     assert json.loads(artifacts.adapter("mine").read_text()) == described
     expected = [
         {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -79,14 +79,18 @@ def test_an_adapter_of_a_base_of_zeros_has_no_size(tiny, saved, tmp_path):
     assert all(about["relative_size"] for name, about in described["modules"].items() if name != weight)
 
 
-def test_an_adapter_of_another_base_is_refused_unless_it_is_asked_for(tiny, saved, tmp_path):
+@pytest.mark.parametrize(
+    ("base", "verdict"),
+    [("unsloth/gpt-oss-120b-bnb-4bit", "other model"), ("openai/gpt-oss-20b-bf16", "other weights")],
+)
+def test_an_adapter_of_another_base_is_refused_unless_it_is_asked_for(tiny, saved, tmp_path, base, verdict):
     other = Path(shutil.copytree(saved[0], tmp_path / "other"))
     config = json.loads((other / "adapter_config.json").read_text())
-    named = {"base_model_name_or_path": "unsloth/gpt-oss-120b-unsloth-bnb-4bit"}
+    named = {"base_model_name_or_path": base}
     (other / "adapter_config.json").write_text(json.dumps(config | named))
-    with pytest.raises(UserError, match=r"adapter of another base.*120b.*any_base: true to adapters\.mine"):
+    with pytest.raises(UserError, match=rf"adapter of another base.*{base}.*any_base: true to adapters\.mine"):
         brought(tiny, tmp_path / "artifacts", AdapterSource("mine", str(other)), "gpt-oss-20b")
     assert not Artifacts(tmp_path / "artifacts").adapter("mine").exists()
     accepted = AdapterSource("mine", str(other), any_base=True)
     described, _ = brought(tiny, tmp_path / "artifacts", accepted, "gpt-oss-20b")
-    assert described["base"]["verdict"] == "other model"
+    assert described["base"]["verdict"] == verdict

@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import hub_stand_in
 import pytest
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.fetch import fetch
+from gptoss_nf4.fetch.hub import _require_room, download
 from gptoss_nf4.source.interface import Source
 from gptoss_nf4.source.model import HUB_PATTERNS, Model, base_on_hub, hub_config, hub_snapshot, open_source
+from gptoss_nf4.storage import machine
 from gptoss_nf4.storage.artifacts import Artifacts
 
 REPOSITORY = "someone/tiny-gpt-oss"
@@ -71,6 +74,27 @@ def test_a_wrong_digest_is_found(here, tmp_path):
     here.lie_about = "model-00002-of-00003.safetensors"
     with pytest.raises(UserError, match=r"wrong digest.*model-00002-of-00003\.safetensors"):
         fetched(tmp_path)
+
+
+def test_room_is_asked_for_what_is_not_there_yet(here, tmp_path, monkeypatch):
+    """Of the repository's files those that are wanted; none of them once they are in the cache."""
+    wanted = {n: len(d) for n, d in here.repositories[REPOSITORY].files.items() if not n.endswith(".bin")}
+    free, said = SimpleNamespace(free=sum(wanted.values()) - 1), []
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(UserError, match=f"disk too small.*the download of {REPOSITORY}"):
+        download(REPOSITORY, None)
+    assert here.served == []
+    free.free += 1
+    download(REPOSITORY, None, said.append)
+    assert said == [f"downloading {sum(wanted.values()) / 1e6:.1f} MB of {REPOSITORY} into {tmp_path / 'hf/hub'}"]
+    free.free = 0
+    download(REPOSITORY, None, said.append)
+    assert len(said) == 1
+
+
+def test_a_file_of_no_known_size_needs_no_room():
+    info = SimpleNamespace(sha="0" * 40, siblings=[SimpleNamespace(rfilename="config.json", size=None)])
+    assert _require_room(info, REPOSITORY) == 0
 
 
 def test_an_absent_repository_is_one_line(here, tmp_path):

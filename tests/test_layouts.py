@@ -156,6 +156,12 @@ def test_what_wrappers_add_to_names_is_removed(wrap):
     assert bool(removed) == (list(tensors) != list(PLAIN))
 
 
+def test_a_prefix_that_some_names_lack_is_none(tmp_path):
+    names = ("base_model.model.embed_tokens.weight", "lm_head.weight")
+    tensors = {name: TensorInfo(name, "F32", (1,), Path("x"), 0, 4) for name in names}
+    assert unwrapped(tensors) == (tensors, {})
+
+
 def test_two_tensors_of_one_name_are_refused(tmp_path):
     makers.split(tmp_path / "source")
     file = tmp_path / "source/model.safetensors"

@@ -5,8 +5,10 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -21,9 +23,11 @@ from safetensors.torch import load_file, save_file
 from whole_model import whole_model
 
 from gptoss_nf4.adapters.adapter import Adapter
+from gptoss_nf4.adapters.canonical import Delta
+from gptoss_nf4.check import merge as checking
 from gptoss_nf4.check.merge import changed_weights, losses, nearest_codes, require_merged
 from gptoss_nf4.check.weights import stored_weight
-from gptoss_nf4.convert.merge import Merge
+from gptoss_nf4.convert.merge import Merge, merged
 from gptoss_nf4.convert.plan import EXACT, NF4, RequantOptions
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.flow import convert
@@ -377,6 +381,36 @@ def test_a_sum_that_cannot_be_served_is_refused_by_name(tiny, tmp_path):
     with pytest.raises(UserError, match=r"merged weight too large: model\.layers\.0\.self_attn\.k_proj"):
         result_of(tiny, tmp_path / "artifacts", tmp_path / "mine", MINE)
     assert not (tmp_path / "artifacts/checkpoint/layer-0.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "cores", "workers"), [(4, 64, 3, 3), (2, 128, 8, 2), (3, 85, 8, None), (4, 64, 1, None)]
+)
+def test_layers_of_many_experts_are_spread_over_processes_in_order(monkeypatch, layers, experts, cores, workers):
+    """Of fewer than 256 they are not. A worker is started anew, not forked, with one thread of torch."""
+    made: list[tuple] = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers, context, initializer, initargs):
+            made.append((workers, context.get_start_method(), initializer, initargs))
+            super().__init__(workers)
+
+    monkeypatch.setattr(checking, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(checking, "cores", lambda: cores)
+    source = SimpleNamespace(dimensions=SimpleNamespace(layers=layers, experts=experts))
+    assert checking._by_layer(lambda layer: 10 * layer, source) == [0, 10, 20, 30][:layers]
+    assert made == ([] if workers is None else [(workers, "spawn", torch.set_num_threads, (1,))])
+
+
+@pytest.mark.parametrize("weight", [65_504.0, -65_504.0, 65_505.0, -65_505.0, float("nan"), float("-inf")])
+def test_a_sum_has_to_fit_into_float16(weight):
+    delta = Delta("there", torch.zeros(1, 2), torch.zeros(3, 1))
+    base = torch.tensor([[0.0, 1.0], [weight, 0.0], [1.0, 2.0]])
+    if abs(weight) <= 65_504:
+        assert torch.equal(merged(base, delta), base)
+    else:
+        with pytest.raises(UserError, match="merged weight too large: there"):
+            merged(base, delta)
 
 
 def test_mode_exact_is_refused():

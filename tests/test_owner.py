@@ -3,7 +3,9 @@
 import pytest
 
 from gptoss_nf4.errors import UserError
+from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.fetch.owner import claim, owner_of, place_of, require_own, same_source
+from gptoss_nf4.source.model import Model
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.writing import write_json
 
@@ -46,6 +48,14 @@ def test_the_first_source_keeps_the_name(tmp_path):
     with pytest.raises(UserError, match=r"got the embedded model as its source.*another model\.name=NAME"):
         claim(artifacts, {"kind": "embedded"})
     assert owner_of(artifacts) == HUB
+
+
+def test_a_sample_is_not_written_over_what_another_source_left(tmp_path):
+    artifacts = Artifacts(tmp_path)
+    claim(artifacts, HUB)
+    with pytest.raises(UserError, match="name taken"):
+        fetch(Model(name="x", kind="embedded"), artifacts)
+    assert [path.name for path in tmp_path.iterdir()] == ["origin.json"]
 
 
 def test_artifacts_of_an_older_version_belong_to_what_their_manifest_says(tmp_path):

@@ -41,6 +41,17 @@ def test_hours_make_few_lines(clock, capsys):
     assert 10 <= len(capsys.readouterr().err.splitlines()) <= 40
 
 
+def test_a_line_comes_at_the_very_second(clock, capsys):
+    """Ten after the one before where a tenth is done, two minutes at the latest; no second sooner."""
+    with Progress(1000, "x") as shown:
+        for seconds, count, lines in (
+            (9.9, 100, 0), (10.0, 0, 1), (19.9, 99, 0), (129.9, 0, 0), (130.0, 0, 1), (140.0, 99, 0), (141.0, 1, 1),
+        ):  # fmt: skip
+            clock[0] = seconds
+            shown.advance(count)
+            assert len(capsys.readouterr().err.splitlines()) == lines, seconds
+
+
 def test_what_stands_still_says_so_too(clock, capsys):
     with Progress(1000, "x") as shown:
         clock[0] = 200.0
@@ -79,12 +90,13 @@ def test_a_process_whose_work_another_one_shows_tells_it(monkeypatch, clock, cap
     assert capsys.readouterr().err == ""
 
 
-def test_the_plan_has_time_disk_and_memory(tmp_path):
+def test_the_plan_has_time_disk_and_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("gptoss_nf4.fetch.budget.available_memory", lambda: 5 << 30)
+    monkeypatch.setattr("gptoss_nf4.fetch.budget.free_disk", lambda root: 7_000_000_000 if root == tmp_path else 0)
     plan = Budget(disk_bytes=13_000_000_000, memory_bytes=1 << 30)
     line = plan_line(plan, 12_000_000_000, tmp_path, hashing_speed=12e9)
     assert f"to convert and prove 12.0 GB: about 39 s on {len(os.sched_getaffinity(0))} cores" in line
-    assert "13.0 GB of disk (" in line
-    assert "1.0 GiB of memory (" in line
+    assert "13.0 GB of disk (7 GB are free), 1.0 GiB of memory (5 GiB are free)" in line
     assert "about" not in plan_line(plan, 12_000_000_000, tmp_path, hashing_speed=None)
     assert "about 28 minutes on" in plan_line(plan, 12_000_000_000, tmp_path, hashing_speed=1e8)
 
@@ -133,7 +145,9 @@ def quiet():
 
 @pytest.mark.usefixtures("quiet")
 def test_noise_is_left_out_and_real_warnings_come_through():
+    noise.leave_out_noise()  # once is enough, and twice is no more
     for name, beginnings in noise.LOGGED.items():
+        assert len(logging.getLogger(name).filters) == 1
         for beginning in beginnings:
             assert not logged(name, beginning + " and more")
             assert logged(f"{name}.other", beginning)  # the same words from elsewhere

@@ -114,6 +114,10 @@ SAME_FUNCTION: dict[str, tuple[Change, Change]] = {
         lambda c: c.update(num_key_value_heads=None, num_attention_heads=8),
         lambda c: c.update(num_key_value_heads=8, num_attention_heads=8),
     ),
+    "null for what follows from a default, 64 heads": (
+        lambda c: (c.update(num_key_value_heads=None), c.pop("num_attention_heads")),
+        lambda c: (c.update(num_key_value_heads=64), c.pop("num_attention_heads")),
+    ),
     "null where older libraries had no value": (
         lambda c: c.update(
             use_cache=None, attention_dropout=None, output_router_logits=None, original_max_position_embeddings=None
@@ -121,6 +125,7 @@ SAME_FUNCTION: dict[str, tuple[Change, Change]] = {
         without("use_cache", "attention_dropout", "output_router_logits"),
     ),
     "a rope that names no part of each head": (rope_with(partial_rotary_factor=None), dict),
+    "such a rope by its older name": (lambda c: c.update(rope_scaling=rope_of(c) | {"partial_rotary_factor": None}), dict),
     "a dtype of no number": (lambda c: c.update(torch_dtype="auto"), dict),
     "fields without effect": (dict, without("attention_dropout", "router_aux_loss_coef", "initial_context_length")),
     "rope's defaults": (rope_without("beta_fast", "beta_slow"), dict),

@@ -170,9 +170,11 @@ def test_a_licence_is_taken_in_the_hubs_form_only(tmp_path, text, license_):
     assert licence(tmp_path)["license"] == license_
 
 
-def test_a_base_may_be_a_list_of_one(tmp_path):
-    (tmp_path / "README.md").write_text("---\nbase_model:\n- openai/gpt-oss-20b\n---\n")
-    assert licence(tmp_path)["base_model"] == "openai/gpt-oss-20b"
+@pytest.mark.parametrize(("bases", "base"), [(["openai/gpt-oss-20b"], "openai/gpt-oss-20b"), (["a/b", "c/d"], None)])
+def test_a_base_may_be_a_list_of_one(tmp_path, bases, base):
+    """Of several, as a merge of models has them, none is the base."""
+    (tmp_path / "README.md").write_text("---\nbase_model:\n" + "".join(f"- {each}\n" for each in bases) + "---\n")
+    assert licence(tmp_path)["base_model"] == base
 
 
 def test_a_source_without_a_card_has_no_licence(tmp_path):
@@ -226,13 +228,13 @@ def test_a_repository_has_an_owner_and_a_name(project, name):
 
 
 def publish(
-    project: Path, hub: hub_stand_in.State, repository: str = REPOSITORY, private: bool = True, token: str | None = TOKEN
+    project: Path, hub: hub_stand_in.State, repository: str = REPOSITORY, token: str | None = TOKEN, **asked: bool
 ) -> str:
-    """What stage publish does, with the stand-in for the hub."""
+    """What stage publish does, with the stand-in for the hub. Where `private` is not asked for, it is the default."""
     with pytest.MonkeyPatch.context() as patch:
         hub_stand_in.use_here(hub, patch)
         patch.setattr("huggingface_hub.HfApi", partial(HfApi, token=token or False))
-        return upload.publish(artifacts_of(project), project / "metrics", repository, private)
+        return upload.publish(artifacts_of(project), project / "metrics", repository, **asked)
 
 
 def test_what_is_published_is_what_was_proved(project):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.samples import embedded
-from gptoss_nf4.source.refused import require_checkpoint, require_directory
+from gptoss_nf4.source.refused import _checkpoints_below, require_checkpoint, require_directory
 
 EXPERTS = "model.layers.0.mlp.experts"
 
@@ -142,6 +142,7 @@ def touch(*names: str):
         (touch("global_step500/x.txt", "latest"), ("sharded training state", "save_pretrained")),
         (touch("notes.txt"), ("neither config.json nor *.safetensors", "check the path")),
         (touch("config.json"), ("no *.safetensors", "check the path")),
+        (touch("model.safetensors", "checkpoint-60/config.json"), ("no config.json", "copy the base model's config.json")),
     ],
 )
 def test_directories_that_hold_no_checkpoint_are_told_apart(tmp_path, make, told):
@@ -151,6 +152,14 @@ def test_directories_that_hold_no_checkpoint_are_told_apart(tmp_path, make, told
     assert all(text in message for text in told), message
     with pytest.raises(UserError):
         require_checkpoint(directory)
+
+
+def test_of_many_checkpoints_below_the_one_of_the_last_step_is_proposed(tmp_path):
+    steps = (9, 60, 70, 500, 600, 1000, 1100, 20_000)
+    touch(*(f"run/checkpoint-{step}/config.json" for step in steps))(tmp_path)
+    assert [each.name for each in _checkpoints_below(tmp_path)] == [f"checkpoint-{step}" for step in steps]
+    with pytest.raises(UserError, match=rf"8 checkpoints below it.* such as {tmp_path}/run/checkpoint-20000$"):
+        require_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +184,14 @@ def test_paths_that_are_no_directory_are_told_apart(tmp_path, monkeypatch, given
         require_directory(given.format(tmp=tmp_path))
     assert told.format(tmp=tmp_path) in str(caught.value)
     assert require_directory(str(tmp_path / "my-finetune")) == tmp_path / "my-finetune"
+
+
+def test_a_tilde_is_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    assert require_directory("~/mine") == tmp_path / "mine"
+    with pytest.raises(UserError, match=r"no such directory: .* has no '~nobody-at-all'"):
+        require_directory("~nobody-at-all/mine")
 
 
 def test_a_path_that_is_there_is_no_repository(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.flow import convert
 from gptoss_nf4.samples import embedded
 from gptoss_nf4.source.model import open_source
+from gptoss_nf4.source.side_files import template_files
 from gptoss_nf4.storage.artifacts import Artifacts
 from gptoss_nf4.storage.writing import write_json
 
@@ -145,6 +146,14 @@ def test_a_template_of_an_older_conversion_does_not_stay(source_copy, finished, 
     for name in ("chat_template.jinja", "additional_chat_templates/rag.jinja"):
         (finished.checkpoint / name).unlink()
     assert about(result) == about(source_copy)
+
+
+def test_templates_come_in_the_order_of_their_names_after_the_default(tmp_path):
+    names = [f"{letter}.jinja" for letter in "zyxwvutsab"]
+    for name in names:
+        put(tmp_path, f"additional_chat_templates/{name}", "x")
+    put(tmp_path, "chat_template.jinja", "x")
+    assert [file.name for file in template_files(tmp_path)] == ["chat_template.jinja", *sorted(names)]
 
 
 def test_the_cases_differ(source_copy):

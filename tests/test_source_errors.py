@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from project_imports import ROOT
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.fetch import fetch
+from gptoss_nf4.source.packed import Packed
+from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.tensor_reader import read_header
 
 EXPERT = "model.layers.1.mlp.experts.down_projs.2"
@@ -43,6 +46,12 @@ def state_with(**fields):
         (remove("model.layers.1.self_attn.sinks"), "model.layers.1.self_attn.sinks"),
         (remove(f"{EXPERT}.weight.quant_state.bitsandbytes__nf4"), "without a quantization state"),
         (put(f"{EXPERT}.weight.absmax", torch.zeros(5, dtype=torch.uint8)), "expected U8 with 960 elements"),
+        (put(f"{EXPERT}.weight.nested_quant_map", torch.linspace(-1, 1, 255)), "expected F32 with 256 elements"),
+        (put(f"{EXPERT}.weight.nested_quant_map", torch.linspace(1, -1, 256)), "expected rising values from -1 to 1"),
+        (put(f"{EXPERT}.weight.nested_quant_map", torch.linspace(-1, 1.1, 256)), "expected rising values from -1 to 1"),
+        (put(f"{EXPERT}.weight.nested_absmax", torch.tensor([0.1, 0.1, 0.1, -0.1])), "bad absmax.*nested_absmax"),
+        (put(f"{EXPERT}.weight.nested_absmax", torch.full((4,), 65_505.0)), "bad absmax.*nested_absmax"),
+        (put(f"{EXPERT}.weight.nested_absmax", torch.ones(3)), "expected F32 with 4 elements"),
         (put(f"{EXPERT}.weight.quant_map", torch.linspace(-1, 1, 16)), "foreign codebook"),
         (put("model.layers.1.input_layernorm.weight", torch.ones(7)), "input_layernorm"),
         (put("model.layers.1.rogue", torch.ones(7)), "unknown tensor"),
@@ -57,6 +66,40 @@ def test_damaged_tensors_are_named_before_anything_is_written(source_copy, tmp_p
     assert all(word in str(caught.value) for word in (": got ", ", expected ", "; "))
     assert "\n" not in str(caught.value)
     assert not artifacts.root.exists()
+
+
+@pytest.mark.parametrize(("below", "told"), [(0.019, None), (0.021, "bad absmax"), (0.5, "bad absmax")])
+def test_rounding_alone_may_bring_an_absmax_below_zero(source_copy, below, told):
+    """Neighbours in bitsandbytes' map for bytes are 0.02 of the nested absmax apart at most."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    assert create_dynamic_map().diff().max() < 0.02
+    packed = Packed.find(Checkpoint(source_copy), f"{EXPERT}.weight")
+    largest = float(Checkpoint(source_copy).torch(f"{EXPERT}.weight.nested_absmax").max())
+    offset = packed.state.nested.offset - float(packed.absmax().min()) - below * largest
+    edit_shard(source_copy, 1, state_with(nested_offset=offset))
+    packed = Packed.find(Checkpoint(source_copy), f"{EXPERT}.weight")
+    assert float(packed.absmax().min()) == pytest.approx(-below * largest, rel=1e-3)
+    with pytest.raises(UserError, match=told) if told else nullcontext():
+        packed.validate(packed.state.shape)
+
+
+def test_a_state_that_is_too_long_is_not_read(source_copy):
+    """bitsandbytes writes some two hundred bytes; 64 KiB are the limit, spaces included."""
+    key = f"{EXPERT}.weight.quant_state.bitsandbytes__nf4"
+
+    def filled(length: int):
+        def change(tensors):
+            text = bytes(tensors[key].numpy()).strip()
+            tensors[key] = torch.frombuffer(bytearray(text.ljust(length)), dtype=torch.uint8)
+
+        return change
+
+    edit_shard(source_copy, 1, filled(1 << 16))
+    assert Packed.find(Checkpoint(source_copy), f"{EXPERT}.weight").state.quant_type == "nf4"
+    edit_shard(source_copy, 1, filled((1 << 16) + 1))
+    with pytest.raises(UserError, match=rf"bad quantization state: {key}: got 65537 bytes"):
+        Packed.find(Checkpoint(source_copy), f"{EXPERT}.weight")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """The synthetic source: the published layout, the same bytes every time, and the tensors that the real one has."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.weights import configured
 from gptoss_nf4.check.weights import stored_weight
@@ -18,6 +20,7 @@ from gptoss_nf4.samples.embedded import TINY
 from gptoss_nf4.source.layouts import open_checkpoint
 from gptoss_nf4.source.model import Model
 from gptoss_nf4.storage.artifacts import Artifacts
+from gptoss_nf4.storage.checkpoint import INDEX_FILE
 from gptoss_nf4.storage.writing import sha256_of
 
 
@@ -41,6 +44,21 @@ def test_it_is_valid_and_bitsandbytes_reads_what_we_read(tmp_path):
         assert torch.equal(torch.from_numpy(source.dequantized(module)), theirs)
         assert (source.absmax(module) > 0).all()
         assert theirs.std() > 0
+    for name, mean in (("input_layernorm.weight", 1), ("post_attention_layernorm.weight", 1), ("self_attn.sinks", 0)):
+        assert source.floating(f"model.layers.1.{name}").tensor().float().mean() == pytest.approx(mean, abs=0.1)
+    for name, mean in (("model.norm.weight", 1), ("model.embed_tokens.weight", 0), ("lm_head.weight", 0)):
+        assert source.floating(name).tensor().float().mean() == pytest.approx(mean, abs=0.1)
+
+
+def test_its_index_has_each_tensor_once_in_numbered_shards(tmp_path):
+    """As huggingface_hub's split_torch_state_dict_into_shards names them; read by the safetensors library."""
+    synthetic.write_checkpoint(tmp_path, TINY)
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    stored = {file.name: load_file(file) for file in tmp_path.glob("*.safetensors")}
+    assert sorted(stored) == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert index["weight_map"] == {name: file for file, tensors in stored.items() for name in tensors}
+    sizes = [tensor.nbytes for tensors in stored.values() for tensor in tensors.values()]
+    assert (index["metadata"]["total_size"], len(index["weight_map"])) == (sum(sizes), len(sizes))
 
 
 @pytest.mark.parametrize("kind", ["synthetic", "synthetic_fused"])

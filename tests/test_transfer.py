@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -279,6 +280,43 @@ def test_after_settle_a_tensor_may_change():
         transfer.settle()
         tensor.zero_()
     assert sum(int(rows.sum()) for rows in found.values()) == tensor.numel()
+
+
+class Stream:
+    """One of a GPU that is not here. It notes what is asked of it."""
+
+    def __init__(self, name: str, log: list[str]):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def synchronize(self) -> None:
+        self.log.append(f"{self.name} is done")
+
+
+def test_a_job_runs_on_its_threads_stream_which_the_caller_can_wait_for(monkeypatch):
+    log: list[str] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("caller", log))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: log.append(f"on {stream.name}") or nullcontext())
+    workers = module._Workers(CPU, 2)
+    for number, lane in enumerate(workers._lanes):
+        lane.stream = Stream(str(number), log)
+    steps = {
+        workers.follow_caller: ["0 waits for caller", "1 waits for caller"],
+        workers.let_caller_follow: ["caller waits for 0", "caller waits for 1"],
+        workers.finish: ["0 is done", "1 is done"],
+    }
+    for step, expected in steps.items():
+        step()
+        assert log == expected
+        log.clear()
+    workers.submit(1, lambda lane: log.append(f"job of {lane.stream.name}"))
+    workers.settle()
+    assert log in (["on 0", "job of 0"], ["on 1", "job of 1"])
+    workers.stop()
+    with module._Lane(CPU).running():
+        assert len(log) == 2
 
 
 def test_the_config_that_holds_it_can_be_copied_and_sent():

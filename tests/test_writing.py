@@ -107,10 +107,11 @@ def test_a_disk_that_does_not_take_it_is_one_line(tmp_path, monkeypatch, number,
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_file_system_that_flushes_no_directory_is_enough(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_flushes_no_directory_is_enough(tmp_path, monkeypatch, number):
     def fsync(descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "")
+            raise OSError(number, "")
 
     monkeypatch.setattr(os, "fsync", fsync)
     write_whole(tmp_path / "file")
@@ -135,6 +136,20 @@ def test_a_file_that_is_removed_before_it_is_locked_is_opened_again(tmp_path, mo
     assert target.read_bytes() == DATA
     assert recorder.events[0][1] == recorder.events[1][1] == target.stat().st_ino
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_only_what_is_abandoned_of_the_same_target_is_removed(tmp_path):
+    """A name may hold what a pattern of files means by another."""
+    left = [tmp_path / f".{name}.1.2.part" for name in ("[ab].json", "a.json", "x[ab].json", "[ab].json.bak")]
+    for path in left:
+        path.touch()
+    writing.write_bytes(tmp_path / "[ab].json", DATA)
+    assert {path.name for path in tmp_path.iterdir()} == {"[ab].json", *(path.name for path in left[1:3])}
+
+
+def test_json_is_written_for_people_too(tmp_path):
+    writing.write_json(tmp_path / "x", {"b": "ü→", "a": [1, None]})
+    assert (tmp_path / "x").read_bytes() == '{\n  "b": "ü→",\n  "a": [\n    1,\n    null\n  ]\n}\n'.encode()
 
 
 def write_often(target: str, number: int) -> None:
@@ -165,6 +180,7 @@ def test_a_disk_that_is_too_small_by_a_byte_is_refused(tmp_path, monkeypatch):
     assert asked == [tmp_path]
     with pytest.raises(UserError, match=r"disk too small: .*5\.0 GB free, expected 5\.0 GB for the result; make room"):
         require_disk(5_000_000_001, tmp_path, "the result")
+    assert set(asked) == {tmp_path}, "the directory itself may be a disk's"
 
 
 def test_a_conversion_asks_for_its_room_before_it_hashes(source_copy, tmp_path, monkeypatch):
