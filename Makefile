@@ -32,10 +32,11 @@ serve: $(INSTALLED)
 run: $(INSTALLED)
 	dvc repro
 
-# The slow tests two files at a time: they start vLLM and whole pipelines, which take cores and memory.
+# The slow tests two files at a time: they start vLLM and whole pipelines, which take cores and memory. Their threads of
+# OpenMP, which may be several, sleep while they wait: a busy one keeps the other file's processes from its core.
 test: lint
 	$(QUICK)
-	pytest -m slow -n auto --maxprocesses 2 --dist loadfile
+	OMP_WAIT_POLICY=passive pytest -m slow -n auto --maxprocesses 2 --dist loadfile
 
 # The tests that start neither vLLM nor the pipeline, nor take many seconds each; of long tables some rows.
 quick: $(INSTALLED)

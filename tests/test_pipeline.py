@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -30,15 +31,16 @@ def project(tmp_path_factory, tiny) -> Path:
     return checkout
 
 
-def run(checkout: Path, *command: str) -> str:
-    done = subprocess.run(command, cwd=checkout, env=ENVIRONMENT, capture_output=True, text=True)
+def run(checkout: Path, *command: str, environment: Mapping[str, str] | None = None) -> str:
+    environment = ENVIRONMENT | (environment or {})
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def repro(checkout: Path, *arguments: str) -> set[str]:
+def repro(checkout: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> set[str]:
     """Run `dvc repro` and return the stages whose command ran."""
-    output = run(checkout, "dvc", "repro", *arguments)
+    output = run(checkout, "dvc", "repro", *arguments, environment=environment)
     return set(re.findall(r"Running stage '([^']+)'", output))
 
 

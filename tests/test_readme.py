@@ -13,12 +13,14 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from adapter_makers import ATTENTION, with_adapter
+from conftest import ENGINE_IN_STAGE
 from documents import DOCUMENTS, PYTHON, SHELL, TEXT, all_commands, all_snippets, blocks, commands, snippets, text_of
 from project_imports import ROOT
 from whole_model import whole_model
@@ -238,16 +240,17 @@ class Clone:
     elsewhere: Path
 
     def shell(self, command: str) -> str:
-        """What `command` prints, in the clone's environment."""
-        return run(["bash", "-c", f"source .venv/bin/activate && {command}"], self.directory)
+        """What `command` prints, in the clone's environment. `make run` has tried the engine in processes of its own."""
+        return run(["bash", "-c", f"source .venv/bin/activate && {command}"], self.directory, ENGINE_IN_STAGE)
 
 
-def run(command: list[str], directory: Path) -> str:
-    """What `command` prints, without this test's own virtual environment; fails where it does."""
+def run(command: list[str], directory: Path, settings: Mapping[str, str] | None = None) -> str:
+    """What `command` prints, without this test's own virtual environment, but with `settings`; fails where it does."""
     environment = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
     environment["PYTHONPATH"] = str(directory)
     own = str(Path(sys.prefix) / "bin")
     environment["PATH"] = ":".join(path for path in environment["PATH"].split(":") if path != own)
+    environment |= settings or {}
     environment["PRE_COMMIT_HOME"] = str(directory.parent / "pre-commit")
     done = subprocess.run(
         command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
