@@ -11,7 +11,10 @@ from pathlib import Path
 import dockerfile
 import pytest
 from documents import all_commands, text_of
+from packaging.requirements import Requirement
 from project_imports import ROOT
+
+from gptoss_nf4.vllm.versions import TESTED_VERSIONS
 
 UNIT, DOCKERFILE = ROOT / "deploy/gptoss-nf4.service", ROOT / "deploy/Dockerfile"
 INLINE = re.compile(r"`([^`\n]+)`")
@@ -28,14 +31,18 @@ def test_docker_takes_the_dockerfile():
     assert instructions()[0].cmd == "FROM"
 
 
-def test_the_image_is_of_the_version_that_is_pinned():
+def test_the_image_is_of_the_version_that_is_locked():
     (image,) = [each.value[0] for each in instructions() if each.cmd == "FROM"]
-    (pinned,) = [
-        requirement
-        for requirement in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
-        if requirement.startswith("vllm==")
-    ]
-    assert image == f"vllm/vllm-openai:v{pinned.removeprefix('vllm==')}"
+    (locked,) = [line for line in (ROOT / "requirements" / "gpu.txt").read_text().splitlines() if line.startswith("vllm==")]
+    assert image == f"vllm/vllm-openai:v{locked.removeprefix('vllm==')}"
+
+
+@pytest.mark.parametrize("version", TESTED_VERSIONS)
+def test_the_gpus_extra_takes_every_tested_version(version):
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
+    (vllm,) = [requirement for each in extra if (requirement := Requirement(each)).name == "vllm"]
+    assert vllm.specifier.contains(version)
+    assert not vllm.specifier.contains("0.34.0")
 
 
 def test_what_is_copied_is_there_and_is_enough_to_install_the_package():

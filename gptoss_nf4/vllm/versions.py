@@ -5,7 +5,7 @@ from functools import cache
 
 from packaging.version import Version
 
-TESTED_VERSIONS = ("0.32.0",)
+TESTED_VERSIONS = ("0.32.0", "0.33.0")
 logger = logging.getLogger("vllm.gptoss_nf4")
 
 
