@@ -310,6 +310,7 @@ def test_the_command_line_makes_the_plan():
         (["--together", "0"], "nothing to measure"),
         (["--max-model-len", "4096"], "--max-model-len is 4096"),
         (["--decode", "1x131000"], "decode 1x131000 takes 131170 tokens"),
+        (["--kv-gib", "1"], "--max-model-len 131072 takes 3.00 GiB and more, --kv-gib is 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(words, message):

@@ -11,6 +11,7 @@ from benchmarks.serving.jobs import CONTENDERS, DEFAULT_GIB, Job, grouped
 from benchmarks.serving.prepare import prepare
 from benchmarks.serving.rounds import Plan, Results, measure_all
 from benchmarks.serving.tables import kernels, report
+from benchmarks.weights import GPT_OSS_20B
 from gptoss_nf4.storage.writing import write_json
 
 OUT = Path("metrics/serving.json")
@@ -50,6 +51,11 @@ def plan_of(args: argparse.Namespace, spent_seconds: float = 0.0) -> Plan:
         raise ValueError(
             f"{longest.name} takes {longest.length(args.steps)} tokens, --max-model-len is {args.max_model_len}"
         )
+    # Every second layer of gpt-oss keeps keys and values, of 16 bits, of all tokens. vLLM refuses less, once it has loaded.
+    d = GPT_OSS_20B
+    least = d.layers // 2 * 2 * d.kv_rows * 2 * args.max_model_len / 2**30
+    if args.kv_gib and args.kv_gib < least:
+        raise ValueError(f"--max-model-len {args.max_model_len} takes {least:.2f} GiB and more, --kv-gib is {args.kv_gib}")
     return Plan(
         cells=cells,
         rounds=args.rounds,
