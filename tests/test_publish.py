@@ -116,6 +116,13 @@ def test_a_card_without_a_stages_metrics_names_the_stage(project, name, stage):
         card(artifacts_of(project), project / "metrics", REPOSITORY)
 
 
+def test_a_card_of_what_was_not_proved_names_the_stage(project):
+    artifacts = artifacts_of(project)
+    artifacts.digest_list.unlink()
+    with pytest.raises(UserError, match=r"stage prove.*dvc repro prove"):
+        card(artifacts, project / "metrics", REPOSITORY)
+
+
 def test_a_card_in_the_checkpoint_changes_neither_digests_nor_the_proof_of_them(project):
     artifacts = artifacts_of(project)
     count = verify(artifacts.checkpoint, artifacts.digest_list, "")

@@ -196,6 +196,16 @@ def test_of_nothing_all_is_missing_and_each_names_its_stage(tmp_path):
     ]
 
 
+def test_a_proof_of_other_settings_is_missing(project):
+    """The result was assembled anew since: its config.json is another."""
+    complete(project)
+    config = project / "artifacts/tiny/checkpoint/config.json"
+    config.write_text(config.read_text().replace('"float16"', '"bfloat16"'))
+    facts = facts_of(project, ("mine", "theirs"))
+    assert not facts.proved
+    assert [(each.what, each.stage) for each in facts.missing] == [("The proof of what is here now", "prove")]
+
+
 def test_metrics_of_another_model_are_missing(project):
     complete(project)
     write_json(project / "metrics/smoke.json", SMOKE | {"model": "gpt_oss_20b"})

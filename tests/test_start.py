@@ -10,10 +10,13 @@ import triton
 import triton.language as tl
 from asked_triton import asked_of_triton
 from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.machine_code import AbsentDriver
 from gptoss_nf4.vllm.kernels import start
 from gptoss_nf4.vllm.kernels.start import cdiv, kind_of, next_power_of_2, start_kernel
+from gptoss_nf4.vllm.kernels.variants import recorded
 
 
 class Several(NamedTuple):
@@ -46,8 +49,10 @@ def values() -> list[dict]:
         *[{"several": Several(*each)} for each in product([None, *tensors], sizes[:4], map(tl.constexpr, (4, 8)))],
         *[{"scale": scale} for scale in (1.0, 1, 2.5)],
         *[{"size": size} for size in sizes],
-        *[{"count": count} for count in sizes],
-        *[{"CONSTANT": constant} for constant in (64, 128, None, True)],
+        *[{"size": size} for size in (True, False, 0)],
+        *[{"count": count} for count in (*sizes, -1, -(1 << 31), -(1 << 31) - 1, 1 << 63, 0.5, True)],
+        *[{"several": Several(memory, 4, constant)} for constant in (4, 4.0, tl.constexpr(4), True, tl.constexpr(True))],
+        *[{"CONSTANT": constant} for constant in (64, 128, None, True, 1, 0.5, 0.25)],
         {"num_warps": 8},
         {"maxnreg": 80},
     ]
@@ -63,7 +68,7 @@ def test_what_passes_for_the_same_is_the_same_to_triton():
     assert len(keys) == len(kinds)
     for (kind, key), (other_kind, other_key) in product(zip(kinds, keys, strict=True), repeat=2):
         assert kind != other_kind or key == other_key, (kind, key, other_key)
-    assert len(set(keys)) > 30
+    assert len(set(keys)) > 40
     assert len(set(kinds)) < len(kinds)  # other memory, another count
 
 
@@ -87,6 +92,7 @@ def started(monkeypatch):
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(start, "_STARTED", {})
+    monkeypatch.setattr(driver, "_active", AbsentDriver(86))
     return through, again
 
 
@@ -122,13 +128,40 @@ def test_another_kind_goes_through_triton(started, changed):
 
 
 def test_what_is_only_recorded_is_asked_for_again(started):
-    with mock.patch.object(JITFunction, "run", return_value=None):
+    """Whatever has been started before."""
+    through, again = started
+    arguments = {"scale": 1.0, "size": 1, "count": 1, "CONSTANT": 1}
+    x = torch.zeros(4)
+    start_kernel(kernel, (1,), x, None, **arguments)
+    with recorded() as launches:
+        start_kernel(kernel, (1,), x, None, **arguments)
+    assert [(launch.function, launch.grid) for launch in launches] == [(kernel, (1,))]
+    start_kernel(kernel, (2,), x, None, **arguments)
+    assert (len(through), len(again)) == (1, 1)
+
+
+def test_another_device_has_kernels_of_its_own(started):
+    through, again = started
+    arguments = {"scale": 1.0, "size": 1, "count": 1, "CONSTANT": 1}
+    x = torch.zeros(4)
+    for capability in (86, 90, 86, 90):
+        with mock.patch.object(driver, "_active", AbsentDriver(capability)):
+            start_kernel(kernel, (1,), x, None, **arguments)
+    assert len(through) == 2
+    assert [number for number, _, _ in again] == [1, 2]
+
+
+def test_a_hook_of_the_kernel_sees_every_launch(started, monkeypatch):
+    through, _ = started
+    monkeypatch.setattr(kernel, "pre_run_hooks", [print])
+    for _ in range(2):
         start_kernel(kernel, (1,), torch.zeros(4), None, scale=1.0, size=1, count=1, CONSTANT=1)
-    assert start._STARTED == {}
+    assert len(through) == 2
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 31, 32, 33, 1023, 1024, 1025, 201088])
 def test_sizes_are_tritons(size):
     assert next_power_of_2(size) == triton.next_power_of_2(size)
+    assert next_power_of_2(0) == 1
     for block in (1, 2, 16, 64, 1000):
         assert cdiv(size, block) == triton.cdiv(size, block)

@@ -6,6 +6,7 @@ import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -359,3 +360,13 @@ def test_the_stream_is_scaled_and_the_checkpoint_is_not(monkeypatch, load_format
     assert torch.equal(found["model.layers.0.mlp.experts.w2.bias"], experts / 64)
     assert found["model.norm.weight"] is small
     assert all(torch.equal(weights[name], before[name]) for name in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8])
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 4)])
+def test_bytes_are_those_of_the_values_in_their_order(dtype, shape):
+    tensor = torch.arange(torch.Size(shape).numel()).view(shape).to(dtype)
+    for each in (tensor, tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor, tensor[..., ::2], tensor[::2]):
+        values = torch.from_numpy(module.as_bytes(each).copy()).view(dtype)
+        assert torch.equal(values, each)
+    assert np.shares_memory(module.as_bytes(tensor), tensor.view(torch.uint8).numpy())

@@ -4,7 +4,7 @@ A field that is None is None when the kernel is compiled: `if weight.bias is not
 Letters stand for the axes of `tiles`.
 """
 
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -82,6 +82,10 @@ NOT_ROUTED = Routing(None, None, None)
 """Of a linear layer."""
 
 
+# Made once: each launch would make three, and that takes as long as the rest of it.
+_constant = lru_cache(maxsize=None, typed=True)(tl.constexpr)
+
+
 def kernel_weight(packed: Packed, dtype: torch.dtype) -> Weight:
     """`packed` as the kernels take it for activations in `dtype` (float16 or bfloat16)."""
     codes, absmax, bias, blocksize, quant_type, blocks_along, absmax_factor = packed
@@ -104,7 +108,3 @@ def kernel_weight(packed: Packed, dtype: torch.dtype) -> Weight:
         TILES_PER_BLOCK=_constant(1 if outputs else max(1, blocksize // (words * ROWS))),
         ROW_TILES_PER_BLOCK=_constant(blocksize // ROWS if outputs else 0),
     )
-
-
-# Made once: each launch would make three, and that takes as long as the rest of it.
-_constant = cache(tl.constexpr)

@@ -13,26 +13,35 @@ PAIRS = 512  # of a program
 
 @triton.jit
 def _order(x, out, HALF, PAIRS: tl.constexpr, EARLY: tl.constexpr):
-    """out[row] = x[row] with its inputs in the other order. Both [rows, 2 HALF]; pairs of inputs stay together (p).
+    """out[row] = x[row] with its inputs in the other order. Pairs of inputs stay together (p).
 
-    Grid: blocks of PAIRS, rows. EARLY: the kernel is started before the one in front of it has ended, see `ahead`.
+    Grid: rows, blocks of PAIRS.
+
+    Args:
+        x, out: [rows, 2 HALF] of 16 bits; HALF is the number of pairs in a row.
+        EARLY: the kernel is started before the one in front of it has ended, see `ahead`.
     """
     start_early(EARLY)
-    place = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    place = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
     exists = place < HALF
-    place += tl.program_id(1).to(tl.int64) * HALF  # rows are whole groups of 16 pairs
+    place += tl.program_id(0).to(tl.int64) * HALF  # rows are whole groups of 16 pairs
     t, h, e = place % 4, place // 4 % 2, place // 8 % 2
     pair = tl.load(x.to(tl.pointer_type(tl.int32)) + (place // 16 * 16 + t * 4 + e * 2 + h), mask=exists)
     tl.store(out.to(tl.pointer_type(tl.int32)) + place, pair, mask=exists)
 
 
 def in_operand_order(x: torch.Tensor, *, early: bool = False) -> torch.Tensor:
-    """`tiles.operand_order` for wgmma of x [rows, in], float16 or bfloat16, contiguous; in is a multiple of 32.
+    """`tiles.operand_order` for wgmma.
 
-    early: the kernel may start before the one in front of it has ended, see `ahead`.
+    Args:
+        x: [rows, in] float16 or bfloat16, contiguous; in is a multiple of 32.
+        early: the kernel may start before the one in front of it has ended, see `ahead`.
+
+    Returns:
+        [rows, in], new, in x's dtype.
     """
     rows, inputs = x.shape
     out = torch.empty(rows, inputs, dtype=x.dtype, device=x.device)
-    grid = cdiv(inputs // 2, PAIRS), rows
+    grid = rows, cdiv(inputs // 2, PAIRS)  # rows first: CUDA takes 65,535 at most of the second
     start_kernel(_order, grid, x, out, HALF=inputs // 2, PAIRS=PAIRS, EARLY=early, num_warps=4, **early_launch(early))
     return out

@@ -20,6 +20,8 @@ from triton.runtime._async_compile import FutureKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from gptoss_nf4.vllm.kernels.start import through_triton
+
 META = torch.device("meta")
 
 
@@ -73,7 +75,8 @@ def recorded() -> Iterator[list[Launch]]:
     run = JITFunction.run
     JITFunction.run = record
     try:
-        yield launches
+        with through_triton():
+            yield launches
     finally:
         JITFunction.run = run
 
