@@ -5,6 +5,7 @@ waited for an import of five seconds that only they need.
 """
 
 import gc
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -39,6 +40,13 @@ def pytest_collection_finish() -> None:
     """From now on garbage is collected, without a look at all modules each time."""
     gc.enable()
     gc.freeze()
+
+
+@pytest.fixture
+def plugin_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """`caplog` that has the plugin's lines too where vLLM has set up its logging: that keeps them from the root logger."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return caplog
 
 
 @pytest.fixture(scope="session")

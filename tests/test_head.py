@@ -228,14 +228,13 @@ def layer_of(weight: torch.Tensor) -> torch.nn.Module:
     return layer
 
 
-def test_the_method_packs_and_frees_the_dense_weight(head, caplog):
+def test_the_method_packs_and_frees_the_dense_weight(head, plugin_log):
     weight = normal(200, 2880, torch.bfloat16)
     layer, method = layer_of(weight), head.HeadMethod(config())
-    with caplog.at_level(logging.INFO, "vllm.gptoss_nf4"):
-        logging.getLogger("vllm.gptoss_nf4").addHandler(caplog.handler)
+    with plugin_log.at_level(logging.INFO, "vllm.gptoss_nf4"):
         method.process_weights_after_loading(layer)
     assert not hasattr(layer, "weight")
-    assert "12 bits" in caplog.text
+    assert "12 bits" in plugin_log.text
     x = torch.randn(2, 3, 2880).bfloat16()
     assert torch.equal(method.apply(layer, x), torch.nn.functional.linear(x, weight))
 

@@ -221,7 +221,7 @@ def test_the_least_is_given_up(condition, expected, told, monkeypatch):
         assert "\n" not in line
 
 
-def test_a_layer_asks_once_and_what_was_given_up_is_given_up_for_all(monkeypatch, caplog):
+def test_a_layer_asks_once_and_what_was_given_up_is_given_up_for_all(monkeypatch, plugin_log):
     asked = []
 
     def fault(product, gpu, device):
@@ -230,25 +230,25 @@ def test_a_layer_asks_once_and_what_was_given_up_is_given_up_for_all(monkeypatch
 
     monkeypatch.setattr(ladder, "fault", fault)
     settle(CPU, replace(H100, starts_early=False))
-    with caplog.at_level(logging.WARNING, logger="vllm.gptoss_nf4"):
+    with plugin_log.at_level(logging.WARNING, logger="vllm.gptoss_nf4"):
         assert prepare.works(Fake(), CPU)
         assert prepare.works(Fake(), CPU)
         assert asked == [(Fake(), True)]
         assert prepare.works(Fake(off=1), CPU)
     assert gpu_of(CPU).decoding is Decoding.PERMUTES
     assert asked[-1] == (Fake(), False)  # the first one, tried again as it runs now
-    assert len(caplog.records) == 1
+    assert len(plugin_log.records) == 1
 
 
-def test_without_working_kernels_weights_are_dequantized(monkeypatch, caplog):
+def test_without_working_kernels_weights_are_dequantized(monkeypatch, plugin_log):
     monkeypatch.setattr(ladder, "fault", failing_on(lambda gpu: True))
     settle(CPU, H100)
-    with caplog.at_level(logging.WARNING, logger="vllm.gptoss_nf4"):
+    with plugin_log.at_level(logging.WARNING, logger="vllm.gptoss_nf4"):
         assert not prepare.works(Fake(), CPU)
         assert not prepare.works(Fake(), CPU)
     assert gpu_of(CPU) == H100  # other products may work
-    assert len(caplog.records) == 1
-    assert "6 to 9 times" in caplog.records[0].getMessage()
+    assert len(plugin_log.records) == 1
+    assert "6 to 9 times" in plugin_log.records[0].getMessage()
 
 
 def test_a_user_may_choose(monkeypatch):

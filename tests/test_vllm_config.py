@@ -1,6 +1,5 @@
 """vllm/config.py without an engine: what vLLM is told, which layer gets which method, and where each tensor goes."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -127,11 +126,10 @@ def test_the_installed_vllm_is_tested_in_every_build():
         assert not is_tested(version)
 
 
-def test_an_untested_vllm_is_told_when_a_checkpoint_is_opened(monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+def test_an_untested_vllm_is_told_when_a_checkpoint_is_opened(monkeypatch, plugin_log):
     monkeypatch.setattr(vllm, "__version__", UNTESTED)
     for _ in range(2):
         assert GptOssNf4Config.from_config(SECTION).settings == Settings("nf4", 64, "interleaved")
-    told = [record.getMessage() for record in caplog.records if record.name == "vllm.gptoss_nf4"]
+    told = [record.getMessage() for record in plugin_log.records if record.name == "vllm.gptoss_nf4"]
     assert len(told) == 1
     assert f"vLLM {UNTESTED} is untested" in told[0]
