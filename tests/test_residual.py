@@ -18,7 +18,7 @@ from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.flow import convert
-from gptoss_nf4.format.residual import AUTO_FLOAT16, resolve, scaling_loss, writes_to_stream
+from gptoss_nf4.format.residual import AUTO_FLOAT16, ScalingLoss, report, resolve, scaling_loss, writes_to_stream
 from gptoss_nf4.samples import embedded
 from gptoss_nf4.samples.embedded import MASSIVE_CHANNEL
 from gptoss_nf4.source.model import open_source
@@ -115,6 +115,23 @@ def test_losses_of_every_value_and_of_many_equal_ones(dtype, scale):
     assert loss.became_subnormal == int(subnormal.sum()) > 0
     assert loss.squared_error == pytest.approx(float((after - exact).square().sum()) / scale**2, rel=1e-12, abs=0)
     assert loss.squared_sum == pytest.approx(float(before.square().sum()), rel=1e-12)
+
+
+def test_the_losses_of_all_tensors_are_told_and_summed():
+    lost = ScalingLoss(values=100, became_subnormal=3, became_zero=2, squared_error=1.0, squared_sum=16.0)
+    whole = ScalingLoss(values=50, squared_sum=4.0)
+    assert report({"a": lost, "b": whole, "c": lost}, 0.25) == {
+        "residual_scale": 0.25,
+        "values": 250,
+        "became_subnormal": 6,
+        "became_zero": 4,
+        "largest_relative_error": 0.25,
+        "by_tensor": [
+            {"tensor": name, "values": 100, "became_subnormal": 3, "became_zero": 2, "relative_error": 0.25}
+            for name in ("a", "c")
+        ],
+    }
+    assert report({}, 1.0)["largest_relative_error"] == 0.0
 
 
 def test_nothing_is_lost_of_nothing():
