@@ -17,6 +17,8 @@ from urllib.parse import unquote
 
 import pytest
 
+POLL_SECONDS = 0.01  # a server that is told to end looks as often; by default each test would wait half a second
+
 TOKEN = "hf_of_someone"
 
 
@@ -186,7 +188,7 @@ def hub() -> Iterator[State]:
     state = State()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Handler,), {"state": state}))
     state.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,), daemon=True).start()
     try:
         yield state
     finally:

@@ -23,6 +23,8 @@ from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.flow import convert
 from gptoss_nf4.source.layouts import open_checkpoint
 
+POLL_SECONDS = 0.01  # a server that is told to end looks as often; by default each test would wait half a second
+
 CLIENTS, SECONDS = 200, 8
 CROWD = 12  # of the stand-in: some of those who leave do so by tokens, whatever else the machine does
 QUESTION = Question((1, 2, 3), tuple(range(40, 60)))
@@ -79,7 +81,7 @@ def stand_in(events: Callable[[int], list[dict] | None], gauges: str = "") -> It
                 super().handle()
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
