@@ -2,7 +2,7 @@
 
 At each launch Triton looks at every argument, makes a text of all options, and compares all constants that the kernel reads
 of its module, to find what it has compiled. For a kernel that takes tuples that is 30 to 70 us on the host. Decoding does
-not notice, since CUDA graphs start it. A prefill starts some 200 kernels one by one, and where it is short the GPU waits.
+not notice, since CUDA graphs start it. A prefill starts some 170 kernels one by one, and where it is short the GPU waits.
 
 So `start_kernel` keeps what Triton gave for a launch, and gives it the next one of the same kind itself. Launches of one
 kind are the same to Triton; the converse does not hold, since integers count by their value. Whatever is new goes through
