@@ -31,6 +31,7 @@ KERNELS = {
     "large.swiglu_experts",
     "large.down_experts",
     "dense.dequantize",
+    "order._order",
     "combine._sum_slots",
     "router._router",
 }
