@@ -196,14 +196,14 @@ def experts(
     """
     x = x.contiguous()
     tokens, hidden = x.shape
+    early = gpu_of(x.device).starts_early
     intermediate = w2.codes.shape[2] * w2.codes.shape[4] * ROWS
     partial_dtype = torch.float32  # costs nothing with few slots
     if isinstance(plan, Large):
         partial_dtype = x.dtype  # half the bytes
-        x = in_operand_order(x, early=gpu_of(x.device).starts_early)
+        x = in_operand_order(x, early=early)
     middle = swiglu_experts(x, top_k, routing, w13, intermediate, plan, w13_factors)
     partial = down_experts(middle, top_k, topk_weights, routing, w2, hidden, plan, partial_dtype, w2_factors)
-    early = gpu_of(x.device).starts_early
     return sum_slots(partial.view(tokens, top_k, hidden), topk_ids, x.dtype, out, early=early)
 
 

@@ -7,6 +7,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gptoss_nf4.vllm.kernels.arguments import NOT_ROUTED, Routing
 from gptoss_nf4.vllm.kernels.lora import Factors, Lora, early_launch
+from gptoss_nf4.vllm.kernels.order import natural
 from gptoss_nf4.vllm.kernels.start import cdiv, next_power_of_2, start_kernel
 
 
@@ -92,7 +93,7 @@ def shrink_blocks(
             sum_mj = tl.zeros([BM, RANKS], tl.float32)
             for start in range(0, K, BLOCK):
                 place = start + tl.arange(0, BLOCK)  # in memory
-                k = _natural(place) if OPERAND_ORDER else place
+                k = natural(place) if OPERAND_ORDER else place
                 exists_k = place < K
                 x_mk = tl.load(
                     x + (slot_m // x_top_k)[:, None] * K + place[None, :],
@@ -102,13 +103,6 @@ def shrink_blocks(
                 a_jk = tl.load(factors + j[:, None] * K + k[None, :], mask=(j < T)[:, None] & exists_k[None, :], other=0.0)
                 sum_mj = tl.dot(x_mk, tl.trans(a_jk), sum_mj)
             tl.store(t + slot_m[:, None] * T + j[None, :], sum_mj, mask=mine_m[:, None] & (j < T)[None, :])
-
-
-@triton.jit
-def _natural(place):
-    """Which input stands at a place of `tiles.operand_order`: there (q e h t p), here (q t e h p)."""
-    p, t, h, e = place % 2, place // 2 % 4, place // 8 % 2, place // 16 % 2
-    return place // 32 * 32 + t * 8 + e * 4 + h * 2 + p
 
 
 def shrink(

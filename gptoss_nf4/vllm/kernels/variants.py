@@ -20,7 +20,7 @@ from triton.runtime._async_compile import FutureKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from gptoss_nf4.vllm.kernels.start import through_triton
+from gptoss_nf4.vllm.kernels.start import kind_of, through_triton
 
 META = torch.device("meta")
 
@@ -37,31 +37,6 @@ class Launch:
     def kernel(self) -> str:
         """Module and name."""
         return f"{self.function.__module__.rpartition('.')[2]}.{self.function.__name__}"
-
-    @property
-    def key(self) -> str:
-        """What Triton distinguishes the variants of a kernel by, except for the device: dtypes, constants, options.
-
-        As Triton's own, it tells an integer by whether it is 1 or divisible by 16, where the kernel does not forbid it.
-        """
-        specialized = {parameter.name: not parameter.do_not_specialize for parameter in self.function.params}
-        constants = {parameter.name for parameter in self.function.params if parameter.is_constexpr}
-        named = self.arguments.items()
-        parts = [
-            (name, value if name in constants or name not in specialized else _kind(value, specialized[name]))
-            for name, value in named
-        ]
-        return f"{self.kernel} {sorted(parts, key=lambda part: part[0])}"
-
-
-def _kind(value: object, specialized: bool) -> object:
-    if isinstance(value, torch.Tensor):
-        return str(value.dtype)
-    if isinstance(value, tuple):
-        return tuple(_kind(each, specialized) for each in value)
-    if isinstance(value, int) and not isinstance(value, bool) and specialized:
-        return "1" if value == 1 else "int by 16" if value % 16 == 0 else "int"
-    return value if value is None or isinstance(value, triton.language.constexpr) else type(value).__name__
 
 
 @contextmanager
@@ -87,20 +62,20 @@ def variants(start: Callable[[int], object], most_tokens: int) -> list[Launch]:
     Constants change at some numbers of tokens only, and each moves in one direction between two powers of two. So where
     both ends of a range start the same variants, all between them do; else the range is halved.
     """
-    found: dict[str, Launch] = {}
-    keys_of: dict[int, frozenset[str]] = {}
+    found: dict[tuple, Launch] = {}
+    kinds_of: dict[int, frozenset[tuple]] = {}
 
-    def keys(tokens: int) -> frozenset[str]:
-        if tokens not in keys_of:
+    def kinds(tokens: int) -> frozenset[tuple]:
+        if tokens not in kinds_of:
             with recorded() as launches:
                 start(tokens)
-            named = {launch.key: launch for launch in launches}
-            found.update(named)
-            keys_of[tokens] = frozenset(named)
-        return keys_of[tokens]
+            by_kind = {kind_of(launch.function, (), launch.arguments): launch for launch in launches}
+            found.update(by_kind)
+            kinds_of[tokens] = frozenset(by_kind)
+        return kinds_of[tokens]
 
     def halve(low: int, high: int) -> None:
-        if high - low > 1 and keys(low) != keys(high):
+        if high - low > 1 and kinds(low) != kinds(high):
             middle = (low + high) // 2
             halve(low, middle)
             halve(middle, high)
@@ -108,7 +83,7 @@ def variants(start: Callable[[int], object], most_tokens: int) -> list[Launch]:
     powers = [1 << exponent for exponent in range(most_tokens.bit_length())]
     ends = sorted({end for power in powers for end in (power, power + 1) if end <= most_tokens} | {most_tokens})
     for end in ends:
-        keys(end)
+        kinds(end)
     for low, high in pairwise(ends):
         halve(low, high)
     return list(found.values())
