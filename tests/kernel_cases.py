@@ -59,6 +59,7 @@ class Linear:
     plan: Small | None = None
     blocks_along: str = INPUTS
     size: float = 1.0  # of activations
+    weight: float = 1.0  # by what absmax is multiplied
 
 
 ACROSS = (OUTPUTS, OUTPUTS)
@@ -101,8 +102,8 @@ LINEARS = [
     Linear(rows=40, outputs=32, inputs=192, bias=False),
     Linear(rows=70, outputs=72, inputs=192),
     Linear(rows=18, outputs=40, inputs=256, blocksize=128, quant_type="fp4", plan=Small(rows=16, warps=2)),
-    # Activations near float16's largest, which absmax in its units would take beyond.
-    Linear(rows=5, outputs=192, inputs=192, size=1.5e4, blocks_along=OUTPUTS),
+    # Activations near float16's largest, which absmax in its units would take beyond; the product stays far below.
+    Linear(rows=5, outputs=192, inputs=192, size=1.5e4, weight=1 / 16, blocks_along=OUTPUTS),
     Linear(rows=70, outputs=64, inputs=96, blocksize=32, blocks_along=OUTPUTS),
 ]
 DECODED = [("nf4", 64, INPUTS), ("nf4", 32, INPUTS), ("fp4", 64, INPUTS), ("nf4", 32, OUTPUTS), ("fp4", 64, OUTPUTS)]
@@ -195,7 +196,7 @@ def wrong_bits(quant_type: str, blocksize: int, blocks_along: str, dtype: torch.
 
 def linear_error(case: Linear, dtype: torch.dtype) -> dict[str, float]:
     settings = case.blocksize, case.quant_type, dtype
-    weight = random_matrix(1, case.outputs, case.inputs, *settings, blocks_along=case.blocks_along)
+    weight = random_matrix(1, case.outputs, case.inputs, *settings, blocks_along=case.blocks_along, size=case.weight)
     packed = weight.packed if case.bias else weight.packed._replace(bias=None)
     x = (torch.randn(case.rows, case.inputs, device=DEVICE) * case.size).clamp(-65504, 65504).to(dtype)
     expected = x.double() @ weight.dense[0].T + weight.bias[0] * case.bias
@@ -261,12 +262,13 @@ def random_matrix(
     dtype: torch.dtype,
     gate_and_up: bool = False,
     blocks_along: str = INPUTS,
+    size: float = 1.0,
 ) -> Matrix:
     """With a bias in `dtype`. If `gate_and_up`, gate and up rows are interleaved as stored, and packed in tiles in turn."""
     codes = torch.randint(0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=DEVICE)
     across = blocks_along == OUTPUTS
     shape = (rows // blocksize, columns) if across else (rows, columns // blocksize)
-    absmax = (torch.rand(experts, *shape, device=DEVICE) + 0.5) * 2 / columns**0.5
+    absmax = (torch.rand(experts, *shape, device=DEVICE) + 0.5) * 2 * size / columns**0.5
     bias = (torch.randn(experts, rows, device=DEVICE) * 0.2).to(dtype)
 
     def arranged(t: torch.Tensor) -> torch.Tensor:
