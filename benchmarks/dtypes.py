@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,8 +56,11 @@ def converted(source: Path, directory: Path, case: Case) -> Path:
     return artifacts.checkpoint
 
 
-def served(jobs: list[tuple[Path, dict]]) -> Iterator[list[Generation] | None]:
+def served(
+    jobs: list[tuple[Path, dict]], run: Callable[..., subprocess.CompletedProcess] = subprocess.run
+) -> Iterator[list[Generation] | None]:
     """vLLM's generations for each job, a checkpoint with its engine arguments; this module in another process makes them.
+    `run` runs it.
 
     None where vLLM fails: on a GPU it does where token numbers are sampled from NaN.
     """
@@ -66,7 +69,7 @@ def served(jobs: list[tuple[Path, dict]]) -> Iterator[list[Generation] | None]:
     # On a CPU an engine within the process starts in 3 s instead of 20. On a GPU only a process of its own, when it ends,
     # gives all memory back.
     settings = {} if torch.cuda.is_available() else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=settings | os.environ)
+    done = run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=settings | os.environ)
     if done.returncode:
         sys.exit(f"error: vLLM ended with status {done.returncode}; its message stands above")
     for line in done.stdout.splitlines():
@@ -90,11 +93,17 @@ def serve(jobs: list[tuple[str, dict]]) -> None:
         print(RESULT + json.dumps(found), flush=True)
 
 
-def agreements(source: Path, directory: Path, engine: dict, cases: tuple[Case, ...] = CASES) -> Agreements:
+def agreements(
+    source: Path,
+    directory: Path,
+    engine: dict,
+    cases: tuple[Case, ...] = CASES,
+    run: Callable[..., subprocess.CompletedProcess] = subprocess.run,
+) -> Agreements:
     """Agreement with transformers in float32 by case; None where vLLM fails or is not finite."""
     found: Agreements = {}
     jobs = [(converted(source, directory, case), engine | {"dtype": case[0]}) for case in cases]
-    for case, generations in zip(cases, served(jobs), strict=True):
+    for case, generations in zip(cases, served(jobs, run), strict=True):
         if generations is None or not all(generation.finite for generation in generations):
             found[case] = None
             continue

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 from gptoss_nf4.errors import UserError
 
 START_SECONDS = 900  # a cold start compiles and captures CUDA graphs
+Start = Callable[..., subprocess.Popen]
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
@@ -29,36 +30,36 @@ class Server:
 
 
 @contextmanager
-def server(checkpoint: Path, engine_args: dict, log: Path) -> Iterator[str]:
-    """Run `vllm serve` on a free port of this machine; yields its base URL."""
-    with server_process(checkpoint, engine_args, log) as started:
+def server(checkpoint: Path, engine_args: dict, log: Path, start: Start = subprocess.Popen) -> Iterator[str]:
+    """Run `vllm serve` on a free port of this machine; yields its base URL. `start` starts the process."""
+    with server_process(checkpoint, engine_args, log, start) as started:
         yield started.url
 
 
 @contextmanager
-def server_process(checkpoint: Path, engine_args: dict, log: Path) -> Iterator[Server]:
+def server_process(checkpoint: Path, engine_args: dict, log: Path, start: Start = subprocess.Popen) -> Iterator[Server]:
     """`server`, where more than the URL is asked for."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [*VLLM, "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port), *as_flags(engine_args)]
-    with _running(command, f"http://127.0.0.1:{port}", log) as started:
+    with _running(command, f"http://127.0.0.1:{port}", log, start) as started:
         yield started
 
 
 @contextmanager
 def running(command: list[str], url: str, log: Path) -> Iterator[str]:
     """Run `command`, which serves at `url`; yields that."""
-    with _running(command, url, log):
+    with _running(command, url, log, subprocess.Popen):
         yield url
 
 
 @contextmanager
-def _running(command: list[str], url: str, log: Path) -> Iterator[Server]:
+def _running(command: list[str], url: str, log: Path, start: Start) -> Iterator[Server]:
     started = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = start(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         _wait_until_ready(url, process, log, started)
         yield Server(url, process.pid)

@@ -254,7 +254,7 @@ def repro(targets: list[str]) -> int:
     changed = kinds_of_stages(list(cfg.model.layers), changed_stages())
     limited = {kind: [stage for stage in stages if stage in wanted] for kind, stages in changed.items()}
     if kinds := {kind: stages for kind, stages in limited.items() if stages}:
-        modules = ("gptoss_nf4.convert.requant", *("bitsandbytes.functional",) * (cfg.requant.mode != EXACT))
+        modules = ("gptoss_nf4.convert.requant", *("gptoss_nf4.eager_bnb",) * (cfg.requant.mode != EXACT))
         run_stages(kinds, sizes_of(kinds, cfg), len(os.sched_getaffinity(0)), changed, modules)
     return subprocess.run([*DVC, "repro", *targets]).returncode
 

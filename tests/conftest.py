@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from gptoss_nf4.storage.checkpoint import INDEX_FILE
 
 if TYPE_CHECKING:
     import torch
+    from vllm_forks import Forks
 
     from gptoss_nf4.source.model import Model
 
@@ -28,9 +30,6 @@ for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# For stages that start vLLM's engine where others have tried it in processes of its own, as it is by default: there three
-# processes import vLLM, and a stage takes twice the CPU time.
-ENGINE_IN_STAGE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # while modules are imported, which leaves little garbage: 3 of 20 s of its start
     gc.disable()
@@ -47,6 +46,16 @@ def plugin_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     """`caplog` that has the plugin's lines too where vLLM has set up its logging: that keeps them from the root logger."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     return caplog
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator["Forks"]:
+    """What starts vLLM in a fraction of the time."""
+    from vllm_forks import Forks
+
+    server = Forks()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

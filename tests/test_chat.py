@@ -75,8 +75,8 @@ class Chat:
 
 
 @pytest.fixture(scope="module")
-def chat(checkpoint, tmp_path_factory) -> Iterator[Chat]:
-    with server(checkpoint, FLAGS | SETTINGS, tmp_path_factory.mktemp("log") / "serve.log") as url:
+def chat(checkpoint, tmp_path_factory, forks) -> Iterator[Chat]:
+    with server(checkpoint, FLAGS | SETTINGS, tmp_path_factory.mktemp("log") / "serve.log", forks.popen) as url:
         yield Chat(url, OpenAI(base_url=f"{url}/v1", api_key="none"))
 
 

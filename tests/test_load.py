@@ -31,12 +31,12 @@ QUESTION = Question((1, 2, 3), tuple(range(40, 60)))
 
 
 @pytest.mark.slow
-def test_a_crowd_that_hangs_up_disturbs_nobody(tiny, tmp_path):
+def test_a_crowd_that_hangs_up_disturbs_nobody(tiny, tmp_path, forks):
     """`python -m benchmarks.load` does it for minutes."""
     model, artifacts = local(tiny, tmp_path / "artifacts")
     convert(model, artifacts, RequantOptions(), "float32")
     log = tmp_path / "serve.log"
-    report = under_load(open_checkpoint(tiny), artifacts.checkpoint, log, CLIENTS, SECONDS, rounds=2)
+    report = under_load(open_checkpoint(tiny), artifacts.checkpoint, log, CLIENTS, SECONDS, rounds=2, start=forks.popen)
     print(report)
     assert list(report.faults()) == []
     assert report.questions >= 4

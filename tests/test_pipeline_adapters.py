@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from adapter_makers import ATTENTION, EXPERTS, ROUTER, with_adapter
-from conftest import ENGINE_IN_STAGE, edit_shard
+from conftest import edit_shard
 from test_pipeline import repro, run
 from whole_model import whole_model
 
@@ -103,7 +103,7 @@ def test_a_merge_quantizes_again_and_says_what_is_lost(root):
     """With the adapter merged; a change of it runs all that reads it. The other adapter is checked, but not served."""
     merging(root, "mine")
     checkout = root / "checkout"
-    ran = repro(checkout, "smoke", "smoke-adapter", environment=ENGINE_IN_STAGE)
+    ran = repro(checkout, "smoke", "smoke-adapter")
     merge = {"requant@0", "requant@1", "normalize", "prove", "smoke"}
     assert {"adapter@mine", "assemble", "smoke-adapter@mine", "smoke-adapter@other"} | merge <= ran
     proved = json.loads((checkout / "metrics/exactness.json").read_text())
@@ -128,7 +128,7 @@ def test_a_merge_quantizes_again_and_says_what_is_lost(root):
 def test_a_merge_that_quantizes_nothing_agrees_with_the_unmerged_pair(root):
     """The router is dense, so in float32 the merged checkpoint is the base with the adapter, and not the base alone."""
     merging(root, "routing")
-    repro(root / "checkout", "smoke", environment=ENGINE_IN_STAGE)
+    repro(root / "checkout", "smoke")
     smoke = json.loads((root / "checkout/metrics/smoke.json").read_text())
     assert smoke["merged_adapter"] == "routing"
     assert smoke["worst_logprob_difference"] < 1e-3

@@ -26,6 +26,7 @@ from gptoss_nf4.proof.prove import Exactness, prove, require_proved
 from gptoss_nf4.storage.progress import Progress
 
 ALLOWED = (
+    "eager_bnb",
     "errors",
     "proof",
     "storage.checkpoint",
@@ -217,7 +218,13 @@ def test_the_proof_knows_nothing_of_the_conversion():
     for file in (ROOT / "gptoss_nf4/proof").glob("*.py"):
         ours = {name.removeprefix("gptoss_nf4.") for name in direct_imports(file) if name.startswith("gptoss_nf4.")}
         assert all(name.startswith(ALLOWED) for name in ours), file
-    code = "import sys, gptoss_nf4.proof.prove; print(*(m for m in sys.modules if m.startswith('gptoss_nf4.')))"
+    code = "import sys, gptoss_nf4.proof.prove, torch; print(torch.compile.__module__, *sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = {name.removeprefix("gptoss_nf4.") for name in done.stdout.split()}
-    assert {name for name in loaded if not name.startswith(("errors", "proof", "storage"))} == {"format", "format.dtypes"}
+    compiles_as, *loaded = done.stdout.split()
+    ours = {name.removeprefix("gptoss_nf4.") for name in loaded if name.startswith("gptoss_nf4.")}
+    known = ("eager_bnb", "errors", "proof", "storage")
+    assert {name for name in ours if not name.startswith(known)} == {"format", "format.dtypes"}
+    # bitsandbytes came without PyTorch's compiler, which is as it was.
+    assert {"bitsandbytes.functional", "torch"} <= {*loaded}
+    assert not {"torch._dynamo", "torch._inductor.compile_fx"} & {*loaded}
+    assert compiles_as == "torch"

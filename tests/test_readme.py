@@ -20,7 +20,6 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_makers import ATTENTION, with_adapter
-from conftest import ENGINE_IN_STAGE
 from documents import DOCUMENTS, PYTHON, SHELL, TEXT, all_commands, all_snippets, blocks, commands, snippets, text_of
 from project_imports import ROOT
 from whole_model import whole_model
@@ -241,7 +240,7 @@ class Clone:
 
     def shell(self, command: str) -> str:
         """What `command` prints, in the clone's environment. `make run` has tried the engine in processes of its own."""
-        return run(["bash", "-c", f"source .venv/bin/activate && {command}"], self.directory, ENGINE_IN_STAGE)
+        return run(["bash", "-c", f"source .venv/bin/activate && {command}"], self.directory)
 
 
 def run(command: list[str], directory: Path, settings: Mapping[str, str] | None = None) -> str:

@@ -1,6 +1,7 @@
 """The quiet server, then rounds of the crowd, then the quiet server again."""
 
 import asyncio
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from benchmarks.load.watching import (
     drained,
     resident_bytes,
 )
-from benchmarks.vllm_server import Server, server_process
+from benchmarks.vllm_server import Server, Start, server_process
 from gptoss_nf4.source.interface import Source
 
 NEW_TOKENS = 24
@@ -82,12 +83,20 @@ class Report:
             yield f"{self.changed} answers of the quiet server are others than before"
 
 
-def under_load(source: Source, checkpoint: Path, log: Path, clients: int, seconds: float, rounds: int) -> Report:
+def under_load(
+    source: Source,
+    checkpoint: Path,
+    log: Path,
+    clients: int,
+    seconds: float,
+    rounds: int,
+    start: Start = subprocess.Popen,
+) -> Report:
     """Start a server of `checkpoint`, converted from `source`, and let `clients` ask for `seconds`, `rounds` times.
 
     ValueError where the quiet server itself is wrong, or where no question has large margins.
     """
-    with server_process(checkpoint, ENGINE, log) as server:
+    with server_process(checkpoint, ENGINE, log, start) as server:
         model, prompts = str(checkpoint), random_prompts(CANDIDATES, source.dimensions.vocabulary)
         questions = clear(source, asyncio.run(one_by_one(server.url, model, prompts, NEW_TOKENS)))
         if not questions:

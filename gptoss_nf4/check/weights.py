@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from math import prod
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_blockwise
 
+from gptoss_nf4.eager_bnb import bnb
 from gptoss_nf4.format import names
 from gptoss_nf4.format.blocks import OUTPUTS
 from gptoss_nf4.format.bnb import dequantize_float32
@@ -31,10 +31,10 @@ def _expert_of_stack(source: Source, module: Module) -> torch.Tensor:
     stored = source.stored(module)
     weight = stored.pop("weight")
     state = _state(source.checkpoint, stored.values())
-    absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     number, elements = int(module.name.rpartition(".")[2]), prod(module.shape)
     blocks = elements // state.blocksize
-    own = QuantState(
+    own = bnb.QuantState(
         absmax=absmax[number * blocks : (number + 1) * blocks],
         shape=torch.Size(module.shape[::-1]),
         dtype=torch.float32,
@@ -60,7 +60,7 @@ def stored_weight(checkpoint: Checkpoint, weight: str) -> torch.Tensor:
     return dequantize_float32((outputs[..., 0::2] << 4 | outputs[..., 1::2]).contiguous(), state).transpose(-2, -1)
 
 
-def stored_state(checkpoint: Checkpoint, weight: str) -> QuantState:
+def stored_state(checkpoint: Checkpoint, weight: str) -> bnb.QuantState:
     """bitsandbytes' state of a 4-bit weight of a converted checkpoint."""
     states = (names.STATE_PREFIX + quant_type for quant_type in QUANT_TYPES)
     kinds = (*names.SIDECARS, *names.NESTED_SIDECARS, *states)
@@ -68,6 +68,6 @@ def stored_state(checkpoint: Checkpoint, weight: str) -> QuantState:
     return _state(checkpoint, sidecars)
 
 
-def _state(checkpoint: Checkpoint, sidecars: Iterable[str]) -> QuantState:
+def _state(checkpoint: Checkpoint, sidecars: Iterable[str]) -> bnb.QuantState:
     """bitsandbytes' QuantState of the tensors named. Its `from_dict` empties what it gets, so it gets a new dictionary."""
-    return QuantState.from_dict({name: checkpoint.torch(name) for name in sidecars}, device=torch.device("cpu"))
+    return bnb.QuantState.from_dict({name: checkpoint.torch(name) for name in sidecars}, device=torch.device("cpu"))

@@ -136,10 +136,10 @@ def _handling(part: Module, target: QuantizedTarget, options: RequantOptions, de
 
 def _quantized(weight: "torch.Tensor", target: QuantizedTarget, error: AddedError) -> Rows:
     """`weight`, float32 [rows, in_features], quantized by bitsandbytes as `target` asks. The difference goes to `error`."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from gptoss_nf4.eager_bnb import bnb
 
-    packed, state = quantize_4bit(weight, blocksize=target.blocksize, quant_type=target.quant_type)
-    error.add(weight, dequantize_4bit(packed, state))
+    packed, state = bnb.quantize_4bit(weight, blocksize=target.blocksize, quant_type=target.quant_type)
+    error.add(weight, bnb.dequantize_4bit(packed, state))
     return rows_of_blocks(packed.cpu().numpy(), state.absmax.float().cpu().numpy(), weight.shape)
 
 
@@ -151,9 +151,9 @@ def _float32_weight(
     `absmax` is float32 [blocks], after undoing double quantization; None for a module that the source left dense.
     """
     import torch
-    from bitsandbytes.functional import QuantState
 
     from gptoss_nf4.convert.merge import merged
+    from gptoss_nf4.eager_bnb import bnb
     from gptoss_nf4.format.bnb import dequantize_float32
 
     if part.state is None:
@@ -167,7 +167,7 @@ def _float32_weight(
                 next_step="repair the source",
             )
     else:
-        state = QuantState(
+        state = bnb.QuantState(
             absmax=torch.from_numpy(absmax).to(device),
             shape=torch.Size(part.state.shape),
             dtype=torch.float32,

@@ -4,10 +4,11 @@ Mode nf4 starts from it, and so does the reference. The proof has its own.
 """
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
+
+from gptoss_nf4.eager_bnb import bnb
 
 
-def dequantize_float32(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
+def dequantize_float32(packed: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
     """Dequantize a 4-bit weight without rounding it to the state's dtype, as `dequantize_4bit` alone would.
 
     bitsandbytes 0.50.2's quantizer lets blocks run on across rows. Its CPU kernel starts a new block with every row. The
@@ -22,7 +23,7 @@ def dequantize_float32(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
         float32 of `state.shape`, on the device of `packed`.
     """
     shape = state.shape
-    flat = QuantState(
+    flat = bnb.QuantState(
         absmax=state.absmax,
         shape=shape,
         dtype=torch.float32,
@@ -34,4 +35,4 @@ def dequantize_float32(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     )
     if shape[-1] % state.blocksize:
         flat.shape = torch.Size([1, shape.numel()])
-    return dequantize_4bit(packed.reshape(-1, 1).view(torch.uint8).reshape(-1, 1), flat).reshape(shape)
+    return bnb.dequantize_4bit(packed.reshape(-1, 1).view(torch.uint8).reshape(-1, 1), flat).reshape(shape)

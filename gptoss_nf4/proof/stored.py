@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, get_4bit_type
 
+from gptoss_nf4.eager_bnb import bnb
 from gptoss_nf4.errors import UserError, first_line
 from gptoss_nf4.proof.names import is_four_bit, published, with_sidecars
 from gptoss_nf4.storage.checkpoint import Checkpoint
@@ -57,10 +57,10 @@ class FourBit:
         self._absmax, self._codes = absmax, codes
 
     @classmethod
-    def stored(cls, codes: TensorInfo, state: QuantState) -> "FourBit":
+    def stored(cls, codes: TensorInfo, state: bnb.QuantState) -> "FourBit":
         """A tensor, whose codes may be stored as any dtype."""
         _require_state(codes, state)
-        absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+        absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
         return cls(
             tuple(state.shape),
             (state.quant_type, state.blocksize),
@@ -73,14 +73,14 @@ class FourBit:
         begin = first // block * block
         codes = self._codes(begin // 2, -(-last // 2))
         # One row: bitsandbytes' CPU kernel would begin a new block with each row, also where rows are not whole blocks.
-        state = QuantState(
+        state = bnb.QuantState(
             absmax=self._absmax[begin // block : -(-last // block)],
             shape=torch.Size([1, last - begin]),
             dtype=torch.float32,
             blocksize=block,
             quant_type=quant_type,
         )
-        return dequantize_4bit(torch.from_numpy(codes).view(-1, 1), state).view(-1)[first - begin :]
+        return bnb.dequantize_4bit(torch.from_numpy(codes).view(-1, 1), state).view(-1)[first - begin :]
 
 
 class TurnedFourBit:
@@ -90,7 +90,7 @@ class TurnedFourBit:
     [experts, in, out]: once codes and absmax are turned back, it reads them.
     """
 
-    def __init__(self, codes: TensorInfo, state: QuantState):
+    def __init__(self, codes: TensorInfo, state: bnb.QuantState):
         _require_state(codes, state)
         experts, columns, rows = state.shape
         self.shape = (experts, rows, columns)
@@ -111,11 +111,11 @@ class TurnedFourBit:
         return FourBit((columns, rows), self.blocks, absmax, lambda first, last: turned[first:last])
 
 
-def _require_state(codes: TensorInfo, state: QuantState) -> None:
+def _require_state(codes: TensorInfo, state: bnb.QuantState) -> None:
     """UserError where `codes` are not as many as the state says, or not of bitsandbytes' codebook."""
     if codes.bytes != -(-prod(state.shape) // 2):
         raise _unreadable(codes.name, f"{codes.bytes} bytes", f"half a byte for each weight of {list(state.shape)}")
-    if not torch.equal(state.code, get_4bit_type(state.quant_type, device="cpu")):
+    if not torch.equal(state.code, bnb.get_4bit_type(state.quant_type, device="cpu")):
         raise _unreadable(f"{codes.name}.quant_map", "other values", f"bitsandbytes' {state.quant_type} codebook")
 
 
@@ -176,12 +176,12 @@ class Tensors:
         """Bytes of tensor `name` and of what lies beside it."""
         return sum(self.stored[each].bytes for each in with_sidecars(name, self.stored))
 
-    def state(self, name: str) -> QuantState:
+    def state(self, name: str) -> bnb.QuantState:
         """bitsandbytes' state of 4-bit tensor `name`. UserError where bitsandbytes cannot read it."""
         beside = with_sidecars(name, self.stored)[1:]
         tensors = {each: self._whole(self.stored[each]) for each in beside}
         try:
-            return QuantState.from_dict(tensors, device=torch.device("cpu"))
+            return bnb.QuantState.from_dict(tensors, device=torch.device("cpu"))
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             got = f"{type(error).__name__}: {first_line(error)}"
             raise _unreadable(name, got, "a quantization state that bitsandbytes reads") from None

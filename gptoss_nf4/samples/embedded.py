@@ -103,9 +103,11 @@ def random_tensor(name: str, shape: tuple[int, ...], std: float, mean: float = 0
 
 def quantized(name: str, weight: torch.Tensor, blocksize: int = 64) -> dict[str, torch.Tensor]:
     """`weight`, floating of any shape, rounded to bfloat16 and stored as bitsandbytes does with double quantization."""
-    from bitsandbytes.functional import quantize_4bit
+    from gptoss_nf4.eager_bnb import bnb
 
-    packed, state = quantize_4bit(weight.to(OTHER_DTYPE), blocksize=blocksize, compress_statistics=True, quant_type="nf4")
+    packed, state = bnb.quantize_4bit(
+        weight.to(OTHER_DTYPE), blocksize=blocksize, compress_statistics=True, quant_type="nf4"
+    )
     sidecars = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
     return {name: packed, **sidecars}
 

@@ -38,9 +38,9 @@ def write_checkpoint(directory: Path, d: Dimensions, stacked: bool = False) -> N
 
     With `stacked` in the fused layout.
     """
-    from bitsandbytes.functional import create_dynamic_map
+    from gptoss_nf4.eager_bnb import bnb
 
-    nested_map = create_dynamic_map().numpy()
+    nested_map = bnb.create_dynamic_map().numpy()
     weight_map: dict[str, str] = {}
     total = 0
 
