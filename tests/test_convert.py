@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 import yaml
 from adapter_makers import ATTENTION, with_adapter
 from project_imports import ROOT
@@ -24,9 +25,14 @@ BIN = Path(sys.executable).parent
 NOISE = re.compile(r"git add|dvc push|skipping|Updating lock|Running stage|autostage|WARNING|Warning|triton|bitsandbytes")
 
 
-def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run make in `checkout`, with this environment in place of one of its own: INSTALLED= leaves the installation out."""
-    path = f"{environment.pop('before_path', '')}:{BIN}:{os.environ['PATH']}".lstrip(":")
+def make(checkout: Path, *arguments: str, warm: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    """Run make in `checkout`, with this environment in place of one of its own: INSTALLED= leaves the installation out.
+
+    A warm Python has imported huggingface_hub, which asks for the address of its hub when it is imported.
+    """
+    warm = warm and "HF_ENDPOINT" not in os.environ
+    path = warm_python.environment()["PATH"] if warm else f"{BIN}:{os.environ['PATH']}"
+    path = f"{environment.pop('before_path', '')}:{path}".lstrip(":")
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VLLM_LOGGING_LEVEL")}
     return subprocess.run(
         ["make", "INSTALLED=", *arguments],
@@ -37,9 +43,9 @@ def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.Comp
     )
 
 
-def converted(checkout: Path, *arguments: str, **environment: str) -> list[str]:
+def converted(checkout: Path, *arguments: str, warm: bool = True, **environment: str) -> list[str]:
     """The lines that `make convert` prints on both streams; fails where it does."""
-    done = make(checkout, "convert", *arguments, **environment)
+    done = make(checkout, "convert", *arguments, warm=warm, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in (done.stderr + done.stdout).splitlines() if line]
     assert not [line for line in lines if NOISE.search(line)]
@@ -82,7 +88,8 @@ def adapters(project, finetune) -> list[Path]:
 
 @pytest.mark.slow
 def test_a_directory_becomes_a_serve_line(project, finetune):
-    lines = converted(project, f"MODEL={finetune}")
+    """In a Python that has imported nothing, so that what packages print while they are imported is seen too."""
+    lines = converted(project, f"MODEL={finetune}", warm=False)
     assert [line.split(":")[0] for line in lines if re.match(r"\w+: ", line)] == [
         *("fetch", "fetch", "dequant", "requant", "normalize", "assemble", "prove"),
     ]
@@ -116,7 +123,8 @@ def test_dvc_metrics_show_after_a_conversion(project, finetune):
     converted(project, f"MODEL={finetune}")
     for name in ("dtypes", "exactness"):
         assert "values" not in json.loads((project / f"metrics/{name}.json").read_text())
-    done = subprocess.run([BIN / "dvc", "metrics", "show"], cwd=project, capture_output=True, text=True)
+    environment = warm_python.environment()
+    done = subprocess.run(["dvc", "metrics", "show"], cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "cast_values" in done.stdout
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import warm_python
 from project_imports import ROOT
 
 sys.path.insert(0, str(ROOT / "stages"))
@@ -33,9 +34,12 @@ def rwlock(tmp_path, monkeypatch):
 
 def dvc_says(project) -> str:
     """What DVC itself says about the file."""
-    script = "import sys; from dvc.fs import localfs; from dvc.rwlock import rwlock\n"
-    script += "with rwlock('.dvc/tmp', localfs, 'x', [], ['y'], False): pass"
-    done = subprocess.run([sys.executable, "-c", script], cwd=project, capture_output=True, text=True)
+    script = project / "ask.py"
+    script.write_text(
+        "import sys; from dvc.fs import localfs; from dvc.rwlock import rwlock\n"
+        "with rwlock('.dvc/tmp', localfs, 'x', [], ['y'], False): pass"
+    )
+    done = subprocess.run(["python", script], cwd=project, env=warm_python.environment(), capture_output=True, text=True)
     return done.stderr if done.returncode else ""
 
 
@@ -127,6 +131,12 @@ def test_a_run_after_a_kill_mends_it(tmp_path):
     project = checkout(tmp_path / "checkout")
     (project / ".dvc/tmp").mkdir(parents=True, exist_ok=True)
     (project / ".dvc/tmp/rwlock").write_bytes(b"")
-    done = subprocess.run([sys.executable, "stages/parallel.py", "fetch"], cwd=project, capture_output=True, text=True)
+    done = subprocess.run(
+        ["python", "stages/parallel.py", "fetch"],
+        cwd=project,
+        env=warm_python.environment(),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "in the way; it is deleted" in done.stdout

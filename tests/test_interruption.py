@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm_python
 
 from benchmarks.conversion import checkout
 from gptoss_nf4.storage.tensor_reader import read_header
@@ -27,17 +28,30 @@ VLLM_STAGES = [["smoke"], ["benchmark"]]
 STAGES = [["fetch"], *LAYER_STAGES, ["normalize"], ["assemble"], ["prove"]]
 
 
-def start(project: Path, name: str, *arguments: str, **options) -> subprocess.Popen:
-    command = [sys.executable, f"stages/{name}.py", *arguments]
+def start(project: Path, name: str, *arguments: str, warm: bool = True, **options) -> subprocess.Popen:
+    """Not warm: what gets signals, or options that are of the process itself."""
+    environment = warm_python.environment() if warm else ENVIRONMENT
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen(command, cwd=project, env=ENVIRONMENT, text=True, **pipes)
+    command = ["python", f"stages/{name}.py", *arguments]
+    return subprocess.Popen(command, cwd=project, env=environment, text=True, **pipes)
 
 
 def repro(project: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "repro", "prove"], cwd=project, env=ENVIRONMENT, capture_output=True, text=True
-    )
+    command, environment = ["dvc", "repro", "prove"], warm_python.environment()
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run_to_its_end(project: Path, stage: list[str]) -> None:
+    process = start(project, *stage)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+
+
+def to_kill(project: Path, stage: list[str]) -> warm_python.Process:
+    """A stage that is killed, in a warm Python: so a random moment is one of its own work, and not of an import."""
+    name, *arguments = stage
+    return warm_python.start(project, f"stages/{name}.py", *arguments)
 
 
 def checkpoint(project: Path, model: str = "tiny") -> dict[str, bytes]:
@@ -77,12 +91,10 @@ def test_sigkill_at_random_moments(finished, capsys):
     killed, attempts = killed_at_random(project, rng, KILLS)
     killed |= dict.fromkeys((" ".join(stage) for stage in VLLM_STAGES), 0)
     for stage in VLLM_STAGES:  # they write one file, at their end, and take long: killed on their way there
-        for _ in range(2):
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-            process = start(project, *stage, **quiet)
-            time.sleep(rng.uniform(0.5, 6))
-            os.killpg(process.pid, signal.SIGKILL)  # vLLM's engine too, which else would stay for a while
-            killed[" ".join(stage)] += process.wait() == -signal.SIGKILL
+        process = to_kill(project, stage)
+        time.sleep(rng.uniform(0.5, 6))
+        process.kill(group=True)  # vLLM's engine too, which else would stay for a while
+        killed[" ".join(stage)] += process.wait() == -signal.SIGKILL
     assert all(killed.values())
     require_undisturbed(project, undisturbed)
     with capsys.disabled():
@@ -91,8 +103,7 @@ def test_sigkill_at_random_moments(finished, capsys):
 
 def test_sigkill_while_fused_experts_are_converted(tmp_path, capsys):
     project = checkout(tmp_path / "checkout")
-    configure = [sys.executable, "stages/configure.py", "model=tiny_fused"]
-    subprocess.run(configure, cwd=project, env=ENVIRONMENT, check=True, capture_output=True)
+    run_to_its_end(project, ["configure", "model=tiny_fused"])
     repro(project)
     undisturbed = checkpoint(project, "tiny_fused")
     killed, attempts = killed_at_random(project, random.Random(SEED), FUSED_KILLS)
@@ -107,7 +118,7 @@ def killed_at_random(project: Path, rng: random.Random, kills: int) -> tuple[dic
     durations = {}
     for stage in STAGES:
         started = time.monotonic()
-        assert start(project, *stage).wait() == 0
+        assert to_kill(project, stage).wait() == 0
         durations[" ".join(stage)] = time.monotonic() - started
     attempts = 0
     while sum(killed.values()) < kills or not all(killed[" ".join(stage)] for stage in STAGES):
@@ -116,13 +127,12 @@ def killed_at_random(project: Path, rng: random.Random, kills: int) -> tuple[dic
             attempts += 1
             stage = STAGES[attempts % (len(STAGES) - 1)] if attempts % 12 else ["prove"]  # prove takes seconds
             end = time.monotonic() + rng.uniform(0.3, 1) * durations[" ".join(stage)]
-            running.append((end, stage, start(project, *stage)))
+            running.append((end, stage, to_kill(project, stage)))
         assert attempts < 10 * kills
         for end, stage, process in sorted(running, key=lambda each: each[0]):
             time.sleep(max(0.0, end - time.monotonic()))
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             killed[" ".join(stage)] += process.wait() == -signal.SIGKILL
-            process.communicate()
     return killed, attempts
 
 
@@ -130,7 +140,7 @@ def require_undisturbed(project: Path, undisturbed: dict[str, bytes], model: str
     """What `dvc repro` makes now is what it made undisturbed, and nothing else is left."""
     repro(project)
     for stage in STAGES:  # what DVC found unchanged was never run again: run it, so that it clears up too
-        assert start(project, *stage).wait() == 0
+        run_to_its_end(project, stage)
     repro(project)
     assert checkpoint(project, model) == undisturbed
     assert not list(project.rglob("*.part"))
@@ -147,7 +157,7 @@ def test_ctrl_c_ends_within_a_second_with_one_line(finished):
     for stage, delay in ((["requant", "layer=0"], 0.05), (["requant", "layer=1"], 0.25), (["prove"], 1.5)):
         seconds = []
         while not seconds or (min(seconds) >= 1 and len(seconds) < 8):  # a busy machine may delay some
-            process = start(project, *stage, preexec_fn=heed_ctrl_c)
+            process = start(project, *stage, warm=False, preexec_fn=heed_ctrl_c)
             time.sleep(delay)
             process.send_signal(signal.SIGINT)
             started = time.monotonic()
@@ -174,7 +184,7 @@ def test_ctrl_c_while_every_core_works(finished):
     for delay in (1.0, 2.5, 3.5):
         tracebacks = []
         for _ in range(3):
-            process = start(project, "parallel", start_new_session=True, preexec_fn=heed_ctrl_c)
+            process = start(project, "parallel", warm=False, start_new_session=True, preexec_fn=heed_ctrl_c)
             time.sleep(delay)
             os.killpg(process.pid, signal.SIGINT)
             started = time.monotonic()
@@ -253,7 +263,7 @@ def test_permission_denied(finished):
         before = path.stat().st_mode
         path.chmod(bits)
         try:
-            one_line(start(project, *stage, preexec_fn=without_rights_of_root), *words, "Permission denied")
+            one_line(start(project, *stage, warm=False, preexec_fn=without_rights_of_root), *words, "Permission denied")
         finally:
             path.chmod(before)
     repro(project)
@@ -293,9 +303,9 @@ def test_two_runs_at_once_tear_no_file(finished):
 def test_two_repros_at_once_wait_or_refuse(finished, capsys):
     """DVC locks what a stage reads and writes: the second run waits, or ends with a line that names the first."""
     project, undisturbed = finished
-    command = [sys.executable, "-m", "dvc", "repro", "-s", "-f", "dequant@0", "requant@0", "normalize", "assemble"]
+    command = ["dvc", "repro", "-s", "-f", "dequant@0", "requant@0", "normalize", "assemble"]
     outcomes, pipes = {"done": 0, "refused": 0}, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, cwd=project, env=ENVIRONMENT, **pipes) for _ in range(2)]
+    processes = [subprocess.Popen(command, cwd=project, env=warm_python.environment(), **pipes) for _ in range(2)]
     for process in processes:
         _, error = process.communicate(timeout=120)
         assert "Traceback" not in error

@@ -1,22 +1,19 @@
 """The pipeline's property, through `dvc repro` itself: a change re-runs what depends on it and nothing else."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import warm_python
 import yaml
 from conftest import edit_shard
 
 from benchmarks.conversion import checkout as copy_project
 
 pytestmark = pytest.mark.slow
-BIN = Path(sys.executable).parent
-ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +29,7 @@ def project(tmp_path_factory, tiny) -> Path:
 
 
 def run(checkout: Path, *command: str, environment: Mapping[str, str] | None = None) -> str:
-    environment = ENVIRONMENT | (environment or {})
+    environment = warm_python.environment() | (environment or {})
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

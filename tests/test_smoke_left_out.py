@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import warm_python
 from adapter_makers import ATTENTION, with_adapter
 from project_imports import ROOT
 from whole_model import whole_model
@@ -40,8 +40,9 @@ def project(tmp_path_factory) -> Path:
 
 
 def run(project: Path, script: str, *overrides: str) -> str:
-    command = [sys.executable, ROOT / "stages" / script, *overrides]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120)
+    command = ["python", ROOT / "stages" / script, *overrides]
+    environment = warm_python.environment()
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
