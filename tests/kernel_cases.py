@@ -74,7 +74,8 @@ EXPERTS = [
     ),
     # Row tiles that are no multiple of a program's; nor, of hidden, of half of it.
     Experts(tokens=9, experts=3, hidden=160, intermediate=160, blocksize=32, plan=Large(rows=32)),
-    Experts(tokens=40, experts=3, hidden=256, intermediate=64, plan=Large(rows=16)),
+    # Two input tiles of a block.
+    Experts(tokens=40, experts=3, hidden=256, intermediate=128, blocksize=128, plan=Large(rows=16)),
     # Whole blocks, and last ones that are partly empty.
     Experts(tokens=45, experts=3, hidden=128, intermediate=64, plan=Large(rows=32)),
     # Blocks of 64 outputs: two pairs of gate and up tiles, four tiles of w2. The inputs of w2 are tiles of 32.
