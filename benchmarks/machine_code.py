@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, chain
 from pathlib import Path
 from unittest import mock
@@ -237,8 +238,13 @@ def resources(each: Launch, compiled: CompiledKernel) -> Resources:
 
 def disassembled(compiled: CompiledKernel, what: str) -> str:
     """What cuobjdump says; `what` is one of its options."""
+    return _told(compiled.asm["cubin"], what)
+
+
+@lru_cache(maxsize=256)  # half a second for each, and some are asked for again and again
+def _told(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         return subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
 

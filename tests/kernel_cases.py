@@ -18,6 +18,7 @@ import torch
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+    import quick_interpreter  # noqa: F401
 
 from gptoss_nf4.format.blocks import INPUTS, OUTPUTS  # noqa: E402
 from gptoss_nf4.format.codec import CODEBOOKS  # noqa: E402
@@ -66,27 +67,37 @@ ACROSS = (OUTPUTS, OUTPUTS)
 EXPERTS = [
     Experts(tokens=1, experts=4, hidden=192, intermediate=64),
     Experts(tokens=5, experts=4, hidden=192, intermediate=64),
-    # The smaller tile, and row tiles that are no multiple of a program's; nor, of hidden, of half of it.
-    Experts(tokens=5, experts=4, hidden=192, intermediate=96, blocksize=32, plan=Small(rows=8, warps=2)),
+    # The smaller tile, in three turns: what is read ahead in the first one is no longer that in the second.
+    Experts(tokens=5, experts=3, hidden=160, intermediate=96, blocksize=32, plan=Small(rows=8, warps=2, down_warps=1)),
     Experts(
-        tokens=5, experts=4, hidden=128, intermediate=128, blocksize=128, quant_type="fp4", plan=Small(rows=16, warps=1)
+        tokens=5, experts=3, hidden=128, intermediate=128, blocksize=128, quant_type="fp4", plan=Small(rows=16, warps=1)
     ),
-    Experts(tokens=9, experts=4, hidden=160, intermediate=288, blocksize=32, plan=Large(rows=32)),
-    Experts(tokens=40, experts=3, hidden=256, intermediate=64, plan=Large(rows=16)),
+    # Row tiles that are no multiple of a program's; nor, of hidden, of half of it.
+    Experts(tokens=9, experts=3, hidden=160, intermediate=160, blocksize=32, plan=Large(rows=32)),
+    # Two input tiles of a block.
+    Experts(tokens=40, experts=3, hidden=256, intermediate=128, blocksize=128, plan=Large(rows=16)),
     # Whole blocks, and last ones that are partly empty.
     Experts(tokens=45, experts=3, hidden=128, intermediate=64, plan=Large(rows=32)),
     # Blocks of 64 outputs: two pairs of gate and up tiles, four tiles of w2. The inputs of w2 are tiles of 32.
     Experts(tokens=1, experts=4, hidden=192, intermediate=96, blocks_along=ACROSS),
-    Experts(tokens=5, experts=4, hidden=192, intermediate=160, blocks_along=ACROSS, plan=Small(rows=8, warps=2)),
     Experts(
-        tokens=5, experts=4, hidden=96, intermediate=160, blocksize=32, plan=Small(rows=16, warps=1), blocks_along=ACROSS
+        tokens=5, experts=4, hidden=192, intermediate=96, blocks_along=ACROSS, plan=Small(rows=8, warps=2, down_warps=2)
     ),
-    Experts(tokens=9, experts=4, hidden=192, intermediate=288, blocks_along=ACROSS, plan=Large(rows=32)),
+    Experts(
+        tokens=5,
+        experts=3,
+        hidden=96,
+        intermediate=96,
+        blocksize=32,
+        plan=Small(16, warps=1, down_warps=1),
+        blocks_along=ACROSS,
+    ),
+    Experts(tokens=9, experts=3, hidden=192, intermediate=160, blocks_along=ACROSS, plan=Large(rows=32)),
     Experts(
         tokens=40,
         experts=3,
         hidden=256,
-        intermediate=192,
+        intermediate=128,
         blocksize=128,
         quant_type="fp4",
         plan=Large(rows=16),

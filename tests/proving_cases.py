@@ -11,6 +11,7 @@ import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import quick_interpreter  # noqa: F401
 import torch
 
 from gptoss_nf4.format.blocks import OUTPUTS

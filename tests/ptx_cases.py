@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
+import quick_interpreter  # noqa: F401
 import torch
 import triton
 import triton.language as tl

@@ -106,10 +106,10 @@ def products_of_logits(
     local: torch.Tensor,
     is_padding: torch.Tensor | None,
     hidden: int = 64,
-    intermediate: int = 64,
+    intermediate: int = 32,
 ) -> dict[str, float]:
-    w13 = random_matrix(case.experts, 2 * intermediate, hidden, 64, "nf4", dtype, gate_and_up=True)
-    w2 = random_matrix(case.experts, hidden, intermediate, 64, "nf4", dtype)
+    w13 = random_matrix(case.experts, 2 * intermediate, hidden, 32, "nf4", dtype, gate_and_up=True)
+    w2 = random_matrix(case.experts, hidden, intermediate, 32, "nf4", dtype)
     x = torch.randn(case.tokens, hidden, device=DEVICE).to(dtype)
 
     def align_many(ids: torch.Tensor, block: int, experts: int, expert_map: torch.Tensor | None) -> tuple:
@@ -129,7 +129,8 @@ def products_of_logits(
     found = {"whole": relative(result, expected)}
     if is_padding is not None:
         found["rows that do not exist, exact"] = float(result[is_padding].abs().max())
-    weight, bias = torch.randn(case.experts, hidden, device=DEVICE).to(dtype), torch.randn(case.experts, device=DEVICE)
+    x = torch.randn(min(case.tokens, 5), 72, device=DEVICE).to(dtype)  # no power of two
+    weight, bias = torch.randn(case.experts, 72, device=DEVICE).to(dtype), torch.randn(case.experts, device=DEVICE)
     row = poison(lambda: few_logits(x, weight, bias.to(dtype)))
     return found | {"router": relative(row, x.double() @ weight.double().T + bias.to(dtype).double())}
 
