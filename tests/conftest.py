@@ -8,7 +8,6 @@ import gc
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,6 @@ from gptoss_nf4.storage.checkpoint import INDEX_FILE
 
 if TYPE_CHECKING:
     import torch
-    from vllm_forks import Forks
 
     from gptoss_nf4.source.model import Model
 
@@ -46,16 +44,6 @@ def plugin_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     """`caplog` that has the plugin's lines too where vLLM has set up its logging: that keeps them from the root logger."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     return caplog
-
-
-@pytest.fixture(scope="session")
-def forks() -> Iterator["Forks"]:
-    """What starts vLLM in a fraction of the time."""
-    from vllm_forks import Forks
-
-    server = Forks()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import warm_vllm
 from conftest import local
 from documents import all_commands, all_snippets
 from harmony_files import encoding
@@ -75,8 +76,8 @@ class Chat:
 
 
 @pytest.fixture(scope="module")
-def chat(checkpoint, tmp_path_factory, forks) -> Iterator[Chat]:
-    with server(checkpoint, FLAGS | SETTINGS, tmp_path_factory.mktemp("log") / "serve.log", forks.popen) as url:
+def chat(checkpoint, tmp_path_factory) -> Iterator[Chat]:
+    with server(checkpoint, FLAGS | SETTINGS, tmp_path_factory.mktemp("log") / "serve.log", warm_vllm.popen) as url:
         yield Chat(url, OpenAI(base_url=f"{url}/v1", api_key="none"))
 
 

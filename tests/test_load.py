@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+import warm_vllm
 from conftest import local
 from whole_model import whole_model
 
@@ -31,12 +32,12 @@ QUESTION = Question((1, 2, 3), tuple(range(40, 60)))
 
 
 @pytest.mark.slow
-def test_a_crowd_that_hangs_up_disturbs_nobody(tiny, tmp_path, forks):
+def test_a_crowd_that_hangs_up_disturbs_nobody(tiny, tmp_path):
     """`python -m benchmarks.load` does it for minutes."""
     model, artifacts = local(tiny, tmp_path / "artifacts")
     convert(model, artifacts, RequantOptions(), "float32")
     log = tmp_path / "serve.log"
-    report = under_load(open_checkpoint(tiny), artifacts.checkpoint, log, CLIENTS, SECONDS, rounds=2, start=forks.popen)
+    report = under_load(open_checkpoint(tiny), artifacts.checkpoint, log, CLIENTS, SECONDS, rounds=2, start=warm_vllm.popen)
     print(report)
     assert list(report.faults()) == []
     assert report.questions >= 4

@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 from gptoss_nf4.convert.plan import RequantOptions
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.flow import convert
+from gptoss_nf4.proof import stored
 from gptoss_nf4.proof.compare import difference, places
 from gptoss_nf4.proof.config import Asked
 from gptoss_nf4.proof.pair import Fault
 from gptoss_nf4.proof.prove import Exactness, prove, require_proved
+from gptoss_nf4.proof.stored import FourBit
 from gptoss_nf4.storage.progress import Progress
 
 ALLOWED = (
@@ -40,6 +42,12 @@ ALLOWED = (
 SOURCES, MODES, ORDERS = ("tiny", "massive"), ("exact", "nf4"), ("interleaved", "concatenated")
 MOVES = [name for name in OF_TENSORS if any(word in name for word in ("exchanged", "reversed", "halves"))]
 CONVERSIONS = itertools.product(SOURCES, MODES, ORDERS, ("float16", "bfloat16", "float32"))
+
+
+@pytest.fixture(autouse=True)
+def pieces_of_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As there are in a large model: what follows the first piece of a matrix is compared in another way."""
+    monkeypatch.setattr(stored, "PIECE_VALUES", 1 << 12)
 
 
 # What it lets pass
@@ -175,11 +183,11 @@ def test_a_tokenizer_that_is_no_copy_is_found(tiny, converted, tmp_path):
 def test_rows_of_gate_and_up_lie_where_transformers_takes_them_from():
     """transformers `modeling_gpt_oss.py`: gate is gate_up[..., ::2], up is gate_up[..., 1::2]."""
     source = torch.arange(12)
-    for order, stored in (("interleaved", source), ("concatenated", torch.cat([source[::2], source[1::2]]))):
+    for order, laid in (("interleaved", source), ("concatenated", torch.cat([source[::2], source[1::2]]))):
         for first in (0, 4):
             rows = source[first : first + 4]
             for which, place in places(order, 12, first):
-                assert torch.equal(rows[which], stored[place : place + len(rows[which])])
+                assert torch.equal(rows[which], laid[place : place + len(rows[which])])
 
 
 def test_the_first_fault_is_named_and_the_others_counted(tmp_path):
@@ -189,6 +197,49 @@ def test_the_first_fault_is_named_and_the_others_counted(tmp_path):
         found.faults.append(Fault(f"w{count}", "2 of 8 values"))
         with pytest.raises(UserError, match=f"the result is not the source's: {tmp_path}: w1: got {told}, expected none"):
             require_proved(found, tmp_path)
+
+
+def four_bit(codes: torch.Tensor, absmax: torch.Tensor, blocksize: int = 4, quant_type: str = "nf4") -> FourBit:
+    shape, taken = (1, 2 * len(codes)), codes.numpy()
+    return FourBit(shape, (quant_type, blocksize), lambda: absmax, lambda first, last: taken[first:last])
+
+
+def test_the_same_bytes_are_seen_and_nothing_else_is():
+    codes, absmax = torch.arange(12, dtype=torch.uint8), torch.arange(1.0, 7.0)  # 6 blocks of 4 values
+    moved = four_bit(torch.cat([codes[4:], codes[:4]]), torch.cat([absmax[2:], absmax[:2]]))  # by two blocks
+    one = four_bit(codes, absmax)
+    assert one.same_bytes(8, 24, moved, 0)
+    assert one.same_bytes(8, 21, moved, 0)  # a last block, and a last byte, of which not all is asked for
+    assert moved.same_bytes(0, 16, one, 8)
+    assert not one.same_bytes(8, 24, moved, 4)
+    assert not one.same_bytes(4, 24, moved, 0)
+    for place in range(12):
+        changed = codes.clone()
+        changed[place] ^= 16
+        assert one.same_bytes(8, 24, four_bit(changed, absmax), 8) == (place < 4)
+    for place in range(6):
+        changed = absmax.clone()
+        changed[place] += 1e-6
+        assert one.same_bytes(8, 24, four_bit(codes, changed), 8) == (place < 2)
+        changed[place] = float("nan")
+        assert four_bit(codes, changed).same_bytes(8, 24, four_bit(codes, changed), 8) == (place < 2)
+    # In blocks that begin elsewhere, or are others, the same bytes would be other values.
+    assert not one.same_bytes(2, 4, one, 2)
+    assert not one.same_bytes(0, 4, one, 6)
+    assert not one.same_bytes(0, 8, four_bit(codes, absmax, blocksize=8), 0)
+    assert not one.same_bytes(0, 8, four_bit(codes, absmax, quant_type="fp4"), 0)
+
+
+def test_only_what_follows_the_first_rows_is_compared_by_its_bytes(tiny, converted, monkeypatch):
+    """And nothing that is dequantized there, or has other bytes, counts as compared by them."""
+    dequantized, taken = [], []
+    read, same = FourBit.read, FourBit.same_bytes
+    monkeypatch.setattr(FourBit, "read", lambda self, *place: dequantized.append(place[1] - place[0]) or read(self, *place))
+    monkeypatch.setattr(FourBit, "same_bytes", lambda self, *place: taken.append(place[1] - place[0]) or same(self, *place))
+    found = prove(tiny, converted, ASKED)
+    of_four_bits = sum(found.kinds[kind].difference.compared for kind in ("attention_weight", "w13_weight", "w2_weight"))
+    assert sum(dequantized) // 2 + sum(taken) == of_four_bits  # both sides are dequantized
+    assert 0 < sum(dequantized) // 2 < of_four_bits / 2
 
 
 def test_differences_are_counted():

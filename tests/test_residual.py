@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm_vllm
 from conftest import edit_shard, local
 from project_imports import ROOT
 from whole_model import whole_model
@@ -173,10 +174,10 @@ def test_another_scale_changes_no_weight(massive, tmp_path):
 
 
 @pytest.mark.slow
-def test_float16_scaled_is_as_close_to_float32_as_bfloat16(massive, tmp_path, capsys, forks):
+def test_float16_scaled_is_as_close_to_float32_as_bfloat16(massive, tmp_path, capsys):
     """And plain float16 is NaN: the model is made so. The scale in float32 shows that eps is scaled with it."""
     plain, scaled, bfloat16, float32 = ("float16", 1), ("float16", "auto"), ("bfloat16", "auto"), ("float32", AUTO_FLOAT16)
-    found = agreements(massive, tmp_path, ENGINE, (plain, scaled, bfloat16, float32), forks.run)
+    found = agreements(massive, tmp_path, ENGINE, (plain, scaled, bfloat16, float32), warm_vllm.run)
     with capsys.disabled():
         for row in rows("tiny_massive", found):
             print("\n" + ", ".join(map(str, row)), end="")

@@ -12,6 +12,7 @@ from pathlib import Path
 import hub_stand_in
 import pytest
 import torch
+import warm_vllm
 from conftest import converted_for_interpreter, edit_shard, local, make_dense
 from openai import OpenAI
 from project_imports import ROOT
@@ -77,8 +78,8 @@ def agreement(source: Source, generations: list) -> Agreement:
 
 
 @pytest.fixture(scope="module")
-def all_served(forks, converted, dynamic, fused) -> list[list]:
-    return list(served([(artifacts.checkpoint, ENGINE) for _, artifacts in (converted, dynamic, fused)], forks.run))
+def all_served(converted, dynamic, fused) -> list[list]:
+    return list(served([(artifacts.checkpoint, ENGINE) for _, artifacts in (converted, dynamic, fused)], warm_vllm.run))
 
 
 def test_nan_logits_are_not_finite():
@@ -116,7 +117,7 @@ def test_blocks_along_the_outputs_agree(fused, all_served):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dynamic", "fused"])
-def test_two_ranks_agree(layout, request, forks, monkeypatch):
+def test_two_ranks_agree(layout, request, monkeypatch):
     """Tensor parallelism cuts w2's rows through a block (160 input features a rank) and splits q, k and v by heads.
 
     Where blocks run along the outputs, it cuts a group of w13's rows.
@@ -125,21 +126,21 @@ def test_two_ranks_agree(layout, request, forks, monkeypatch):
         pytest.skip("needs two cores: vLLM binds one rank to each")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     source, artifacts = request.getfixturevalue(layout)
-    (generations,) = served([(artifacts.checkpoint, ENGINE | {"tensor_parallel_size": 2})], forks.run)
+    (generations,) = served([(artifacts.checkpoint, ENGINE | {"tensor_parallel_size": 2})], warm_vllm.run)
     result = agreement(source, generations)
     assert result.agreeing == result.positions
     assert result.worst_difference < 1e-3
 
 
 @pytest.mark.slow
-def test_packed_weights_and_interpreted_kernels_agree(forks, tmp_path):
+def test_packed_weights_and_interpreted_kernels_agree(tmp_path):
     """The GPU's path without one: loading into the kernels' order, routing, and the kernels, within vLLM.
 
     tests/test_vllm_lora.py does it with experts whose blocks run along the outputs, and adapters.
     """
     artifacts = converted_for_interpreter(tmp_path / "source", tmp_path / "artifacts")
     script = [sys.executable, ROOT / "tests" / "packed_in_vllm.py", tmp_path / "source", artifacts.checkpoint]
-    done = forks.run(script, cwd=ROOT, text=True)
+    done = warm_vllm.run(script, cwd=ROOT, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout[done.stdout.index('{"positions"') : done.stdout.rindex("}") + 1])
     assert result["positions"] >= 8

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_vllm
 from conftest import local
 from project_imports import ROOT
 from safetensors.torch import load_file
-from vllm_forks import Forks
 from whole_model import log_probabilities, whole_model
 
 from benchmarks.dtypes import PROMPTS
@@ -69,14 +69,12 @@ class Round:
         )
 
 
-def ask(
-    forks: Forks, checkpoint: Path, directory: Path, rounds: list[list[str]], settings: dict, **engine
-) -> tuple[list[Round], list]:
+def ask(checkpoint: Path, directory: Path, rounds: list[list[str]], settings: dict, **engine) -> tuple[list[Round], list]:
     """Each of `rounds` is asked at once, one after the other, of one engine; and what each rank told of its experts."""
     job = {"checkpoint": str(checkpoint), "engine": ENGINE | engine, "rounds": rounds, "max_tokens": NEW_TOKENS}
     (directory / "job.json").write_text(json.dumps(job))
     command = [sys.executable, ROOT / "tests" / "features_in_vllm.py", directory / "job.json"]
-    done = forks.run(command, cwd=ROOT, text=True, env=os.environ | SETTINGS | settings)
+    done = warm_vllm.run(command, cwd=ROOT, text=True, env=os.environ | SETTINGS | settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     told = json.loads(line.removeprefix("RESULT "))
@@ -84,12 +82,12 @@ def ask(
 
 
 @pytest.fixture(scope="module")
-def in_chunks(forks, checkpoint, tmp_path_factory) -> list[Round]:
+def in_chunks(checkpoint, tmp_path_factory) -> list[Round]:
     """Long prompts in chunks; the same again; then their beginnings with other endings. One engine, one rank."""
     prompts = [STORY, LETTER]
     rounds = [prompts, prompts, [prompt + ending for prompt in prompts for ending in ENDINGS]]
     engine = {"max_num_batched_tokens": CHUNK, "block_size": BLOCK, "enable_prefix_caching": True}
-    found, _ = ask(forks, checkpoint, tmp_path_factory.mktemp("chunks"), rounds, {}, **engine)
+    found, _ = ask(checkpoint, tmp_path_factory.mktemp("chunks"), rounds, {}, **engine)
     return found
 
 
@@ -144,13 +142,13 @@ def test_a_prefix_from_the_cache_goes_on_in_another_way(in_chunks, reference):
 
 
 @pytest.mark.slow
-def test_two_ranks_with_half_of_the_experts_each_agree(forks, checkpoint, reference, tmp_path):
+def test_two_ranks_with_half_of_the_experts_each_agree(checkpoint, reference, tmp_path):
     """Each rank holds its half as the checkpoint has it, whole, with all of its biases; and the answers are right."""
     if (os.cpu_count() or 1) < 2:
         pytest.skip("needs two cores: vLLM binds one rank to each")
     settings = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     engine = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
-    (found,), ranks = ask(forks, checkpoint, tmp_path, [PROMPTS], settings, **engine)
+    (found,), ranks = ask(checkpoint, tmp_path, [PROMPTS], settings, **engine)
     half = TINY.experts // 2
     assert [[layer["rank"] for layer in rank] for rank in ranks] == [[rank] * TINY.layers for rank in range(2)]
     for number, rank in enumerate(ranks):

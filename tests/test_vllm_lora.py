@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_vllm
 from adapter_makers import ATTENTION, EXPERTS, ROUTER, grouped, split, with_adapter
 from conftest import converted_for_interpreter, local
 from openai import OpenAI
 from project_imports import ROOT
 from safetensors.torch import load_file, save_file
-from vllm_forks import Forks
 from whole_model import log_probabilities, whole_model
 
 from benchmarks.vllm_server import server
@@ -107,7 +107,6 @@ def adapters(tiny, tmp_path_factory) -> Adapters:
 
 
 def agreements(
-    forks: Forks,
     checkpoint: Path,
     adapters: Adapters,
     tmp_path: Path,
@@ -131,7 +130,7 @@ def agreements(
     (tmp_path / "job.json").write_text(json.dumps(job))
     command = [sys.executable, ROOT / "tests" / "lora_in_vllm.py", tmp_path / "job.json"]
     environment = os.environ | SETTINGS | (settings or {})
-    done = forks.run(command, cwd=ROOT, text=True, env=environment)
+    done = warm_vllm.run(command, cwd=ROOT, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     found: dict[str | None, Agreement] = {name: Agreement() for name in names}
@@ -168,9 +167,9 @@ def test_the_adapters_change_the_model(adapters):
 
 
 @pytest.mark.slow
-def test_every_form_beside_the_base_in_one_batch(forks, float32, adapters, tmp_path):
+def test_every_form_beside_the_base_in_one_batch(float32, adapters, tmp_path):
     names = [None, "attention", "all", "grouped", "split", "gate_up"]
-    require_close(agreements(forks, float32, adapters, tmp_path, names))
+    require_close(agreements(float32, adapters, tmp_path, names))
 
 
 def is_dense(key: str) -> bool:
@@ -180,7 +179,7 @@ def is_dense(key: str) -> bool:
 
 
 @pytest.mark.slow
-def test_the_float16_checkpoint_serves_the_same_adapters(forks, tiny, adapters, tmp_path):
+def test_the_float16_checkpoint_serves_the_same_adapters(tiny, adapters, tmp_path):
     """Against references whose dense tensors are rounded as the checkpoint's are; the adapters are not."""
     model, artifacts = local(tiny, tmp_path / "artifacts")
     convert(model, artifacts, RequantOptions(), "float16")
@@ -192,24 +191,24 @@ def test_the_float16_checkpoint_serves_the_same_adapters(forks, tiny, adapters, 
                 exact[name, key] = parameter.detach().clone()
                 parameter.data.copy_(parameter.data.half().float())
     try:
-        require_close(agreements(forks, artifacts.checkpoint, adapters, tmp_path, [None, "all"]))
+        require_close(agreements(artifacts.checkpoint, adapters, tmp_path, [None, "all"]))
     finally:
         for (name, key), value in exact.items():
             adapters.models[name].get_parameter(key).data.copy_(value)
 
 
 @pytest.mark.slow
-def test_two_ranks(forks, float32, adapters, tmp_path):
+def test_two_ranks(float32, adapters, tmp_path):
     """Each with experts of its own. In the test below each has rows of all experts."""
     if (os.cpu_count() or 1) < 2:
         pytest.skip("needs two cores: vLLM binds one rank to each")
     settings = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     engine = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
-    require_close(agreements(forks, float32, adapters, tmp_path, [None, "all", "split"], settings, **engine))
+    require_close(agreements(float32, adapters, tmp_path, [None, "all", "split"], settings, **engine))
 
 
 @pytest.mark.slow
-def test_two_ranks_of_experts_whose_blocks_run_along_the_outputs(forks, tiny_fused, tmp_path):
+def test_two_ranks_of_experts_whose_blocks_run_along_the_outputs(tiny_fused, tmp_path):
     if (os.cpu_count() or 1) < 2:
         pytest.skip("needs two cores: vLLM binds one rank to each")
     model, artifacts = local(tiny_fused, tmp_path / "artifacts")
@@ -222,11 +221,11 @@ def test_two_ranks_of_experts_whose_blocks_run_along_the_outputs(forks, tiny_fus
     adapters = Adapters({"all": tmp_path / "all"}, models)
     settings = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     engine = {"tensor_parallel_size": 2}
-    require_close(agreements(forks, artifacts.checkpoint, adapters, tmp_path, [None, "all"], settings, **engine))
+    require_close(agreements(artifacts.checkpoint, adapters, tmp_path, [None, "all"], settings, **engine))
 
 
 @pytest.mark.slow
-def test_the_gpus_path_serves_adapters(forks, tmp_path):
+def test_the_gpus_path_serves_adapters(tmp_path):
     """The kernels, in Triton's interpreter, within vLLM: prompts and decoding, base and adapters in one batch.
 
     Blocks of the experts run along the outputs here; the sums of adapters are the same in both directions.
@@ -244,7 +243,6 @@ def test_the_gpus_path_serves_adapters(forks, tmp_path):
         assert (adapters.reference(name, tokens) - adapters.reference(None, tokens)).abs().max() > 1, name
     engine = {"dtype": "float16", "max_model_len": 32, "max_num_batched_tokens": 128}
     found = agreements(
-        forks,
         artifacts.checkpoint,
         adapters,
         tmp_path,
@@ -269,7 +267,7 @@ def post(url: str, **fields) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_a_server_loads_and_unloads_adapters_and_refuses_what_does_not_fit(forks, float32, adapters, tmp_path, monkeypatch):
+def test_a_server_loads_and_unloads_adapters_and_refuses_what_does_not_fit(float32, adapters, tmp_path, monkeypatch):
     for key, value in (SETTINGS | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}).items():
         monkeypatch.setenv(key, value)
     bad = {name: shutil.copytree(adapters.directories["all"], tmp_path / name) for name in ("no-b", "rank", "layer")}
@@ -284,7 +282,7 @@ def test_a_server_loads_and_unloads_adapters_and_refuses_what_does_not_fit(forks
             tensors[key.replace("layers.0.", "layers.77.").replace("layers.1.", "layers.77.")] = tensors.pop(key)
         save_file(tensors, directory / "adapter_model.safetensors")
     arguments = ENGINE | {"enable_lora": True, "max_loras": 2, "lora_modules": f"mine={adapters.directories['attention']}"}
-    with server(float32, arguments, tmp_path / "serve.log", forks.popen) as url:
+    with server(float32, arguments, tmp_path / "serve.log", warm_vllm.popen) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
 
         def text(model: str) -> str:
@@ -321,7 +319,7 @@ def test_a_merged_adapter_is_known_by_its_digest(adapters, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_adapter_is_not_applied_to_a_checkpoint_that_it_is_merged_into(forks, tiny, adapters, tmp_path, monkeypatch):
+def test_an_adapter_is_not_applied_to_a_checkpoint_that_it_is_merged_into(tiny, adapters, tmp_path, monkeypatch):
     """Whatever it is called, and wherever it lies. Another adapter is served."""
     for key, value in (SETTINGS | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}).items():
         monkeypatch.setenv(key, value)
@@ -329,7 +327,7 @@ def test_an_adapter_is_not_applied_to_a_checkpoint_that_it_is_merged_into(forks,
     options = RequantOptions(mode="nf4", merge="mine")
     convert(model, artifacts, options, "float32", adapter=Adapter(adapters.directories["attention"]))
     elsewhere = shutil.copytree(adapters.directories["attention"], tmp_path / "elsewhere")
-    with server(artifacts.checkpoint, ENGINE | {"enable_lora": True}, tmp_path / "serve.log", forks.popen) as url:
+    with server(artifacts.checkpoint, ENGINE | {"enable_lora": True}, tmp_path / "serve.log", warm_vllm.popen) as url:
         status, answer = post(f"{url}/v1/load_lora_adapter", lora_name="again", lora_path=str(elsewhere))
         assert status >= 400
         assert "adapter is merged already" in answer

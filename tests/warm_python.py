@@ -1,7 +1,8 @@
 """A Python that starts in milliseconds: `python SCRIPT` in a fork of a process that has imported what scripts import.
 
-Each stage imports torch or DVC, for a second or for ten, and tests start hundreds of stages. Here a server imports the
-packages once, nothing of the project, and forks for each script. So a script runs the code of the checkout that it lies in.
+Each stage imports torch, DVC or vLLM, for a second or for thirteen, and tests start hundreds of stages. Here a server
+imports the packages once, nothing of the project, and forks for each script. So a script runs the code of the checkout that
+it lies in. `warm_vllm` is for tests that start vLLM themselves.
 
 The PATH of `environment()` has this Python as `python`, and DVC as `dvc`. So what DVC and stages start is warm too. A test
 that is about processes, about starting, or about what packages print while they are imported has to start the real one.
@@ -21,7 +22,15 @@ DVC = (
 )
 STAGES = ("hydra", "omegaconf._impl", "antlr4.LL1Analyzer", "numpy", "yaml", "jinja2", "psutil", "tqdm", "tokenizers")
 TORCH = (*STAGES, "torch", "torch._dynamo", "safetensors.torch", "transformers.models.gpt_oss", "gptoss_nf4.eager_bnb")
-PACKAGES = {"dvc": (*DVC, *STAGES), "torch": TORCH, "vllm": TORCH}
+VLLM = (  # not the plugin's kernels: whether Triton's interpreter runs them is settled by their import
+    *("vllm.entrypoints.cli.main", "vllm.entrypoints.llm", "vllm.entrypoints.openai.api_server", "vllm.lora.request"),
+    *("vllm.model_executor.models.gpt_oss", "transformers.models.gpt_oss.modeling_gpt_oss", "vllm.v1.engine.async_llm"),
+    *("vllm.v1.engine.core", "vllm.v1.engine.llm_engine", "vllm.v1.executor.multiproc_executor"),
+    "vllm.v1.worker.cpu_worker",
+)
+PACKAGES = {"dvc": (*DVC, *STAGES), "torch": TORCH, "vllm": (*TORCH, *VLLM)}
+# Triton's own functions are made for its interpreter by their import. vLLM on a CPU uses none; some tests run kernels.
+SETTINGS = {"vllm": {"TRITON_INTERPRET": "1"}}
 OF_TORCH = ("fetch.py", "requant.py", "normalize.py", "prove.py", "adapter.py")
 OF_VLLM = ("smoke.py", "smoke_adapter.py", "benchmark.py")
 SIGKILL = 9
@@ -30,23 +39,25 @@ _made: dict[str, str] = {}
 
 def environment() -> dict[str, str]:
     """The environment in which `python` and `dvc` are warm."""
-    return os.environ | {"PATH": f"{_directory()}:{os.environ['PATH']}"}
+    return os.environ | {"PATH": f"{place()}:{os.environ['PATH']}"}
 
 
 def start(project: os.PathLike, *arguments: str) -> "Process":
     """A script of `project` that runs in a warm Python, unheard."""
     with open(os.devnull, "r+b") as null:
-        return Process(_directory(), list(arguments), str(project), environment(), [null.fileno()] * 3)
+        return Process(place(), list(arguments), str(project), environment(), [null.fileno()] * 3)
 
 
 class Process:
     """A script that runs. It leads a session of its own, so that a signal to its group reaches what it has started."""
 
-    def __init__(self, directory: str, arguments: list[str], cwd: str, env: dict[str, str], fds: list[int]) -> None:
-        """`fds`: what becomes its standard input, output and error."""
-        self._connection = socket(AF_UNIX, SOCK_STREAM)
+    def __init__(
+        self, directory: str, arguments: list[str], cwd: str, env: dict[str, str], fds: list[int], server: str = ""
+    ) -> None:
+        """`fds`: what becomes its standard input, output and error. `server`: of PACKAGES, else as the script needs."""
+        self._connection, self.args = socket(AF_UNIX, SOCK_STREAM), arguments
         script = os.path.basename(arguments[0])
-        server = "vllm" if script in OF_VLLM else "torch" if script in OF_TORCH else "dvc"
+        server = server or ("vllm" if script in OF_VLLM else "torch" if script in OF_TORCH else "dvc")
         self._connection.connect(f"{directory}/{server}.socket")
         request = dumps((arguments, cwd, env))
         passed = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
@@ -75,7 +86,7 @@ class Process:
         return int.from_bytes(answer, "little", signed=True)
 
 
-def _directory() -> str:
+def place() -> str:
     """The directory with `python`, `dvc` and the servers' sockets, made when it is asked for first."""
     import atexit
     import shutil
@@ -95,7 +106,8 @@ def _directory() -> str:
             command = [sys.executable, os.path.abspath(__file__), "--serve", directory, name]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             # Elsewhere than in a test's directory, which goes before the packages are imported.
-            server = subprocess.Popen(command, cwd=directory, start_new_session=True, **pipes)
+            env = os.environ | SETTINGS.get(name, {})
+            server = subprocess.Popen(command, cwd=directory, env=env, start_new_session=True, **pipes)
             assert server.stdout.readline()
             atexit.register(server.wait)
             atexit.register(server.stdin.close)  # runs before the above
@@ -125,7 +137,7 @@ def serve(directory: str, name: str) -> None:
             continue
         connection = socket(fileno=listening._accept()[0])
         if signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL:
-            for module in (*PACKAGES[name], *(importlib.import_module("vllm_forks").MODULES if name == "vllm" else ())):
+            for module in PACKAGES[name]:
                 importlib.import_module(module)
             for module in [module for module in sys.modules if module.startswith("gptoss_nf4")]:
                 del sys.modules[module]  # a script has its own
@@ -138,6 +150,8 @@ def serve(directory: str, name: str) -> None:
         if script == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if name == "vllm":
+                _fork_for_spawn()
             _become(request, fds, f"{directory}/python")
         scripts[script] = connection
         connection.sendall(script.to_bytes(8, "little"))
@@ -171,10 +185,19 @@ def _received(connection: socket) -> tuple[tuple, list[int]]:
     return loads(data), [int.from_bytes(passed[at : at + 4], sys.byteorder) for at in (0, 4, 8)]
 
 
+def _fork_for_spawn() -> None:
+    """What vLLM would start in a Python of its own, which would import all of it anew, is forked."""
+    import multiprocessing
+
+    get_context = multiprocessing.get_context
+    multiprocessing.get_context = lambda method=None: get_context("fork" if method == "spawn" else method)
+
+
 def _become(request: tuple, fds: list[int], python: str) -> None:
     """Do in this fork what `python ARGUMENTS` does. Never returns."""
     import atexit
     import multiprocessing.process
+    import multiprocessing.util
     import runpy
     import threading
 
@@ -190,6 +213,7 @@ def _become(request: tuple, fds: list[int], python: str) -> None:
         os.environ.clear()
         os.environ.update(env)
         atexit._clear()  # what packages do at their end
+        atexit.register(multiprocessing.util._exit_function)  # but processes that are left are waited for
         sys.executable = python
         module = arguments[1] if arguments[0] == "-m" else None
         sys.argv = arguments[1:] if module else arguments

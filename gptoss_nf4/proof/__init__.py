@@ -2,7 +2,7 @@
 
 It opens two directories. Names, order of rows, roundings and config.json are written down here once more, from the
 published layouts, so that a mistake in the tables of the conversion cannot hide in the proof. 4-bit weights are compared as
-bitsandbytes dequantizes them.
+bitsandbytes dequantizes them, or, behind a matrix's first rows, by codes and absmax: the same ones are the same weights.
 
 - `prove.py`: the proof in one function, and its result.
 - `names.py`: which tensors of a source make which tensor of the result.

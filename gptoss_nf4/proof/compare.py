@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 INTERLEAVED = "interleaved"  # gate in the even rows, up in the odd ones (transformers `modeling_gpt_oss.py`)
@@ -32,7 +33,7 @@ class Difference:
 def difference(before: torch.Tensor, after: torch.Tensor) -> Difference:
     """Compare [rows, columns] after rounding `before` to the dtype of `after`, any floating ones. NaN equals nothing."""
     before = before.to(after.dtype)
-    if torch.equal(before, after):
+    if _equal(before, after):
         return Difference(before.numel())
     error = before.float() - after.float()
     unrelated = ~(error.norm(dim=1) <= UNRELATED * before.float().norm(dim=1))
@@ -42,6 +43,13 @@ def difference(before: torch.Tensor, after: torch.Tensor) -> Difference:
         float(error.abs().nan_to_num(nan=torch.inf).max()),
         int(unrelated.sum()),
     )
+
+
+def _equal(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether all values are equal. Of float32, which most are, NumPy says so in a quarter of torch.equal's time."""
+    if before.shape == after.shape and before.dtype == torch.float32:
+        return np.array_equal(before.numpy(), after.numpy())
+    return torch.equal(before, after)
 
 
 def places(order: str, rows: int, first: int) -> Iterator[tuple[slice, int]]:

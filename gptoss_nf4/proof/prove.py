@@ -65,7 +65,8 @@ class Exactness:
 def prove(source: Path, result: Path, asked: Asked) -> Exactness:
     """Compare every tensor in the directory `source` with those in `result`, which was made of it as `asked`.
 
-    4-bit weights are compared in float32, as bitsandbytes dequantizes them. What is dense in the result is compared after
+    4-bit weights are compared in float32, as bitsandbytes dequantizes them. Of each matrix these are the first rows: where
+    codes and absmax of others are the same on both sides, so are the values. What is dense in the result is compared after
     rounding the source's to its dtype. In mode nf4 weights were quantized again: their differences are counted, and only a
     row that has nothing in common with the source's is a fault.
     Where an adapter is merged, the weights `asked.changed` are left out, and 4-bit ones of the same format must be equal.

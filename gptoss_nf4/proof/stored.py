@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -46,27 +47,51 @@ class Dense:
 class FourBit:
     """4-bit weights in the order in which bitsandbytes stores them. Values are float32, as bitsandbytes dequantizes them.
 
-    `blocks` are their (quant_type, blocksize), `absmax` is float32, flat. `codes` gives the bytes from number `first` to
-    `last`, two codes each.
+    `blocks` are their (quant_type, blocksize). `make_absmax` makes absmax, float32, flat, when it is first needed. `codes`
+    gives the bytes from number `first` to `last`, two codes each.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], blocks: tuple[str, int], absmax: torch.Tensor, codes: Callable[[int, int], np.ndarray]
+        self,
+        shape: tuple[int, ...],
+        blocks: tuple[str, int],
+        make_absmax: Callable[[], torch.Tensor],
+        codes: Callable[[int, int], np.ndarray],
     ):
         self.shape, self.blocks = shape, blocks
-        self._absmax, self._codes = absmax, codes
+        self._make_absmax, self._codes = make_absmax, codes
+
+    @cached_property
+    def _absmax(self) -> torch.Tensor:
+        return self._make_absmax()
 
     @classmethod
     def stored(cls, codes: TensorInfo, state: bnb.QuantState) -> "FourBit":
         """A tensor, whose codes may be stored as any dtype."""
         _require_state(codes, state)
-        absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+
+        def absmax() -> torch.Tensor:
+            return bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+
         return cls(
             tuple(state.shape),
             (state.quant_type, state.blocksize),
             absmax,
             lambda first, last: read_range(codes.file, codes.start + first, codes.start + last),
         )
+
+    def same_bytes(self, first: int, last: int, other: "FourBit", at: int) -> bool:
+        """Whether codes and absmax of the values from number `first` to `last` are those of `other` from number `at` on.
+
+        Then the values are the same, whatever a code stands for. False says nothing: blocks may begin at other values.
+        """
+        _, block = self.blocks
+        if self.blocks != other.blocks or first % block or at % block:
+            return False
+        count, blocks = last - first, -(-(last - first) // block)
+        absmax = self._absmax[first // block :][:blocks], other._absmax[at // block :][:blocks]
+        codes = self._codes(first // 2, -(-last // 2)), other._codes(at // 2, -(-(at + count) // 2))
+        return np.array_equal(*codes) and torch.equal(*absmax)
 
     def read(self, first: int, last: int) -> torch.Tensor:
         quant_type, block = self.blocks
@@ -108,7 +133,7 @@ class TurnedFourBit:
         by_input = by_output.T
         turned = (by_input[:, 0::2] << 4 | by_input[:, 1::2]).reshape(-1)
         absmax = self._absmax[number].T.reshape(-1)
-        return FourBit((columns, rows), self.blocks, absmax, lambda first, last: turned[first:last])
+        return FourBit((columns, rows), self.blocks, lambda: absmax, lambda first, last: turned[first:last])
 
 
 def _require_state(codes: TensorInfo, state: bnb.QuantState) -> None:
@@ -149,6 +174,13 @@ class Matrix:
     def rows_at_a_time(self) -> int:
         """An even number: rows of gate and up come in pairs."""
         return self.rows if self.transposed else max(2, PIECE_VALUES // self.columns // 2 * 2)
+
+    def same_bytes(self, first: int, last: int, other: "Matrix", at: int) -> bool:
+        """`FourBit.same_bytes` for the rows from number `first` to `last`, and those of `other` from `at` on."""
+        if self.transposed or not (isinstance(self.values, FourBit) and isinstance(other.values, FourBit)):
+            return False
+        start, stop = (self.start + row * self.columns for row in (first, last))
+        return self.values.same_bytes(start, stop, other.values, other.start + at * self.columns)
 
     def read(self, first: int, last: int) -> torch.Tensor:
         """The rows from number `first` to `last`, [rows, columns]. Where they are stored transposed: only all of them."""
