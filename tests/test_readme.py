@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import warm_python
 import torch
 from adapter_makers import ATTENTION, with_adapter
 from documents import DOCUMENTS, PYTHON, SHELL, TEXT, all_commands, all_snippets, blocks, commands, snippets, text_of
@@ -239,8 +240,10 @@ class Clone:
     elsewhere: Path
 
     def shell(self, command: str) -> str:
-        """What `command` prints, in the clone's environment. `make run` has tried the engine in processes of its own."""
-        return run(["bash", "-c", f"source .venv/bin/activate && {command}"], self.directory)
+        """What `command` prints, in the clone's environment, but with scripts and DVC in forks of processes that have
+        imported their packages. `make run` and `make serve` are tried without."""
+        warm = f'export PATH={warm_python.place()}:$PATH && export MAKEFLAGS="PATH=$PATH"'
+        return run(["bash", "-c", f"source .venv/bin/activate && {warm} && {command}"], self.directory)
 
 
 def run(command: list[str], directory: Path, settings: Mapping[str, str] | None = None) -> str:
