@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import warm_python
 import torch
+import warm_python
 from adapter_makers import ATTENTION, with_adapter
 from documents import DOCUMENTS, PYTHON, SHELL, TEXT, all_commands, all_snippets, blocks, commands, snippets, text_of
 from project_imports import ROOT
