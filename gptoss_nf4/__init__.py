@@ -3,6 +3,7 @@
 `flow.py` shows the whole conversion in one function. The parts, from the ground up; imports go up this list only:
 
     errors.py    the one exception that a user is meant to see
+    eager_bnb.py bitsandbytes without PyTorch's compiler
     format/      what the bytes mean: dimensions, names, the NF4 codec; pure
     storage/     files: reading what strangers wrote; writing beside the target, then renaming
     source/      the layouts that can be read, behind one interface
@@ -10,7 +11,7 @@
     samples/     sources that need no download
     fetch/       bringing a source or an adapter, and describing it
     convert/     the conversion, a module for each stage
-    proof/       the proof that the result is the source; it imports only storage and errors
+    proof/       the proof that the result is the source; of the above it imports only storage, errors and eager_bnb
     check/       other checks of the result
     flow.py      all of it in order
 
