@@ -1,11 +1,12 @@
 """What Triton would compile for a GPU that need not be here, by its own keys."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
 import triton
 from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 from benchmarks.machine_code import AbsentDriver
 from gptoss_nf4.vllm.kernels.variants import Launch
@@ -19,21 +20,24 @@ class AskedDriver(AbsentDriver):
 
 
 @contextmanager
-def asked_of_triton(capability: int) -> Iterator[list[str]]:
-    """What it would compile, by its own keys, launch by launch; it does not, since the hook says that it is done."""
-    keys: list[str] = []
-    runtime = triton.knobs.runtime
+def nothing_compiled(here: AbsentDriver, note: Callable[[JITFunction, str, str], None]) -> Iterator[None]:
+    """`note` gets what Triton would compile for the GPU of `here`: the kernel, Triton's key, and the key with its name."""
 
-    def hook(*, key: object, fn: object, **_: object) -> bool:
-        keys.append(f"{fn.module}.{fn.name} {key}")
+    def done(*, key: str, fn: object, **_: object) -> bool:
+        note(fn.jit_function, key, f"{fn.module}.{fn.name} {key}")
         return True
 
-    before, runtime.jit_cache_hook = runtime.jit_cache_hook, hook
-    try:
-        with mock.patch.object(driver, "_active", AskedDriver(capability)):
-            yield keys
-    finally:
-        runtime.jit_cache_hook = before
+    runtime = triton.knobs.runtime
+    with mock.patch.object(driver, "_active", here), mock.patch.object(runtime, "jit_cache_hook", done):
+        yield
+
+
+@contextmanager
+def asked_of_triton(capability: int) -> Iterator[list[str]]:
+    """What it would compile, by its own keys, launch by launch."""
+    keys: list[str] = []
+    with nothing_compiled(AskedDriver(capability), lambda kernel, key, named: keys.append(named)):
+        yield keys
 
 
 class KnownDriver(AbsentDriver):
@@ -44,23 +48,17 @@ class KnownDriver(AbsentDriver):
 
 
 def keys_of(found: list[Launch], capability: int) -> list[str]:
-    """Triton's own key of each launch, by which it looks for a kernel. It finds the key, or asks the hook, which leaves it.
+    """Triton's own key of each launch, by which it looks for a kernel: it finds the key, or would compile and leaves it.
 
     So only of new ones, a few in a hundred, all is worked out that a compiler would want to know.
     """
-    here, runtime = KnownDriver(capability), triton.knobs.runtime
+    here = KnownDriver(capability)
 
-    def hook(*, key: object, fn: object, **_: object) -> bool:
-        fn.jit_function.device_caches[here.get_current_device()][0][key] = f"{fn.module}.{fn.name} {key}"
-        return True
+    def leave(kernel: JITFunction, key: str, named: str) -> None:
+        kernel.device_caches[here.get_current_device()][0][key] = named
 
-    before, runtime.jit_cache_hook = runtime.jit_cache_hook, hook
-    try:
-        with mock.patch.object(driver, "_active", here):
-            return [
-                launch.function.warmup(**launch.arguments, grid=(1,))
-                or launch.function.warmup(**launch.arguments, grid=(1,))
-                for launch in found
-            ]
-    finally:
-        runtime.jit_cache_hook = before
+    with nothing_compiled(here, leave):
+        return [
+            launch.function.warmup(**launch.arguments, grid=(1,)) or launch.function.warmup(**launch.arguments, grid=(1,))
+            for launch in found
+        ]

@@ -3,7 +3,6 @@
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -28,16 +27,15 @@ def project(tmp_path_factory, tiny) -> Path:
     return checkout
 
 
-def run(checkout: Path, *command: str, environment: Mapping[str, str] | None = None) -> str:
-    environment = warm_python.environment() | (environment or {})
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+def run(checkout: Path, *command: str) -> str:
+    done = subprocess.run(command, cwd=checkout, env=warm_python.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def repro(checkout: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> set[str]:
+def repro(checkout: Path, *arguments: str) -> set[str]:
     """Run `dvc repro` and return the stages whose command ran."""
-    output = run(checkout, "dvc", "repro", *arguments, environment=environment)
+    output = run(checkout, "dvc", "repro", *arguments)
     return set(re.findall(r"Running stage '([^']+)'", output))
 
 

@@ -52,7 +52,7 @@ def test_another_quantization_config_is_found(tiny, converted, tmp_path, key, lo
             config["quantization_config"][key] = QUANTIZATION[key]
 
     result = config_changed(converted, tmp_path / "result", change)
-    by_the_weights = "w2|o_proj" if key in ("quant_type", "blocksize") and not lost else key
+    by_the_weights = "w13|qkv_proj" if key in ("quant_type", "blocksize") and not lost else key
     require_found(tiny, result, by_the_weights)
 
 

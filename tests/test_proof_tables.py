@@ -172,7 +172,7 @@ TABLES: dict[str, tuple[Patch, str]] = {
     ),
     "another codebook recorded": (
         config_with(lambda c: c["quantization_config"].update(quant_type="fp4")),
-        "w2.*fp4",
+        "qkv_proj.*fp4",
     ),
     **{
         f"{key} not carried": (config_with(lambda c, key=key: c.pop(key)), key)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -246,13 +245,12 @@ class Clone:
         return run(["bash", "-c", f"source .venv/bin/activate && {warm} && {command}"], self.directory)
 
 
-def run(command: list[str], directory: Path, settings: Mapping[str, str] | None = None) -> str:
-    """What `command` prints, without this test's own virtual environment, but with `settings`; fails where it does."""
+def run(command: list[str], directory: Path) -> str:
+    """What `command` prints, without this test's own virtual environment; fails where it does."""
     environment = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
     environment["PYTHONPATH"] = str(directory)
     own = str(Path(sys.prefix) / "bin")
     environment["PATH"] = ":".join(path for path in environment["PATH"].split(":") if path != own)
-    environment |= settings or {}
     environment["PRE_COMMIT_HOME"] = str(directory.parent / "pre-commit")
     done = subprocess.run(
         command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -52,8 +52,7 @@ def compare_pair(
     if isinstance(values, TurnedFourBit):
         matrices = [matrix.as_stored for matrix in matrices]
     rows_of_all, place = sum(matrix.rows for matrix in matrices), 0
-    for number in range(len(matrices)):
-        matrix = matrices.pop(0)  # so that its absmax goes before the next one's is made
+    for number, matrix in enumerate(matrices):
         if pair.entry.kind.endswith("_weight") and (pair.target, number) in asked.changed:
             place += matrix.rows
             continue

@@ -90,10 +90,7 @@ def prove(source: Path, result: Path, asked: Asked) -> Exactness:
         def work(pair: Pair) -> tuple[Difference, list[Fault]]:
             return compare_pair(pair, before, after, asked, progress.advance)
 
-        # The last ones first. Where source and result do not fit into the memory together, those are still in the page
-        # cache; from the first one on, each read would push out what comes next.
-        compared = list(pool.map(work, reversed(pairs)))
-        for pair, found in zip(pairs, reversed(compared), strict=True):
+        for pair, found in zip(pairs, pool.map(work, pairs), strict=True):
             exactness.add(pair, *found)
     return exactness
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -47,32 +46,21 @@ class Dense:
 class FourBit:
     """4-bit weights in the order in which bitsandbytes stores them. Values are float32, as bitsandbytes dequantizes them.
 
-    `blocks` are their (quant_type, blocksize). `make_absmax` makes absmax, float32, flat, when it is first needed. `codes`
-    gives the bytes from number `first` to `last`, two codes each.
+    `blocks` are their (quant_type, blocksize), `absmax` is float32, flat. `codes` gives the bytes from number `first` to
+    `last`, two codes each.
     """
 
     def __init__(
-        self,
-        shape: tuple[int, ...],
-        blocks: tuple[str, int],
-        make_absmax: Callable[[], torch.Tensor],
-        codes: Callable[[int, int], np.ndarray],
+        self, shape: tuple[int, ...], blocks: tuple[str, int], absmax: torch.Tensor, codes: Callable[[int, int], np.ndarray]
     ):
         self.shape, self.blocks = shape, blocks
-        self._make_absmax, self._codes = make_absmax, codes
-
-    @cached_property
-    def _absmax(self) -> torch.Tensor:
-        return self._make_absmax()
+        self._absmax, self._codes = absmax, codes
 
     @classmethod
     def stored(cls, codes: TensorInfo, state: bnb.QuantState) -> "FourBit":
         """A tensor, whose codes may be stored as any dtype."""
         _require_state(codes, state)
-
-        def absmax() -> torch.Tensor:
-            return bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-
+        absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
         return cls(
             tuple(state.shape),
             (state.quant_type, state.blocksize),
@@ -88,24 +76,28 @@ class FourBit:
         _, block = self.blocks
         if self.blocks != other.blocks or first % block or at % block:
             return False
-        count, blocks = last - first, -(-(last - first) // block)
-        absmax = self._absmax[first // block :][:blocks], other._absmax[at // block :][:blocks]
-        codes = self._codes(first // 2, -(-last // 2)), other._codes(at // 2, -(-(at + count) // 2))
-        return np.array_equal(*codes) and torch.equal(*absmax)
+        codes, absmax = self._codes_and_absmax(first, last)
+        other_codes, other_absmax = other._codes_and_absmax(at, at + last - first)
+        return np.array_equal(codes, other_codes) and torch.equal(absmax, other_absmax)
 
     def read(self, first: int, last: int) -> torch.Tensor:
         quant_type, block = self.blocks
         begin = first // block * block
-        codes = self._codes(begin // 2, -(-last // 2))
+        codes, absmax = self._codes_and_absmax(begin, last)
         # One row: bitsandbytes' CPU kernel would begin a new block with each row, also where rows are not whole blocks.
         state = bnb.QuantState(
-            absmax=self._absmax[begin // block : -(-last // block)],
+            absmax=absmax,
             shape=torch.Size([1, last - begin]),
             dtype=torch.float32,
             blocksize=block,
             quant_type=quant_type,
         )
         return bnb.dequantize_4bit(torch.from_numpy(codes).view(-1, 1), state).view(-1)[first - begin :]
+
+    def _codes_and_absmax(self, first: int, last: int) -> tuple[np.ndarray, torch.Tensor]:
+        """Those of the values from number `first`, with which a block begins, to `last`."""
+        _, block = self.blocks
+        return self._codes(first // 2, -(-last // 2)), self._absmax[first // block : -(-last // block)]
 
 
 class TurnedFourBit:
@@ -133,7 +125,7 @@ class TurnedFourBit:
         by_input = by_output.T
         turned = (by_input[:, 0::2] << 4 | by_input[:, 1::2]).reshape(-1)
         absmax = self._absmax[number].T.reshape(-1)
-        return FourBit((columns, rows), self.blocks, lambda: absmax, lambda first, last: turned[first:last])
+        return FourBit((columns, rows), self.blocks, absmax, lambda first, last: turned[first:last])
 
 
 def _require_state(codes: TensorInfo, state: bnb.QuantState) -> None:
