@@ -51,6 +51,7 @@ TILES = {
     "small.down_experts": 2,
     "large.swiglu_experts": 2,
     "large.down_experts": 2,
+    "large.linear": 2,
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 

@@ -113,6 +113,10 @@ LINEARS = [
     Linear(rows=40, outputs=32, inputs=192, bias=False),
     Linear(rows=70, outputs=72, inputs=192),
     Linear(rows=18, outputs=40, inputs=256, blocksize=128, quant_type="fp4", plan=Small(rows=16, warps=2)),
+    # Programs share the inputs: 5 tiles among 3, two blocks of rows; each part a tile; one part, and a row tile to spare.
+    Linear(rows=20, outputs=200, inputs=320, plan=Large(rows=16, parts=3)),
+    Linear(rows=3, outputs=72, inputs=96, blocksize=32, bias=False, plan=Large(rows=16, parts=3, stages=4)),
+    Linear(rows=33, outputs=136, inputs=192, plan=Large(rows=64, stages=4)),
     # Activations near float16's largest, which absmax in its units would take beyond; the product stays far below.
     Linear(rows=5, outputs=192, inputs=192, size=1.5e4, weight=1 / 16, blocks_along=OUTPUTS),
     Linear(rows=70, outputs=64, inputs=96, blocksize=32, blocks_along=OUTPUTS),

@@ -77,6 +77,7 @@ LINEARS = [
     (Linear(rows=5, outputs=96, inputs=192), [64, 16, 16], Adapters(count=3, rank=8)),
     (Linear(rows=20, outputs=64, inputs=96, blocksize=32), [32, 16, 16], Adapters(count=2, rank=17)),
     (Linear(rows=40, outputs=32, inputs=192, bias=False), [32], Adapters(count=4, rank=1)),
+    (Linear(rows=40, outputs=96, inputs=192, plan=Large(rows=64, parts=3)), [64, 16, 16], Adapters(count=3, rank=16)),
     (Linear(rows=70, outputs=96, inputs=192), [64, 16, 16], Adapters(count=3, rank=16)),
     (Linear(rows=70, outputs=72, inputs=192, bias=False), [72], Adapters(count=2, rank=64)),
 ]

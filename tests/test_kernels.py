@@ -35,6 +35,7 @@ KERNELS = {
     "combine._sum_slots",
     "router._router",
 }
+WGMMA_KERNELS = {"large.linear"}
 ROUTING_KERNELS = {"routing._route", "routing._choose"}
 LORA_KERNELS = {
     "sort._sort_slots",
@@ -136,14 +137,15 @@ def test_every_plan_is_among_those_compiled(capability):
         return {plan_experts(each, d.experts_per_token, d.experts, gpu) for each in tokens}
 
     assert plans(range(1, 20000)) == plans(machine_code.TOKENS)
-    for row_tiles in ((d.q_rows + 2 * d.kv_rows) // tiles.ROWS, d.hidden // tiles.ROWS):
-        compiled = {plan_linear(rows, row_tiles, gpu) for rows in machine_code.LINEAR_ROWS}
-        assert {plan_linear(rows, row_tiles, gpu) for rows in range(1, 200)} == compiled
+    for outputs, inputs in ((d.q_rows + 2 * d.kv_rows, d.hidden), (d.hidden, d.q_rows)):
+        size = outputs // tiles.ROWS, inputs // tiles.tile_inputs(64)
+        compiled = {plan_linear(rows, *size, gpu) for rows in machine_code.LINEAR_ROWS}
+        assert {plan_linear(rows, *size, gpu) for rows in range(1, 200)} == compiled
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "cases"), [("kernel_cases.py", 32), ("lora_kernel_cases.py", 18), ("routing_kernel_cases.py", 8)]
+    ("script", "cases"), [("kernel_cases.py", 35), ("lora_kernel_cases.py", 19), ("routing_kernel_cases.py", 8)]
 )
 def test_results(script, cases):
     """On a GPU the kernels themselves; elsewhere their logic, in float16, through Triton's interpreter."""
@@ -184,7 +186,8 @@ def test_every_launch_fits_the_gpu(capability, chosen, dtype, blocksize, lora_ra
     """For an RTX 3090 and others, with no GPU here: all that gpt-oss-20b launches, at all batch sizes."""
     gpu = replace(machine_code.GPUS[capability], chosen=chosen)
     found = machine_code.launches(GPT_OSS_20B, dtype, gpu, blocksize, lora_rank, blocks_along)
-    assert {each.kernel for each in found} == KERNELS | (LORA_KERNELS if lora_rank else ROUTING_KERNELS)
+    expected = KERNELS | (LORA_KERNELS if lora_rank else ROUTING_KERNELS) | (WGMMA_KERNELS if gpu.wgmma else set())
+    assert {each.kernel for each in found} == expected
     for each in found:
         takes = machine_code.resources(each, each.compiled(capability))
         kept = lora_rank or "one slot a block" in takes.label  # adapters; the routing weight of a token alone

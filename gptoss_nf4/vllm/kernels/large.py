@@ -10,7 +10,8 @@ might not run at all, the compiler sets them to zero on that way behind the loop
 the next. So the kernels say that there is an input tile.
 
 The kernels are `swiglu_experts` and `down_experts`. They take the arguments of their namesakes in `small`, but
-activations in the order of `tiles.operand_order`, and sorted slots only. What adapters add comes after the loop.
+activations in the order of `tiles.operand_order`, and sorted slots only. What adapters add comes after the loop. `linear`
+has few row tiles for a whole GPU, so programs share the inputs too, and `combine.sum_slots` adds up what they found.
 
 Names end in the letters of their axes, see `tiles`. Here R is the four row tiles of a program, and n its 64 rows, (R r g).
 """
@@ -147,8 +148,74 @@ def down_experts(
         _store_rows(out, zeros_nm, first_tile, slot_m, N)
         _store_rows(out, zeros_nm, first_tile + ROW_TILES, slot_m, N)
         return
+    sum_nm, next_nm = _sums(x, weight, expert, first_tile, slot_m, 0, weight.C, K, BM, STAGES, WGMMA, SHARED_TABLE)
     used_m = slot_m >= 0
-    row_m = slot_m.to(tl.int64)
+    weight_m = tl.load(slot_weights + slot_m.to(tl.int64), mask=used_m, other=0.0)
+    _store_rows(out, _finished(sum_nm, weight, lora, expert, first_tile, slot_m, weight_m), first_tile, slot_m, N)
+    first_tile += ROW_TILES
+    _store_rows(out, _finished(next_nm, weight, lora, expert, first_tile, slot_m, weight_m), first_tile, slot_m, N)
+
+
+@triton.jit(do_not_specialize=["count", "parts"])
+def linear(
+    x,
+    weight,
+    out,
+    count,
+    parts,
+    K,
+    N,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    WGMMA: tl.constexpr,
+    SHARED_TABLE: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """out[row, part] = w @ x[row] over a part of the inputs; in part 0, plus bias.
+
+    A program takes eight row tiles; the grid is row tiles / 8, parts, blocks of BM rows of x.
+
+    Args:
+        x: [count, K] float16 or bfloat16, in `tiles.operand_order`. out: [count, parts, N] in its own dtype.
+        weight: a `Weight` of one expert.
+        parts: among which the input tiles are shared; no more than those.
+        STAGES, WGMMA, SHARED_TABLE, EARLY: as in `swiglu_experts`.
+    """
+    start_early(EARLY)
+    first_tile = tl.program_id(0) * (2 * ROW_TILES)
+    part = tl.program_id(1)
+    row_m = tl.program_id(2) * BM + tl.arange(0, BM)
+    row_m = tl.where(row_m < count, row_m, -1)
+    begin, end = part * weight.C // parts, (part + 1) * weight.C // parts
+    sum_nm, next_nm = _sums(x, weight, 0, first_tile, row_m, begin, end, K, BM, STAGES, WGMMA, SHARED_TABLE)
+    place_m = tl.where(row_m >= 0, row_m * parts + part, -1)
+    biases = tl.where(part == 0, weight.R * 16, 0)
+    _store_rows(out, _biased(sum_nm, weight, 0, first_tile, biases), first_tile, place_m, N)
+    first_tile += ROW_TILES
+    _store_rows(out, _biased(next_nm, weight, 0, first_tile, biases), first_tile, place_m, N)
+
+
+@triton.jit
+def _sums(
+    x,
+    weight,
+    expert,
+    first_tile,
+    row_m,
+    begin,
+    end,
+    K,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    WGMMA: tl.constexpr,
+    SHARED_TABLE: tl.constexpr,
+):
+    """Eight row tiles of an expert times x[row] over the input tiles from `begin` to `end`: twice float32 [n, m].
+
+    Row -1 stands for zeros.
+    """
+    used_m = row_m >= 0
+    row_m = row_m.to(tl.int64)
     tile_R = first_tile + tl.arange(0, ROW_TILES)
     exists_R = tile_R < weight.R
     next_R = tile_R + ROW_TILES
@@ -158,28 +225,35 @@ def down_experts(
     tiles = tiles_from(weight, expert, expert * weight.R)
     sum_nm = tl.zeros([ROW_TILES * 16, BM], tl.float32)
     next_nm = tl.zeros([ROW_TILES * 16, BM], tl.float32)
-    tl.assume(weight.C > 0)  # see above
-    for C in tl.range(0, weight.C, num_stages=STAGES):
+    tl.assume(begin < end)  # see above
+    for C in tl.range(begin, end, num_stages=STAGES):
         x_km = activations(x, row_m, used_m, C, K, weight.S, WGMMA)
         weight_nk = weights(tiles, tile_R, exists_R, C, weight, decoder, dtype, BM, WGMMA, SHARED_TABLE)
         sum_nm = tl.dot(weight_nk, x_km, sum_nm)
         next_nk = weights(tiles, next_R, next_exists_R, C, weight, decoder, dtype, BM, WGMMA, SHARED_TABLE)
         next_nm = tl.dot(next_nk, x_km, next_nm)
-    weight_m = tl.load(slot_weights + row_m, mask=used_m, other=0.0)
-    _store_rows(out, _finished(sum_nm, weight, lora, expert, first_tile, slot_m, weight_m), first_tile, slot_m, N)
-    first_tile += ROW_TILES
-    _store_rows(out, _finished(next_nm, weight, lora, expert, first_tile, slot_m, weight_m), first_tile, slot_m, N)
+    return sum_nm, next_nm
 
 
 @triton.jit
 def _finished(sum_nm, weight, lora, expert, first_tile, slot_m, weight_m):
     """Four row tiles of `down_experts` from their sums, float32 [n, m]."""
-    n = first_tile * 16 + tl.arange(0, ROW_TILES * 16)
-    bias_n = tl.load(weight.bias + expert * weight.R * 16 + n, mask=n < weight.R * 16, other=0.0).to(tl.float32)
-    value_nm = sum_nm * weight.unscale + bias_n[:, None]
+    value_nm = _biased(sum_nm, weight, expert, first_tile, weight.R * 16)
     if lora is not None:
+        n = first_tile * 16 + tl.arange(0, ROW_TILES * 16)
         value_nm += add_delta(tl.zeros_like(sum_nm), lora, expert, n, 0, slot_m, slot_m >= 0) * lora.scale
     return value_nm * weight_m[None, :]
+
+
+@triton.jit
+def _biased(sum_nm, weight, expert, first_tile, biases):
+    """Four row tiles from their sums, float32 [n, m], with the bias of rows below `biases`."""
+    value_nm = sum_nm * weight.unscale
+    if weight.bias is not None:
+        n = first_tile * 16 + tl.arange(0, ROW_TILES * 16)
+        bias_n = tl.load(weight.bias + expert * weight.R * 16 + n, mask=n < biases, other=0.0)
+        value_nm += bias_n.to(tl.float32)[:, None]
+    return value_nm
 
 
 @triton.jit

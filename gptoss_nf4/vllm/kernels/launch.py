@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import triton.language as tl
 
-from gptoss_nf4.vllm.kernels import dense
+from gptoss_nf4.vllm.kernels import dense, large
 from gptoss_nf4.vllm.kernels.arguments import Packed, Routing, kernel_weight
 from gptoss_nf4.vllm.kernels.combine import sum_slots
 from gptoss_nf4.vllm.kernels.expand import expand
@@ -30,7 +30,7 @@ def linear(
     x: torch.Tensor,
     weight: Packed,
     out_features: int,
-    plan: Small | None = None,
+    plan: Plan | None = None,
     factors: Factors | None = None,
 ) -> torch.Tensor:
     """A linear layer.
@@ -47,7 +47,8 @@ def linear(
     """
     rows, inputs = x.shape
     gpu = gpu_of(x.device)
-    plan = plan or plan_linear(rows, weight.codes.shape[1], gpu)
+    _, row_tiles, input_tiles, *_ = weight.codes.shape
+    plan = plan or plan_linear(rows, row_tiles, input_tiles, gpu)
     if plan is None:
         bias = None if weight.bias is None else weight.bias[0, :out_features]
         out = torch.nn.functional.linear(x, dequantize(weight, out_features, x.dtype), bias)
@@ -58,6 +59,11 @@ def linear(
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
+    if isinstance(plan, Large):
+        out = _linear_in_parts(x, weight, out, plan, gpu)
+        if factors is not None:
+            add_adapters(out, x, factors)
+        return out
     argument = kernel_weight(weight, x.dtype)
     # With more rows the product takes the memory from `shrink`, and waits for it the longer (NOTES.md).
     few = gpu.starts_early and plan.rows == 8
@@ -66,6 +72,19 @@ def linear(
     grid = argument.R, cdiv(rows, plan.rows)
     start_kernel(plan.kernels.linear, grid, x, argument, added, out, count=rows, K=inputs, N=out_features, **options)
     return out
+
+
+def _linear_in_parts(x: torch.Tensor, weight: Packed, out: torch.Tensor, plan: Large, gpu: Gpu) -> torch.Tensor:
+    """`linear` of x [rows, in] into `out` [rows, out_features], both contiguous: by parts of the inputs, then their sum."""
+    rows, out_features = out.shape
+    argument, early = kernel_weight(weight, x.dtype), gpu.starts_early
+    ordered = in_operand_order(x, early=early)
+    partial = torch.empty(rows, plan.parts, out_features, dtype=torch.float32, device=x.device)
+    grid = cdiv(argument.R, large.DOWN_TILES), plan.parts, cdiv(rows, plan.rows)
+    options = plan.options(gpu) | _early(plan, gpu, None)
+    sizes = {"count": rows, "parts": plan.parts, "K": x.shape[1], "N": out_features}
+    start_kernel(large.linear, grid, ordered, argument, partial, **sizes, **options)
+    return sum_slots(partial, None, x.dtype, out, early=early)
 
 
 def router(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,10 @@ import triton
 
 from gptoss_nf4.vllm.kernels import large, small
 from gptoss_nf4.vllm.kernels.decode import PAIRS_BYTES
+from gptoss_nf4.vllm.kernels.start import cdiv
 
 MAX_LINEAR_ROWS = 64  # beyond, a dense copy of the weight and cuBLAS are faster
+LINEAR_STAGES = 4
 
 
 class Decoding(Enum):
@@ -91,6 +93,8 @@ class Large:
     """Of activations, of a program: 16 to 128."""
     stages: int = 3
     """A program reads stages - 1 input tiles ahead."""
+    parts: int = 1
+    """Among which programs share the inputs of a linear layer."""
 
     kernels: ClassVar[ModuleType] = large
 
@@ -150,8 +154,8 @@ def examined(device: torch.device) -> Gpu:
     )
 
 
-def plan_linear(rows: int, row_tiles: int, gpu: Gpu) -> Small | None:
-    """For a linear layer of `row_tiles` on `rows` rows of activations; None: a dense copy of the weight, and cuBLAS."""
+def plan_linear(rows: int, row_tiles: int, input_tiles: int, gpu: Gpu) -> Plan | None:
+    """For a linear layer of so many tiles on `rows` rows of activations; None: a dense copy of the weight, and cuBLAS."""
     # Many programs that start early crowd each other out, unless they are small. Asking ahead gains everywhere but with
     # few programs at 17 to 32 rows (NOTES.md).
     crowded = gpu.starts_early and row_tiles >= 2 * gpu.multiprocessors
@@ -159,9 +163,17 @@ def plan_linear(rows: int, row_tiles: int, gpu: Gpu) -> Small | None:
         return Small(rows=8, warps=4 if crowded else 8, ahead=gpu.starts_early)
     if rows <= 32:
         return Small(rows=16, warps=4, ahead=crowded or (gpu.starts_early and rows <= 16))
+    if rows <= MAX_LINEAR_ROWS and gpu.wgmma:
+        return Large(rows=64, stages=LINEAR_STAGES, parts=_parts(row_tiles, input_tiles, gpu))
     if rows <= MAX_LINEAR_ROWS:
         return Small(rows=32, warps=2 if gpu.starts_early else 4, ahead=gpu.starts_early)
     return None
+
+
+def _parts(row_tiles: int, input_tiles: int, gpu: Gpu) -> int:
+    """So many that all programs run at once, two on a multiprocessor. More would start when others end (NOTES.md)."""
+    programs = cdiv(row_tiles, large.DOWN_TILES)
+    return max(1, min(2 * gpu.multiprocessors // programs, input_tiles // LINEAR_STAGES))
 
 
 def plan_experts(tokens: int, top_k: int, experts: int, gpu: Gpu) -> Plan:

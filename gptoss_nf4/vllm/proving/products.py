@@ -66,9 +66,10 @@ class Linear(Product):
     def errors(self, device: torch.device) -> Iterator[tuple[str, float]]:
         draw = Draw.on(device)
         packed, dense, bias = self._weight(draw)
+        _, row_tiles, input_tiles, *_ = packed.codes.shape
         seen = set()
         for tokens in range(1, MAX_LINEAR_ROWS + 2):
-            plan = plan_linear(tokens, packed.codes.shape[1], gpu_of(device))
+            plan = plan_linear(tokens, row_tiles, input_tiles, gpu_of(device))
             if plan in seen:
                 continue
             seen.add(plan)
