@@ -5,7 +5,7 @@ from functools import cache
 
 from packaging.version import Version
 
-# 0.33.0 with torch 2.11, and its Triton 3.8.0 apart; not with the torch 2.14 that it pins (NOTES.md).
+# 0.33.0 with the torch 2.14.0 and Triton 3.8.0 that it pins (NOTES.md).
 TESTED_VERSIONS = ("0.32.0", "0.33.0")
 logger = logging.getLogger("vllm.gptoss_nf4")
 
