@@ -25,7 +25,7 @@ from benchmarks.weights import BLOCKSIZE, GPT_OSS_20B
 from gptoss_nf4.format.blocks import DIRECTIONS, INPUTS, OUTPUTS, absmax_shape
 from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.vllm.activation import clamped_swiglu
-from gptoss_nf4.vllm.kernels import launch, tiles
+from gptoss_nf4.vllm.kernels import experts_launch, linear_launch, tiles
 from gptoss_nf4.vllm.kernels.arguments import Packed, Routing
 from gptoss_nf4.vllm.kernels.plan import Large, Plan, gpu_of, plan_experts
 
@@ -124,7 +124,9 @@ def expert_times(copy: float, read: float, batches: Sequence[int] = TOKENS) -> l
 
         def up(i: int, plan: Plan = plan, drawn: list[Batch] = drawn) -> torch.Tensor:
             batch = drawn[i]
-            return launch.swiglu_experts(batch.x, D.experts_per_token, batch.routing, w13[i % COPIES], D.intermediate, plan)
+            return experts_launch.swiglu_experts(
+                batch.x, D.experts_per_token, batch.routing, w13[i % COPIES], D.intermediate, plan
+            )
 
         middle = [up(i) for i in range(count)]
 
@@ -136,7 +138,7 @@ def expert_times(copy: float, read: float, batches: Sequence[int] = TOKENS) -> l
             dtype: torch.dtype = partial_dtype,
         ) -> torch.Tensor:
             batch = drawn[i]
-            return launch.down_experts(
+            return experts_launch.down_experts(
                 middle[i], D.experts_per_token, batch.topk_weights, batch.routing, w2[i % COPIES], D.hidden, plan, dtype
             )
 
@@ -166,7 +168,7 @@ def direction_times(batches: Sequence[int] = DIRECTION_TOKENS) -> list[list]:
 
         def up(i: int, w: list[Packed], plan: Plan = plan, drawn: list[Batch] = drawn) -> torch.Tensor:
             x, routing = drawn[i].x, drawn[i].routing
-            return launch.swiglu_experts(x, D.experts_per_token, routing, w[i % COPIES], D.intermediate, plan)
+            return experts_launch.swiglu_experts(x, D.experts_per_token, routing, w[i % COPIES], D.intermediate, plan)
 
         def down(
             i: int,
@@ -177,7 +179,7 @@ def direction_times(batches: Sequence[int] = DIRECTION_TOKENS) -> list[list]:
             partial: torch.dtype = partial,
         ) -> torch.Tensor:
             given = D.experts_per_token, drawn[i].topk_weights, drawn[i].routing
-            return launch.down_experts(middle[i], *given, w[i % COPIES], D.hidden, plan, partial)
+            return experts_launch.down_experts(middle[i], *given, w[i % COPIES], D.hidden, plan, partial)
 
         for name, start in (("w13", up), ("w2", down)):
             times = graph_us([[lambda i=i, w=w, start=start: start(i, w) for i in range(count)] for w in weights[name]])
@@ -200,7 +202,7 @@ def linear_times(batches: Sequence[int] = LINEAR_ROWS) -> list[list]:
             x = torch.randn(count, inputs, device=DEVICE, dtype=DTYPE)
             times = graph_us(
                 [
-                    [lambda w=w, x=x, n=outputs: launch.linear(x, w, n) for w in weights],
+                    [lambda w=w, x=x, n=outputs: linear_launch.linear(x, w, n) for w in weights],
                     [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense],
                     [lambda w=w, s=s, x=x: bitsandbytes_linear(x, w, s) for w, s in quantized],
                 ]
@@ -267,12 +269,12 @@ def errors(experts: int = 4, top_k: int = 2, batches: Sequence[int] = ERROR_TOKE
                 return tiles.operand_order(t, tiles.tile_inputs(BLOCKSIZE)) if isinstance(plan, Large) else t
 
             expected = clamped_swiglu(products(w13.dense, bias13, expert, batch.x.repeat_interleave(top_k, 0)))
-            result = launch.swiglu_experts(order(batch.x), top_k, batch.routing, packed13, D.intermediate, plan)
+            result = experts_launch.swiglu_experts(order(batch.x), top_k, batch.routing, packed13, D.intermediate, plan)
             first = relative(result, order(expected))
 
             middle = expected.to(dtype)
             expected = products(w2.dense, bias2, expert, middle) * batch.topk_weights.double().view(-1, 1)
-            result = launch.down_experts(
+            result = experts_launch.down_experts(
                 order(middle), top_k, batch.topk_weights, batch.routing, packed2, D.hidden, plan, torch.float32
             )
             second = relative(result, expected)

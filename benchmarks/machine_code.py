@@ -28,7 +28,7 @@ from benchmarks.tables import markdown
 from benchmarks.weights import GPT_OSS_20B
 from gptoss_nf4.format.blocks import DIRECTIONS, INPUTS, OUTPUTS
 from gptoss_nf4.format.dimensions import Dimensions
-from gptoss_nf4.vllm.kernels import head_launch, launch, tiles, variants
+from gptoss_nf4.vllm.kernels import experts_launch, head_launch, linear_launch, tiles, variants
 from gptoss_nf4.vllm.kernels.arguments import Packed, Weight
 from gptoss_nf4.vllm.kernels.lora import Factors, Lora
 from gptoss_nf4.vllm.kernels.plan import Gpu, settle
@@ -152,19 +152,19 @@ def launches_of(
             x = torch.empty(tokens, d.hidden, dtype=dtype, device=META)
             logits = torch.empty(tokens, experts, dtype=dtype, device=META)
             if w13_factors is None:
-                launch.experts_of_logits(x, logits, top_k, None, None, w13, w2, _aligned)
+                experts_launch.experts_of_logits(x, logits, top_k, None, None, w13, w2, _aligned)
                 continue
             topk_weights = torch.empty(tokens, top_k, device=META)
             topk_ids = torch.empty(tokens, top_k, dtype=torch.int32, device=META)
             routed = x, topk_weights, topk_ids, None, experts
-            launch.routed_experts(*routed, w13, w2, _aligned, None, w13_factors, w2_factors)
+            experts_launch.routed_experts(*routed, w13, w2, _aligned, None, w13_factors, w2_factors)
         for rows in linear_rows:
             x = torch.empty(rows, d.hidden, dtype=dtype, device=META)
-            launch.router(x, torch.empty(experts, d.hidden, dtype=dtype, device=META), bias=x.new_empty(experts))
-            launch.linear(x, qkv, d.q_rows + 2 * d.kv_rows, factors=qkv_factors)
-            launch.linear(torch.empty(rows, d.q_rows, dtype=dtype, device=META), o, d.hidden)
+            linear_launch.router(x, torch.empty(experts, d.hidden, dtype=dtype, device=META), bias=x.new_empty(experts))
+            linear_launch.linear(x, qkv, d.q_rows + 2 * d.kv_rows, factors=qkv_factors)
+            linear_launch.linear(torch.empty(rows, d.q_rows, dtype=dtype, device=META), o, d.hidden)
             if router_factors is not None:
-                launch.add_adapters(torch.empty(rows, experts, dtype=dtype, device=META), x, router_factors)
+                linear_launch.add_adapters(torch.empty(rows, experts, dtype=dtype, device=META), x, router_factors)
     return [Launch(each.function, each.arguments, each.grid) for each in found]
 
 

@@ -23,7 +23,7 @@ if not ON_GPU:
 from gptoss_nf4.format.blocks import INPUTS, OUTPUTS  # noqa: E402
 from gptoss_nf4.format.codec import CODEBOOKS  # noqa: E402
 from gptoss_nf4.vllm.activation import clamped_swiglu  # noqa: E402
-from gptoss_nf4.vllm.kernels import combine, launch, order, sort, tiles  # noqa: E402
+from gptoss_nf4.vllm.kernels import combine, experts_launch, linear_launch, order, sort, tiles  # noqa: E402
 from gptoss_nf4.vllm.kernels.arguments import Packed, Routing  # noqa: E402
 from gptoss_nf4.vllm.kernels.codebook import best_factor  # noqa: E402
 from gptoss_nf4.vllm.kernels.plan import Large, Plan, Small, gpu_of, plan_experts  # noqa: E402
@@ -201,8 +201,8 @@ def wrong_bits(quant_type: str, blocksize: int, blocks_along: str, dtype: torch.
     absmax = rounded.repeat_interleave(blocksize, 0 if across else 1)
     unscale = torch.tensor(1 / (factor * packed.absmax_factor), dtype=torch.float32, device=DEVICE)
     ones = torch.eye(inputs, dtype=dtype, device=DEVICE)
-    product = poison(lambda: launch.linear(ones, packed, 64, Small(rows=32, warps=1))).T
-    dense = poison(lambda: launch.dequantize(packed, 64, dtype))
+    product = poison(lambda: linear_launch.linear(ones, packed, 64, Small(rows=32, warps=1))).T
+    dense = poison(lambda: linear_launch.dequantize(packed, 64, dtype))
     return {
         "product": int((product != (values * absmax * unscale).to(dtype)).sum()),
         "dequantize": int((dense != (values * (absmax * unscale)).to(dtype)).sum()),
@@ -215,7 +215,7 @@ def linear_error(case: Linear, dtype: torch.dtype) -> dict[str, float]:
     packed = weight.packed if case.bias else weight.packed._replace(bias=None)
     x = (torch.randn(case.rows, case.inputs, device=DEVICE) * case.size).clamp(-65504, 65504).to(dtype)
     expected = x.double() @ weight.dense[0].T + weight.bias[0] * case.bias
-    return {"linear": relative(poison(lambda: launch.linear(x, packed, case.outputs, case.plan)), expected)}
+    return {"linear": relative(poison(lambda: linear_launch.linear(x, packed, case.outputs, case.plan)), expected)}
 
 
 def experts_errors(case: Experts, dtype: torch.dtype) -> dict[str, float]:
@@ -236,13 +236,15 @@ def experts_errors(case: Experts, dtype: torch.dtype) -> dict[str, float]:
         return tiles.operand_order(t, 16 * matrix.packed.codes.shape[-1]) if isinstance(plan, Large) else t
 
     middle = clamped_swiglu(products(w13, expert, x.repeat_interleave(TOP_K, 0)))
-    result = poison(lambda: launch.swiglu_experts(ordered(x, w13), TOP_K, routing, w13.packed, case.intermediate, plan))
+    result = poison(
+        lambda: experts_launch.swiglu_experts(ordered(x, w13), TOP_K, routing, w13.packed, case.intermediate, plan)
+    )
     errors = {"w13": relative(result[here], ordered(middle, w2)[here])}
 
     middle = middle.to(dtype)
     down = products(w2, expert, middle) * topk_weights.double().view(-1, 1) * here[:, None]
     result = poison(
-        lambda: launch.down_experts(
+        lambda: experts_launch.down_experts(
             ordered(middle, w2), TOP_K, topk_weights, routing, w2.packed, case.hidden, plan, torch.float32
         )
     )
@@ -257,14 +259,14 @@ def experts_errors(case: Experts, dtype: torch.dtype) -> dict[str, float]:
     skipped[0, 0] = True
     ids = torch.where(skipped, -1, ids.int())
     routing = route(ids, plan, local)
-    result = poison(lambda: launch.experts(x, TOP_K, topk_weights, ids, routing, w13.packed, w2.packed, plan))
+    result = poison(lambda: experts_launch.experts(x, TOP_K, topk_weights, ids, routing, w13.packed, w2.packed, plan))
     middle = clamped_swiglu(products(w13, expert, x.repeat_interleave(TOP_K, 0)))
     down = products(w2, expert, middle) * topk_weights.double().view(-1, 1) * (here & ~skipped.flatten())[:, None]
     expected = down.view(case.tokens, TOP_K, -1).sum(1)
     errors["some skipped"] = relative(result, expected) if expected.any() else float(result.abs().max())
     nothing = torch.full_like(ids, -1)
     routing = route(nothing, plan, local)
-    result = poison(lambda: launch.experts(x, TOP_K, topk_weights, nothing, routing, w13.packed, w2.packed, plan))
+    result = poison(lambda: experts_launch.experts(x, TOP_K, topk_weights, nothing, routing, w13.packed, w2.packed, plan))
     return errors | {"all skipped, exact": float(result.abs().max())}
 
 

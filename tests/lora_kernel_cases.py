@@ -19,7 +19,8 @@ from kernel_cases import (
     Linear,
     Matrix,
     clamped_swiglu,
-    launch,
+    experts_launch,
+    linear_launch,
     poison,
     products,
     random_matrix,
@@ -104,8 +105,8 @@ def linear_errors(case: Linear, slices: list[int], adapters: Adapters, dtype: to
     for row, adapter in enumerate(mapping.tolist()):
         if adapter >= 0:
             expected[row] += merged(factors, slices, adapter, 0) @ x[row].double()
-    result = poison(lambda: launch.linear(x, packed, case.outputs, case.plan, factors))
-    alone = poison(lambda: launch.linear(x, packed, case.outputs, case.plan))
+    result = poison(lambda: linear_launch.linear(x, packed, case.outputs, case.plan, factors))
+    alone = poison(lambda: linear_launch.linear(x, packed, case.outputs, case.plan))
     return {"linear": relative(result, expected), "base": different(result, alone, mapping)}
 
 
@@ -136,7 +137,9 @@ def experts_errors(case: Experts, adapters: Adapters, dtype: torch.dtype) -> dic
 
     def swiglu(factors: Factors | None) -> torch.Tensor:
         given = order(x, w13)
-        return poison(lambda: launch.swiglu_experts(given, TOP_K, routing, w13.packed, case.intermediate, plan, factors))
+        return poison(
+            lambda: experts_launch.swiglu_experts(given, TOP_K, routing, w13.packed, case.intermediate, plan, factors)
+        )
 
     rows = x.repeat_interleave(TOP_K, 0)
     middle = clamped_swiglu(products_with(w13, w13_factors, mapping, expert, rows))
@@ -152,7 +155,7 @@ def experts_errors(case: Experts, adapters: Adapters, dtype: torch.dtype) -> dic
     def down(factors: Factors | None) -> torch.Tensor:
         given = order(middle, w2)
         return poison(
-            lambda: launch.down_experts(
+            lambda: experts_launch.down_experts(
                 given, TOP_K, topk_weights, routing, w2.packed, case.hidden, plan, torch.float32, factors
             )
         )
@@ -163,7 +166,7 @@ def experts_errors(case: Experts, adapters: Adapters, dtype: torch.dtype) -> dic
     errors |= {"w2": relative(result, expected), "w2 base": different(result, down(None), mapping)}
 
     whole = poison(
-        lambda: launch.experts(
+        lambda: experts_launch.experts(
             x, TOP_K, topk_weights, ids.int(), routing, w13.packed, w2.packed, plan, None, w13_factors, w2_factors
         )
     )

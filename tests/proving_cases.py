@@ -64,7 +64,7 @@ def main() -> None:
     print(json.dumps({"product": "absmax of other inputs", "fault": fault(across, examined(CPU), CPU)}), flush=True)
     tiles.pack_absmax_of_inputs = pack
     sort.local_experts = lambda ids, expert_map: 1 - ids.flatten()
-    sys.modules["gptoss_nf4.vllm.kernels.launch"].local_experts = sort.local_experts
+    sys.modules["gptoss_nf4.vllm.kernels.experts_launch"].local_experts = sort.local_experts
     print(json.dumps({"product": "wrong experts", "fault": fault(products()["experts"], examined(CPU), CPU)}), flush=True)
 
 

@@ -13,7 +13,7 @@ import torch
 from kernel_cases import DEVICE, ON_GPU, align, poison, products, random_matrix, relative
 
 from gptoss_nf4.vllm.activation import clamped_swiglu
-from gptoss_nf4.vllm.kernels import launch, routing
+from gptoss_nf4.vllm.kernels import experts_launch, routing
 from gptoss_nf4.vllm.kernels.arguments import Routing
 from gptoss_nf4.vllm.kernels.router import few_logits
 
@@ -116,7 +116,9 @@ def products_of_logits(
         return align(ids, block, local.tolist())[:3]
 
     result = poison(
-        lambda: launch.experts_of_logits(x, logits, case.top_k, is_padding, expert_map, w13.packed, w2.packed, align_many)
+        lambda: experts_launch.experts_of_logits(
+            x, logits, case.top_k, is_padding, expert_map, w13.packed, w2.packed, align_many
+        )
     )
     if case.tokens == 1 or not routing.routes(case.tokens, case.experts):
         is_padding = None  # computed as others are

@@ -17,7 +17,7 @@ from benchmarks import machine_code
 from benchmarks.weights import GPT_OSS_20B
 from gptoss_nf4.format.blocks import DIRECTIONS, INPUTS, OUTPUTS
 from gptoss_nf4.format.codec import CODEBOOKS
-from gptoss_nf4.vllm.kernels import launch, tiles
+from gptoss_nf4.vllm.kernels import linear_launch, tiles
 from gptoss_nf4.vllm.kernels.codebook import best_factor, codebook
 from gptoss_nf4.vllm.kernels.plan import Decoding, Plan, plan_experts, plan_linear
 
@@ -219,8 +219,8 @@ def test_no_launch_waits_for_the_gpu():
     weight = kernels.random_packed(1, 64, 128)
     x = torch.randn(4, 128, device="cuda", dtype=torch.bfloat16)
     graph = torch.cuda.CUDAGraph()
-    launch.linear(x, weight, 64)
+    linear_launch.linear(x, weight, 64)
     with torch.cuda.graph(graph):  # raises on any synchronisation
-        out = launch.linear(x, weight, 64)
+        out = linear_launch.linear(x, weight, 64)
     graph.replay()
-    assert torch.equal(out, launch.linear(x, weight, 64))
+    assert torch.equal(out, linear_launch.linear(x, weight, 64))

@@ -11,7 +11,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
 
 from gptoss_nf4.format.blocks import INPUTS
-from gptoss_nf4.vllm.kernels import launch
+from gptoss_nf4.vllm.kernels import experts_launch, linear_launch
 from gptoss_nf4.vllm.kernels.arguments import Packed
 from gptoss_nf4.vllm.kernels.lora import Factors
 from gptoss_nf4.vllm.kernels.sort import local_experts
@@ -39,7 +39,7 @@ def packed_linear(
     Returns:
         [rows, out_features] in x's dtype.
     """
-    return launch.linear(x, Packed(codes, absmax, bias, blocksize, quant_type), out_features)
+    return linear_launch.linear(x, Packed(codes, absmax, bias, blocksize, quant_type), out_features)
 
 
 @packed_linear.register_fake
@@ -66,7 +66,7 @@ def packed_linear_with_adapters(
 ) -> torch.Tensor:
     """`packed_linear` and what adapters add. adapters, lora_*: the fields of `kernels.lora.Factors`."""
     factors = Factors(lora_a, lora_b, adapters, ends=tuple(lora_ends)) if needed(no_lora) else None
-    return launch.linear(x, Packed(codes, absmax, bias, blocksize, quant_type), out_features, factors=factors)
+    return linear_launch.linear(x, Packed(codes, absmax, bias, blocksize, quant_type), out_features, factors=factors)
 
 
 @packed_linear_with_adapters.register_fake
@@ -88,7 +88,7 @@ def add_adapters(
 ) -> None:
     """Add to `out` [rows, out], the result of a dense linear layer, what the adapters add for x [rows, in]."""
     if needed(no_lora):
-        launch.add_adapters(out, x, Factors(lora_a, lora_b, adapters, ends=tuple(lora_ends)))
+        linear_launch.add_adapters(out, x, Factors(lora_a, lora_b, adapters, ends=tuple(lora_ends)))
 
 
 def needed(no_lora: torch.Tensor | None) -> bool:
@@ -169,7 +169,7 @@ def packed_experts_of_logits(
     w13 = Packed(w13_codes, w13_absmax, w13_bias, w13_blocksize, quant_type, w13_blocks_along, w13_absmax_factor)
     w2 = Packed(w2_codes, w2_absmax, w2_bias, w2_blocksize, quant_type, w2_blocks_along, w2_absmax_factor)
     logits = router_logits.contiguous()
-    return launch.experts_of_logits(x, logits, top_k, is_padding, expert_map, w13, w2, moe_align_block_size)
+    return experts_launch.experts_of_logits(x, logits, top_k, is_padding, expert_map, w13, w2, moe_align_block_size)
 
 
 @packed_experts.register_fake
@@ -181,7 +181,7 @@ def _(x: torch.Tensor, *_: object) -> torch.Tensor:
 @torch.library.custom_op("gptoss_nf4::router", mutates_args=())
 def router(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """x [rows, hidden] @ weight [experts, hidden] + bias [experts], all in one 16-bit dtype: [rows, experts]."""
-    return launch.router(x, weight, bias)
+    return linear_launch.router(x, weight, bias)
 
 
 @router.register_fake
@@ -245,7 +245,7 @@ def _experts(
     w2_factors: Factors | None = None,
 ) -> None:
     if len(x):
-        launch.routed_experts(
+        experts_launch.routed_experts(
             x,
             topk_weights,
             topk_ids.to(torch.int32),  # as vLLM's routers have it: no copy. The kernels are compiled for this dtype.

@@ -152,6 +152,13 @@ def launch_options(lora: Lora | None) -> dict[str, bool]:
     return early_launch(lora is not None and lora.EARLY.value)
 
 
+def start_options(lora: Lora | None, *, early: bool) -> dict[str, bool]:
+    """When a product's kernel starts: as that which takes `lora`; without, if `early`, as `ahead` says."""
+    if lora is not None:
+        return {"EARLY": False} | launch_options(lora)
+    return {"EARLY": early} | early_launch(early)
+
+
 def early_launch(early: bool) -> dict[str, bool]:
     """Triton's option for a kernel that is started early. Its interpreter does not know it."""
     return {"launch_pdl": True} if early else {}

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from gptoss_nf4.format.blocks import INPUTS
 from gptoss_nf4.vllm.activation import clamped_swiglu
-from gptoss_nf4.vllm.kernels import launch
+from gptoss_nf4.vllm.kernels import experts_launch, linear_launch
 from gptoss_nf4.vllm.kernels.arguments import Packed
 from gptoss_nf4.vllm.kernels.lora import Factors
 from gptoss_nf4.vllm.kernels.plan import MAX_LINEAR_ROWS, Plan, gpu_of, plan_experts, plan_linear
@@ -61,7 +61,7 @@ class Linear(Product):
         draw = Draw.on(META)
         packed, _, _ = self._weight(draw)
         x = draw.normal(tokens, self.inputs).to(self.dtype)
-        launch.linear(x, packed, self.rows, factors=self._factors(tokens, draw))
+        linear_launch.linear(x, packed, self.rows, factors=self._factors(tokens, draw))
 
     def errors(self, device: torch.device) -> Iterator[tuple[str, float]]:
         draw = Draw.on(device)
@@ -78,7 +78,10 @@ class Linear(Product):
             expected = linear(x.float(), dense[0], bias[0] if self.bias else None)
             if factors is not None and self.adapters is not None:
                 expected += self.adapters.delta(factors, x) * (factors.adapters >= 0)[:, None]
-            yield f"a linear layer of {tokens} rows", worst(launch.linear(x, packed, self.rows, factors=factors), expected)
+            yield (
+                f"a linear layer of {tokens} rows",
+                worst(linear_launch.linear(x, packed, self.rows, factors=factors), expected),
+            )
 
     def _weight(self, draw: Draw) -> tuple[Packed, torch.Tensor, torch.Tensor]:
         packed, dense, bias = draw.weight(1, self.rows, self.inputs, self.blocksize, self.quant_type, self.dtype)
@@ -116,7 +119,7 @@ class DenseAdapters(Product):
         x = draw.normal(tokens, self.inputs).to(self.dtype)
         factors = self.adapters.factors(1, self.rows, self.inputs, tokens, self.dtype, draw)
         out = torch.zeros(tokens, self.rows, dtype=self.out_dtype, device=draw.device)
-        launch.add_adapters(out, x, factors)
+        linear_launch.add_adapters(out, x, factors)
         return out, x, factors
 
 
@@ -141,7 +144,7 @@ class Router(Product):
         """Result and reference."""
         shapes = (tokens, self.hidden), (self.experts, self.hidden), (self.experts,)
         x, weight, bias = (draw.normal(*shape).to(self.dtype) for shape in shapes)
-        return launch.router(x, weight, bias), linear(x.float(), weight.float(), bias.float())
+        return linear_launch.router(x, weight, bias), linear(x.float(), weight.float(), bias.float())
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,7 @@ class Experts(Product):
             w2_factors = self.w2_adapters.factors(self.here, self.hidden, self.intermediate, *made)
             w13_factors, w2_factors = w13_factors._replace(experts=local), w2_factors._replace(experts=local)
         routed = x, weights, ids, expert_map, self.experts
-        result = launch.routed_experts(*routed, w13[0], w2[0], _aligned, None, w13_factors, w2_factors, plan)
+        result = experts_launch.routed_experts(*routed, w13[0], w2[0], _aligned, None, w13_factors, w2_factors, plan)
         if draw.device == META:
             return result, result
         return result, self._reference(x, weights, ids, local_numbers, w13, w2, w13_factors, w2_factors)
@@ -252,7 +255,7 @@ class Experts(Product):
             if is_padding is not None:
                 is_padding[1:][-1:] = True
         packed = w13[0], w2[0]
-        result = launch.experts_of_logits(x, logits, self.top_k, is_padding, expert_map, *packed, _aligned, plan)
+        result = experts_launch.experts_of_logits(x, logits, self.top_k, is_padding, expert_map, *packed, _aligned, plan)
         if draw.device == META:
             return result, result
         largest, ids = torch.topk(logits.float(), self.top_k)
