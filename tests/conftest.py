@@ -46,6 +46,13 @@ def plugin_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     return caplog
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working directory: params.yaml and artifacts/ are written below it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """The embedded checkpoint; do not write into it."""

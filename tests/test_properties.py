@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from configuring import written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from project_imports import ROOT
 from safetensors_headers import ODD, files
-from test_configure import written
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.dtypes import ITEM_BYTES
