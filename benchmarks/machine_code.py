@@ -35,11 +35,12 @@ from gptoss_nf4.vllm.kernels.plan import Gpu, settle
 from gptoss_nf4.vllm.kernels.twelve_bits import PLANES, WORDS, TwelveBits
 from gptoss_nf4.vllm.kernels.variants import META
 
-# By compute capability: A100, RTX 3090, H100.
+# By compute capability: A100, RTX 3090, H100, RTX 5090.
 GPUS = {
     80: Gpu(wgmma=False, shared_bytes=164 * 1024, starts_early=False, multiprocessors=108),
     86: Gpu(wgmma=False, shared_bytes=100 * 1024, starts_early=False, multiprocessors=82),
     90: Gpu(wgmma=True, shared_bytes=228 * 1024, starts_early=True, multiprocessors=132),
+    120: Gpu(wgmma=False, shared_bytes=100 * 1024, starts_early=True, multiprocessors=170),
 }
 TOKENS = (1, 8, 32, 64, 128, 256, 2048)
 LINEAR_ROWS = (1, 16, 32, 64, 65)

@@ -57,7 +57,7 @@ class Linear:
     blocksize: int = 64
     quant_type: str = "nf4"
     bias: bool = True
-    plan: Small | None = None
+    plan: Plan | None = None
     blocks_along: str = INPUTS
     size: float = 1.0  # of activations
     weight: float = 1.0  # by what absmax is multiplied

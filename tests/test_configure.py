@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ from project_imports import ROOT
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.source.model import check_model_name
-
-sys.path.insert(0, str(ROOT / "stages"))
 
 # Names of directories that have a meaning to a shell, to Hydra's grammar, to YAML or to OmegaConf.
 NAMES = [

@@ -19,7 +19,7 @@ from gptoss_nf4.format.blocks import DIRECTIONS, INPUTS, OUTPUTS
 from gptoss_nf4.format.codec import CODEBOOKS
 from gptoss_nf4.vllm.kernels import linear_launch, tiles
 from gptoss_nf4.vllm.kernels.codebook import best_factor, codebook
-from gptoss_nf4.vllm.kernels.plan import Decoding, Plan, plan_experts, plan_linear
+from gptoss_nf4.vllm.kernels.plan import Decoding, Large, Plan, Small, plan_experts, plan_linear
 
 ROOT = Path(__file__).parent.parent
 LIMITS = {"torch.bfloat16": 4e-3, "torch.float16": 1e-3}
@@ -46,7 +46,7 @@ LORA_KERNELS = {
 }
 # Shared memory of a program in all, by compute capability; and what its machine code may declare of it ("CUDA C++
 # Programming Guide", "Compute Capabilities"). With both, `shared_memory.ask_when_loaded` asks CUDA for more than 48 KiB.
-MAX_SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
+MAX_SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 MAX_STATIC_BYTES = 48 * 1024
 TWO_REGISTERS = 8  # bytes; kept in memory once in a program, not in its loop
 
@@ -139,8 +139,37 @@ def test_every_plan_is_among_those_compiled(capability):
     assert plans(range(1, 20000)) == plans(machine_code.TOKENS)
     for outputs, inputs in ((d.q_rows + 2 * d.kv_rows, d.hidden), (d.hidden, d.q_rows)):
         size = outputs // tiles.ROWS, inputs // tiles.tile_inputs(64)
-        compiled = {plan_linear(rows, *size, gpu) for rows in machine_code.LINEAR_ROWS}
-        assert {plan_linear(rows, *size, gpu) for rows in range(1, 200)} == compiled
+        for adapters in (False, True):
+            compiled = {plan_linear(rows, *size, gpu, adapters=adapters) for rows in machine_code.LINEAR_ROWS}
+            assert {plan_linear(rows, *size, gpu, adapters=adapters) for rows in range(1, 200)} == compiled
+
+
+@pytest.mark.parametrize("multiprocessors", [16, 114, 132, 144])
+def test_parts_of_a_linear_layer_are_whole_tiles_that_run_at_once(multiprocessors):
+    gpu = replace(machine_code.GPUS[90], multiprocessors=multiprocessors)
+    split = set()
+    for row_tiles, input_tiles in itertools.product(
+        (1, 7, 8, 9, 40, 80, 160, 180, 320, 999, 2500), (1, 3, 4, 9, 45, 64, 139)
+    ):
+        plan = plan_linear(64, row_tiles, input_tiles, gpu, adapters=False)
+        if isinstance(plan, Small):
+            continue
+        programs = math.ceil(row_tiles / 8)
+        assert 1 <= plan.parts <= input_tiles
+        assert plan.parts == 1 or plan.stages * plan.parts <= input_tiles
+        assert plan.parts == 1 or plan.parts * programs <= 2 * multiprocessors
+        assert plan.parts * programs >= multiprocessors
+        split.add(plan.parts)
+    assert max(split) > 1
+
+
+def test_adapters_are_added_within_the_product_of_few_rows():
+    """Those plans were measured with adapters."""
+    gpu, size = machine_code.GPUS[90], (320, 45)
+    assert plan_linear(40, *size, gpu, adapters=False) == Large(rows=64, stages=4, parts=6)
+    assert plan_linear(40, 180, 64, gpu, adapters=False) == Large(rows=64, stages=4, parts=11)
+    assert all(isinstance(plan_linear(rows, *size, gpu, adapters=True), Small) for rows in range(1, 65))
+    assert plan_linear(65, *size, gpu, adapters=False) is None
 
 
 @pytest.mark.slow
@@ -180,6 +209,7 @@ def test_results(script, cases):
         (90, Decoding.PERMUTES, torch.float16, 64, None, INPUTS),  # where the table in shared memory failed
         (90, None, torch.bfloat16, 64, 16, OUTPUTS),
         (90, None, torch.float16, 64, None, OUTPUTS),
+        (120, None, torch.bfloat16, 64, None, INPUTS),
     ],
 )
 def test_every_launch_fits_the_gpu(capability, chosen, dtype, blocksize, lora_rank, blocks_along):

@@ -1,20 +1,16 @@
 """Names of models and adapters: they stay within artifacts/, and two sources never share one."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from configuring import link, refused, written
 from conftest import local
-from project_imports import ROOT
 
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.source.model import AdapterSource, Model, safe_model_name
 from gptoss_nf4.storage.artifacts import Artifacts
-
-sys.path.insert(0, str(ROOT / "stages"))
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "../x", "a b", "a\x00", "x" * 300, "-a", ".hidden"])

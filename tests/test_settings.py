@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 
 import pytest
 import yaml
@@ -12,9 +11,6 @@ from omegaconf import OmegaConf
 from project_imports import ROOT
 
 from gptoss_nf4.errors import UserError
-
-sys.path.insert(0, str(ROOT / "stages"))
-
 
 BAD_VALUES = [
     ("dtype=int8", "float16, bfloat16, float32"),

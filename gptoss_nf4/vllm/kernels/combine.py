@@ -1,4 +1,4 @@
-"""The last step of the experts: adding the outputs of a token's slots."""
+"""The last step of the experts, adding the outputs of a token's slots; and of linear layers that are computed in parts."""
 
 import torch
 import triton

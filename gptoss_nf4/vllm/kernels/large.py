@@ -9,9 +9,10 @@ wgmma runs beside other instructions, but only where nothing else writes its sum
 might not run at all, the compiler sets them to zero on that way behind the loop, and then waits for each product before
 the next. So the kernels say that there is an input tile.
 
-The kernels are `swiglu_experts` and `down_experts`. They take the arguments of their namesakes in `small`, but
-activations in the order of `tiles.operand_order`, and sorted slots only. What adapters add comes after the loop. `linear`
-has few row tiles for a whole GPU, so programs share the inputs too, and `combine.sum_slots` adds up what they found.
+The kernels are `swiglu_experts`, `down_experts` and `linear`. All take activations in the order of `tiles.operand_order`.
+The first two take the arguments of their namesakes in `small`, but sorted slots only. What adapters add comes after the
+loop. A linear layer has few row tiles for a whole GPU, so programs share its inputs too, and `combine.sum_slots` adds up
+what they found.
 
 Names end in the letters of their axes, see `tiles`. Here R is the four row tiles of a program, and n its 64 rows, (R r g).
 """

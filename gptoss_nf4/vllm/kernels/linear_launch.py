@@ -1,17 +1,17 @@
-"""Starting the kernels of dense layers: linear layers on packed weights, the router, and what adapters add to others.
+"""Starting the kernels of linear layers: on packed weights, of the router, and of what adapters add to any.
 
 No function here waits for the GPU or looks at a tensor's values, so all may be captured in a CUDA graph.
 """
 
 import torch
 
-from gptoss_nf4.vllm.kernels import dense, large
+from gptoss_nf4.vllm.kernels import dense, large, small
 from gptoss_nf4.vllm.kernels.arguments import Packed, kernel_weight
 from gptoss_nf4.vllm.kernels.combine import sum_slots
 from gptoss_nf4.vllm.kernels.expand import expand
 from gptoss_nf4.vllm.kernels.lora import Factors, start_options
 from gptoss_nf4.vllm.kernels.order import in_operand_order
-from gptoss_nf4.vllm.kernels.plan import Gpu, Large, Plan, gpu_of, plan_linear
+from gptoss_nf4.vllm.kernels.plan import Gpu, Large, Plan, Small, gpu_of, plan_linear
 from gptoss_nf4.vllm.kernels.router import MAX_ROUTER_ROWS, few_logits
 from gptoss_nf4.vllm.kernels.shared_memory import ask_when_loaded
 from gptoss_nf4.vllm.kernels.shrink import shrink
@@ -40,24 +40,28 @@ def linear(
     Returns:
         [rows, out_features] in x's dtype.
     """
-    rows, inputs = x.shape
     gpu = gpu_of(x.device)
     _, row_tiles, input_tiles, *_ = weight.codes.shape
-    plan = plan or plan_linear(rows, row_tiles, input_tiles, gpu)
-    if plan is None:
+    plan = plan or plan_linear(len(x), row_tiles, input_tiles, gpu, adapters=factors is not None)
+    if isinstance(plan, Small):
+        return _of_few_rows(x.contiguous(), weight, out_features, plan, gpu, factors)
+    if isinstance(plan, Large):
+        out = _in_parts(x.contiguous(), weight, out_features, plan, gpu)
+    else:
         bias = None if weight.bias is None else weight.bias[0, :out_features]
         out = torch.nn.functional.linear(x, dequantize(weight, out_features, x.dtype), bias)
-        if factors is not None:
-            add_adapters(out, x, factors)
-        return out
-    x = x.contiguous()
+    if factors is not None:
+        add_adapters(out, x, factors)
+    return out
+
+
+def _of_few_rows(
+    x: torch.Tensor, weight: Packed, out_features: int, plan: Small, gpu: Gpu, factors: Factors | None
+) -> torch.Tensor:
+    """`linear` by one kernel, which adds what adapters add."""
+    rows, inputs = x.shape
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     if rows == 0:
-        return out
-    if isinstance(plan, Large):
-        out = _linear_in_parts(x, weight, out, plan, gpu)
-        if factors is not None:
-            add_adapters(out, x, factors)
         return out
     argument = kernel_weight(weight, x.dtype)
     # With more rows the product takes the memory from `shrink`, and waits for it the longer (NOTES.md).
@@ -65,21 +69,21 @@ def linear(
     added = None if factors is None else shrink(x, factors, rows, 1, early=few)
     options = plan.options(gpu) | start_options(added, early=gpu.starts_early) | {"AHEAD": plan.ahead}
     grid = argument.R, cdiv(rows, plan.rows)
-    start_kernel(plan.kernels.linear, grid, x, argument, added, out, count=rows, K=inputs, N=out_features, **options)
+    start_kernel(small.linear, grid, x, argument, added, out, count=rows, K=inputs, N=out_features, **options)
     return out
 
 
-def _linear_in_parts(x: torch.Tensor, weight: Packed, out: torch.Tensor, plan: Large, gpu: Gpu) -> torch.Tensor:
-    """`linear` of x [rows, in] into `out` [rows, out_features], both contiguous: by parts of the inputs, then their sum."""
-    rows, out_features = out.shape
+def _in_parts(x: torch.Tensor, weight: Packed, out_features: int, plan: Large, gpu: Gpu) -> torch.Tensor:
+    """`linear` by parts of the inputs, then their sum; x [1 or more rows, in]."""
+    rows, inputs = x.shape
     argument, early = kernel_weight(weight, x.dtype), gpu.starts_early
-    ordered = in_operand_order(x, early=early)
+    x = in_operand_order(x, early=early)
     partial = torch.empty(rows, plan.parts, out_features, dtype=torch.float32, device=x.device)
     grid = cdiv(argument.R, large.DOWN_TILES), plan.parts, cdiv(rows, plan.rows)
-    options = plan.options(gpu) | start_options(None, early=gpu.starts_early)
-    sizes = {"count": rows, "parts": plan.parts, "K": x.shape[1], "N": out_features}
-    start_kernel(large.linear, grid, ordered, argument, partial, **sizes, **options)
-    return sum_slots(partial, None, x.dtype, out, early=early)
+    options = plan.options(gpu) | start_options(None, early=early)
+    sizes = {"count": rows, "parts": plan.parts, "K": inputs, "N": out_features}
+    start_kernel(large.linear, grid, x, argument, partial, **sizes, **options)
+    return sum_slots(partial, None, x.dtype, early=early)
 
 
 def router(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -90,7 +94,7 @@ def router(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
 
 
 def add_adapters(out: torch.Tensor, x: torch.Tensor, factors: Factors) -> None:
-    """Add to `out` [rows, out], the contiguous result of a dense linear layer, what adapters add for x [rows, in]."""
+    """Add to `out` [rows, out], the contiguous result of a linear layer, what adapters add for x [rows, in]."""
     expand(out, x.contiguous(), factors, early=gpu_of(x.device).starts_early)
 
 

@@ -153,7 +153,7 @@ def launch_options(lora: Lora | None) -> dict[str, bool]:
 
 
 def start_options(lora: Lora | None, *, early: bool) -> dict[str, bool]:
-    """When a product's kernel starts: as that which takes `lora`; without, if `early`, as `ahead` says."""
+    """When a product's kernel starts. With adapters it waits for `shrink` only where `lora` says so; else see `ahead`."""
     if lora is not None:
         return {"EARLY": False} | launch_options(lora)
     return {"EARLY": early} | early_launch(early)

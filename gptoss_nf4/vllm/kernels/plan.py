@@ -154,8 +154,11 @@ def examined(device: torch.device) -> Gpu:
     )
 
 
-def plan_linear(rows: int, row_tiles: int, input_tiles: int, gpu: Gpu) -> Plan | None:
-    """For a linear layer of so many tiles on `rows` rows of activations; None: a dense copy of the weight, and cuBLAS."""
+def plan_linear(rows: int, row_tiles: int, input_tiles: int, gpu: Gpu, *, adapters: bool) -> Plan | None:
+    """For a linear layer of so many tiles on `rows` rows of activations; None: a dense copy of the weight, and cuBLAS.
+
+    adapters: whether they add something.
+    """
     # Many programs that start early crowd each other out, unless they are small. Asking ahead gains everywhere but with
     # few programs at 17 to 32 rows (NOTES.md).
     crowded = gpu.starts_early and row_tiles >= 2 * gpu.multiprocessors
@@ -163,17 +166,26 @@ def plan_linear(rows: int, row_tiles: int, input_tiles: int, gpu: Gpu) -> Plan |
         return Small(rows=8, warps=4 if crowded else 8, ahead=gpu.starts_early)
     if rows <= 32:
         return Small(rows=16, warps=4, ahead=crowded or (gpu.starts_early and rows <= 16))
-    if rows <= MAX_LINEAR_ROWS and gpu.wgmma:
-        return Large(rows=64, stages=LINEAR_STAGES, parts=_parts(row_tiles, input_tiles, gpu))
-    if rows <= MAX_LINEAR_ROWS:
-        return Small(rows=32, warps=2 if gpu.starts_early else 4, ahead=gpu.starts_early)
-    return None
+    if rows > MAX_LINEAR_ROWS:
+        return None
+    # Measured without adapters, and where programs fill the GPU: gpt-oss's layers on one or two.
+    parts = _parts(row_tiles, input_tiles, gpu)
+    if gpu.wgmma and not adapters and parts * _programs(row_tiles) >= gpu.multiprocessors:
+        return Large(rows=MAX_LINEAR_ROWS, stages=LINEAR_STAGES, parts=parts)
+    return Small(rows=32, warps=2 if gpu.starts_early else 4, ahead=gpu.starts_early)
 
 
 def _parts(row_tiles: int, input_tiles: int, gpu: Gpu) -> int:
-    """So many that all programs run at once, two on a multiprocessor. More would start when others end (NOTES.md)."""
-    programs = cdiv(row_tiles, large.DOWN_TILES)
-    return max(1, min(2 * gpu.multiprocessors // programs, input_tiles // LINEAR_STAGES))
+    """Of a linear layer's inputs: so many that all programs run at once, two on a multiprocessor (NOTES.md).
+
+    A part has all the input tiles that a program reads ahead, or there is one part.
+    """
+    return max(1, min(2 * gpu.multiprocessors // _programs(row_tiles), input_tiles // LINEAR_STAGES))
+
+
+def _programs(row_tiles: int) -> int:
+    """Of `large.linear`, for one part of the inputs."""
+    return cdiv(row_tiles, large.DOWN_TILES)
 
 
 def plan_experts(tokens: int, top_k: int, experts: int, gpu: Gpu) -> Plan:

@@ -69,7 +69,7 @@ class Linear(Product):
         _, row_tiles, input_tiles, *_ = packed.codes.shape
         seen = set()
         for tokens in range(1, MAX_LINEAR_ROWS + 2):
-            plan = plan_linear(tokens, row_tiles, input_tiles, gpu_of(device))
+            plan = plan_linear(tokens, row_tiles, input_tiles, gpu_of(device), adapters=self.adapters is not None)
             if plan in seen:
                 continue
             seen.add(plan)
