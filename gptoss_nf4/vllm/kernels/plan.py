@@ -168,7 +168,7 @@ def plan_linear(rows: int, row_tiles: int, input_tiles: int, gpu: Gpu, *, adapte
         return Small(rows=16, warps=4, ahead=crowded or (gpu.starts_early and rows <= 16))
     if rows > MAX_LINEAR_ROWS:
         return None
-    # Measured without adapters, and where programs fill the GPU: gpt-oss's layers on one or two.
+    # Measured without adapters, and on one GPU: where several share a layer, its programs may not fill them.
     parts = _parts(row_tiles, input_tiles, gpu)
     if gpu.wgmma and not adapters and parts * _programs(row_tiles) >= gpu.multiprocessors:
         return Large(rows=MAX_LINEAR_ROWS, stages=LINEAR_STAGES, parts=parts)
