@@ -5,9 +5,20 @@ import numpy as np
 import pytest
 import torch
 
+from gptoss_nf4 import eager_bnb
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.format.codec import CODEBOOKS, denest_absmax, dequantize, unpack_codes
 from gptoss_nf4.format.quant_state import QuantState
+
+
+def test_bitsandbytes_without_the_compiler_keeps_its_functions():
+    """As torch.compile is called there: with a function, and as a decorator with settings."""
+
+    def function() -> None: ...
+
+    assert eager_bnb._as_it_is(function) is function
+    assert eager_bnb._as_it_is(dynamic=True)(function) is function
+    assert torch.compile is not eager_bnb._as_it_is
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

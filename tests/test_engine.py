@@ -77,6 +77,13 @@ def test_the_cache_of_a_whole_request_is_counted_by_hand():
             14 * GIB,
             ["--gpu-memory-utilization", "0.18", "--max-model-len", "auto"],
         ),
+        # What is left to vLLM, 79 hundredths, is filled to the last byte; then one byte more.
+        (Memory(80 * GIB, 100 * GIB, gpu=True), 79 * GIB - 3 * GIB - CACHE, ["--gpu-memory-utilization", "0.79"]),
+        (
+            Memory(80 * GIB, 100 * GIB, gpu=True),
+            79 * GIB - 3 * GIB - CACHE + 1,
+            ["--gpu-memory-utilization", "0.79", "--max-model-len", "auto"],
+        ),
         (Memory(0, 24 * GIB, gpu=True), 12 * GIB, []),
         (Memory(GIB, 100 * GIB, gpu=True), 12 * GIB, []),  # less than a hundredth: vLLM says best that nothing is free
         # No GPU: all that is free.

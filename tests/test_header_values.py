@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from gptoss_nf4.errors import UserError
+from gptoss_nf4.errors import UserError, first_line
 from gptoss_nf4.format.quant_state import QuantState
 from gptoss_nf4.storage.tensor_reader import read_header
 
@@ -94,3 +94,9 @@ def test_what_came_is_shown_at_a_bounded_length():
     line = str(UserError("x", where="w", got="y" * 10_000, expected="z", next_step="do it"))
     assert len(line) < 700
     assert line.endswith(", expected z; do it")
+
+
+def test_of_a_librarys_error_the_first_line_is_shown():
+    assert first_line(ValueError("\n first\nsecond")) == "first"
+    assert first_line(ValueError("x" * 1000)) == "x" * 200
+    assert first_line(ValueError()) == first_line(ValueError(" \n")) == "ValueError"

@@ -1,6 +1,7 @@
 """Where vLLM's checkpoint lies: a directory, or what the Hub's cache holds of a repository. Nothing asks a network."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,9 @@ def test_a_directory_counts_by_its_index_alone(cached, tmp_path):
         assert directory_of(other, None) is None
 
 
-def test_a_repository_counts_when_all_its_weights_are_cached(cached):
+def test_a_repository_counts_when_all_its_weights_are_cached(cached, monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host) or [])
     assert directory_of("me/mine", None) is None
     put(cached, "a.safetensors")
     assert directory_of("me/mine", None) is None
@@ -50,6 +53,7 @@ def test_a_repository_counts_when_all_its_weights_are_cached(cached):
     assert directory_of("me/mine", None) == cached
     assert directory_of("me/mine", "main") == directory_of("me/mine", COMMIT) == cached
     assert directory_of("me/mine", "other") is None
+    assert asked == []
     assert directory_of("me/other", None) is None
     (cached / INDEX_FILE).unlink()
     assert directory_of("me/mine", None) is None

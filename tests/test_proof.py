@@ -24,7 +24,8 @@ from gptoss_nf4.proof.compare import difference, places
 from gptoss_nf4.proof.config import Asked
 from gptoss_nf4.proof.pair import Fault
 from gptoss_nf4.proof.prove import Exactness, prove, require_proved
-from gptoss_nf4.proof.stored import FourBit
+from gptoss_nf4.proof.stored import Dense, FourBit, Matrix
+from gptoss_nf4.storage.checkpoint import Checkpoint
 from gptoss_nf4.storage.progress import Progress
 
 ALLOWED = (
@@ -228,6 +229,28 @@ def test_the_same_bytes_are_seen_and_nothing_else_is():
     assert not one.same_bytes(0, 4, one, 6)
     assert not one.same_bytes(0, 8, four_bit(codes, absmax, blocksize=8), 0)
     assert not one.same_bytes(0, 8, four_bit(codes, absmax, quant_type="fp4"), 0)
+
+
+def test_only_4_bit_rows_that_lie_in_order_are_compared_by_their_bytes(tiny):
+    values = four_bit(torch.arange(12, dtype=torch.uint8), torch.arange(1.0, 7.0))
+    rows = Matrix("w", values, 0, (6, 4))
+    assert rows.same_bytes(1, 3, Matrix("w", values, 4, (5, 4)), 0)  # which begins a row later
+    assert not rows.same_bytes(1, 3, rows, 0)
+    assert not Matrix("w", values, 0, (4, 6), transposed=True).same_bytes(0, 4, rows, 0)
+    (norm,) = [info for info in Checkpoint(tiny).tensors.values() if info.name == "model.norm.weight"]
+    dense = Matrix("n", Dense(norm), 0, (6, 4))
+    assert not dense.same_bytes(0, 2, dense, 0)
+    assert not dense.same_bytes(0, 2, rows, 0)
+    assert not rows.same_bytes(0, 2, dense, 0)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_the_last_value_of_a_large_dense_tensor_counts(tiny, converted, tmp_path, name):
+    def change(tensors):
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(torch.int16)[-1, -1] ^= 1
+
+    require_found(tiny, rewritten(converted, tmp_path / "result", change), f"{name}.* 1 of")
 
 
 def test_only_what_follows_the_first_rows_is_compared_by_its_bytes(tiny, converted, monkeypatch):

@@ -293,6 +293,15 @@ def test_an_upload_goes_on_where_it_stopped(project):
         assert len(hub.received) == len(set(hub.received)) == 3
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_somebody_elses_weights_stay(project, name):
+    with hub_stand_in.hub() as hub:
+        hub.add(REPOSITORY, {name: b"theirs", "README.md": b"theirs"})
+        with pytest.raises(UserError, match=rf"somebody else's weights.*{name}"):
+            publish(project, hub)
+        assert hub.repositories[REPOSITORY].files == {name: b"theirs", "README.md": b"theirs"}
+
+
 def test_what_an_engine_would_read_besides_is_deleted(project):
     """A template that an older version left would win over the one in tokenizer_config.json."""
     with hub_stand_in.hub() as hub:

@@ -59,6 +59,14 @@ def test_quantizations_that_are_not_read_are_named(tmp_path, names, dtype, confi
     assert re.search(found, message), message
 
 
+@pytest.mark.parametrize("quantization", [None, {}, {"quant_method": None}, []])
+def test_no_quantization_is_named_where_there_is_none(tmp_path, quantization):
+    tensors = {f"{EXPERTS}.gate_up_projs.0.weight": torch.zeros(4, dtype=torch.int8)}
+    message = refused(checkpoint_of(tmp_path / "source", tensors, quantization_config=quantization), tmp_path)
+    assert "int8" in message
+    assert "quant_method" not in message
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 @pytest.mark.parametrize("lost", [f"{EXPERTS}.gate_up_projs.1.weight", f"{EXPERTS}.gate_up_proj"])
 def test_4_bit_codes_without_their_state_are_named(tmp_path, lost, storage):

@@ -328,6 +328,14 @@ def test_bars_stand_on_one_another_and_on_the_axis():
     assert chart.rows == (("0", "1", "3"), ("1", "2", "2"))
 
 
+def test_a_bar_that_is_not_there_takes_no_room():
+    chart = bar_chart("k", "t", "layer", "MB", [Series("a", ((0, 1.0),)), Series("b", ((0, 3.0), (1, 4.0)))])
+    (_, b1) = chart.drawn[1].bars
+    assert b1.top == pytest.approx(TOP)
+    assert b1.top + b1.height == pytest.approx(HEIGHT - BOTTOM)
+    assert chart.rows == (("0", "1", "3"), ("1", "", "4"))
+
+
 @pytest.mark.parametrize(
     ("points", "x_ticks"),
     [
