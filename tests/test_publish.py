@@ -306,7 +306,7 @@ def test_what_an_engine_would_read_besides_is_deleted(project):
     """A template that an older version left would win over the one in tokenizer_config.json."""
     with hub_stand_in.hub() as hub:
         left = {"layer-9.safetensors": b"old", "chat_template.jinja": b"old", "picture.png": b"kept", ".gitattributes": b""}
-        left |= {"lora/adapter_model.safetensors": b"theirs"}
+        left |= {"lora/adapter_model.safetensors": b"theirs", "pytorch_model.bin": b"old"}
         hub.add(REPOSITORY, left)
         with pytest.raises(UserError, match="somebody else's weights"):
             publish(project, hub)
@@ -316,6 +316,7 @@ def test_what_an_engine_would_read_besides_is_deleted(project):
         files = hub.repositories[REPOSITORY].files
         assert "layer-9.safetensors" not in files
         assert "chat_template.jinja" not in files
+        assert "pytorch_model.bin" not in files
         assert {"picture.png", "lora/adapter_model.safetensors"} <= files.keys()
         assert not hub.repositories[REPOSITORY].private, "an existing repository stays as it is"
 

@@ -37,7 +37,6 @@ def _expert_of_stack(source: Source, module: Module) -> torch.Tensor:
     own = bnb.QuantState(
         absmax=absmax[number * blocks : (number + 1) * blocks],
         shape=torch.Size(module.shape[::-1]),
-        dtype=torch.float32,
         blocksize=state.blocksize,
         quant_type=state.quant_type,
     )
