@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import layout_makers as makers
 import pytest
-from conftest import local
+from conftest import edit_shard, local, make_dense
 
 from gptoss_nf4.errors import UserError
-from gptoss_nf4.fetch.budget import budget
+from gptoss_nf4.fetch.budget import budget, stage_bytes
 from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.samples import embedded
 from gptoss_nf4.source.layouts import open_checkpoint
@@ -51,6 +51,24 @@ def test_a_conversion_needs_room_for_what_it_will_write(disk, tiny, tmp_path, co
         (artifacts.checkpoint / file).touch()
         wrote -= (converted / file).stat().st_size
         assert budget(open_checkpoint(tiny), artifacts).disk_bytes == pytest.approx(wrote, rel=0.1)
+
+
+def test_a_layer_that_is_dense_in_part_is_counted_by_hand(source_copy, tmp_path):
+    """o_proj of layer 1 in 16 bit: 2 bytes a weight for normalize, no codes and no absmax for the layer's stages."""
+    artifacts = Artifacts(tmp_path / "artifacts")
+    before = open_checkpoint(source_copy)
+    stages = ("dequant@1", "requant@1", "normalize")
+    dequant, requant, normalize = (stage_bytes(before, stage, "float16") for stage in stages)
+    disk, weights = budget(before, artifacts).disk_bytes, 192 * 256
+    edit_shard(source_copy, 1, lambda tensors: make_dense(tensors, "model.layers.1.self_attn.o_proj"))
+    after = open_checkpoint(source_copy)
+    assert [stage_bytes(after, stage, "float16") for stage in stages] == [
+        dequant - 4 * weights // 64,
+        requant - weights // 2 - 4 * weights // 64,
+        normalize + 2 * weights,
+    ]
+    more = 2 * weights - weights // 2 - 2 * 4 * weights // 64
+    assert budget(after, artifacts).disk_bytes - disk == pytest.approx(more, rel=0.05)
 
 
 def test_the_memory_of_the_largest_process_is_counted_by_hand(tiny, tmp_path):

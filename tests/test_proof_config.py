@@ -140,6 +140,7 @@ SAME_FUNCTION: dict[str, tuple[Change, Change]] = {
         lambda c: (rope_of(c), c.update(rope_parameters=GptOssConfig().rope_parameters)),
     ),
     "OpenAI's name for experts per token": (without("num_experts_per_tok"), dict),
+    "a key of nobody's that says nothing": (lambda c: c.update(nobodys=None), lambda c: c.update(nobodys=None)),
     "another version of transformers": (dict, lambda c: c.update(transformers_version="9")),
 }
 

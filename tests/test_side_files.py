@@ -271,7 +271,11 @@ def test_a_generation_config_that_does_not_stop_at_a_tool_call_is_told(source_co
     assert told == [line for line in manifest["notes"] if "<|call|>" in line]
 
 
-def test_a_tokenizer_without_tool_calls_needs_no_stop_token_of_theirs(tiny, tmp_path):
+@pytest.mark.parametrize("lost", ["nothing", "added_tokens"])
+def test_a_tokenizer_without_tool_calls_needs_no_stop_token_of_theirs(source_copy, tmp_path, lost):
+    tokenizer = json.loads((source_copy / "tokenizer.json").read_text())
+    tokenizer.pop(lost, None)
+    write_json(source_copy / "tokenizer.json", tokenizer)
     said: list[str] = []
-    fetch(*local(tiny, tmp_path / "artifacts"), say=said.append)
+    fetch(*local(source_copy, tmp_path / "artifacts"), say=said.append)
     assert not [line for line in said if "<|call|>" in line]
