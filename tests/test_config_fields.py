@@ -235,6 +235,15 @@ def test_a_setting_that_vllm_would_ignore_is_refused_by_its_key(key, config):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "least", "less"), [("rope_theta", 2, 1.99), ("beta_fast", 1e-6, 9e-07), ("beta_slow", 1e-6, 9e-07)]
+)
+def test_the_least_number_of_a_rope_is_taken_and_what_is_less_is_named(key, least, less):
+    assert served_config(yarn(**{key: least}), WHERE)["rope_parameters"][key] == least
+    with pytest.raises(UserError, match=rf"got rope_scaling\.{key}={less}, expected a number from {least:g} to "):
+        served_config(yarn(**{key: less}), WHERE)
+
+
 @pytest.mark.parametrize("key", [*FIXED, "layer_types"])
 def test_the_plugin_refuses_it_in_a_result_too(key):
     with pytest.raises(UserError, match=key):
