@@ -107,13 +107,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _info(self, name: str, repository: Repository, path: str) -> None:
         siblings = [self._sibling(file, data) for file, data in sorted(repository.files.items())]
-        if (
-            "/tree/" not in path and "blobs=true" not in self.path.lower()
-        ):  # sizes and digests are told to those who ask for them
-            siblings = [{"rfilename": each["rfilename"]} for each in siblings]
         if "/tree/" in path:
             tree = [{"type": "file", "path": s["rfilename"], "size": s["size"], "oid": s["blobId"]} for s in siblings]
             return self._json(tree)
+        if "blobs=true" not in self.path.lower():  # sizes and digests are told to those who ask for them
+            siblings = [{"rfilename": each["rfilename"]} for each in siblings]
         about = {"tags": [], "private": repository.private, "downloads": 0, "likes": 0}
         return self._json({"id": name, "modelId": name, "sha": repository.commits[-1], "siblings": siblings, **about})
 

@@ -32,7 +32,7 @@ from kernel_cases import (
 
 from gptoss_nf4.vllm.kernels.expand import expand
 from gptoss_nf4.vllm.kernels.lora import Factors
-from gptoss_nf4.vllm.kernels.plan import Large, Small, gpu_of, plan_experts, plan_linear
+from gptoss_nf4.vllm.kernels.plan import Large, Small, gpu_of, plan_experts
 
 BEYOND = 1 << 30  # in the mapping behind the last token, where nobody may look
 W2_SCALE = 2.0**-6
@@ -106,8 +106,7 @@ def linear_errors(case: Linear, slices: list[int], adapters: Adapters, dtype: to
         if adapter >= 0:
             expected[row] += merged(factors, slices, adapter, 0) @ x[row].double()
     result = poison(lambda: linear_launch.linear(x, packed, case.outputs, case.plan, factors))
-    _, row_tiles, input_tiles, *_ = packed.codes.shape
-    plan = case.plan or plan_linear(case.rows, row_tiles, input_tiles, gpu_of(DEVICE), adapters=True)
+    plan = case.plan or linear_launch.plan_of(case.rows, packed, adapters=True)
     alone = poison(lambda: linear_launch.linear(x, packed, case.outputs, plan))
     return {"linear": relative(result, expected), "base": different(result, alone, mapping)}
 

@@ -56,12 +56,6 @@ BROKEN = {
 }
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def read() -> str:
     """The one line that is said of params.yaml, nothing where it is good. What the stages do first, without a process."""
     from common import require_settings

@@ -53,7 +53,7 @@ def test_a_repository_counts_when_all_its_weights_are_cached(cached, monkeypatch
     assert directory_of("me/mine", None) == cached
     assert directory_of("me/mine", "main") == directory_of("me/mine", COMMIT) == cached
     assert directory_of("me/mine", "other") is None
-    assert asked == []
     assert directory_of("me/other", None) is None
     (cached / INDEX_FILE).unlink()
     assert directory_of("me/mine", None) is None
+    assert asked == []

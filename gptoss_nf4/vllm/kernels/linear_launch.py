@@ -34,15 +34,14 @@ def linear(
         x: [rows, in] float16 or bfloat16.
         weight: of one expert; its bias is added if it has one.
         out_features: rows of the weight without padding.
-        plan: in place of what `plan_linear` chooses.
+        plan: in place of what `plan_of` chooses.
         factors: of adapters, if they add something.
 
     Returns:
         [rows, out_features] in x's dtype.
     """
     gpu = gpu_of(x.device)
-    _, row_tiles, input_tiles, *_ = weight.codes.shape
-    plan = plan or plan_linear(len(x), row_tiles, input_tiles, gpu, adapters=factors is not None)
+    plan = plan or plan_of(len(x), weight, adapters=factors is not None)
     if isinstance(plan, Small):
         return _of_few_rows(x.contiguous(), weight, out_features, plan, gpu, factors)
     if isinstance(plan, Large):
@@ -53,6 +52,12 @@ def linear(
     if factors is not None:
         add_adapters(out, x, factors)
     return out
+
+
+def plan_of(rows: int, weight: Packed, *, adapters: bool) -> Plan | None:
+    """How `linear` computes a layer: `plan_linear` for its sizes and its GPU."""
+    _, row_tiles, input_tiles, *_ = weight.codes.shape
+    return plan_linear(rows, row_tiles, input_tiles, gpu_of(weight.codes.device), adapters=adapters)
 
 
 def _of_few_rows(

@@ -14,7 +14,7 @@ from gptoss_nf4.vllm.kernels.decode import PAIRS_BYTES
 from gptoss_nf4.vllm.kernels.start import cdiv
 
 MAX_LINEAR_ROWS = 64  # beyond, a dense copy of the weight and cuBLAS are faster
-LINEAR_STAGES = 4
+LINEAR_STAGES = 4  # of `large.linear`; 3 and 5 are slower
 
 
 class Decoding(Enum):
@@ -168,24 +168,13 @@ def plan_linear(rows: int, row_tiles: int, input_tiles: int, gpu: Gpu, *, adapte
         return Small(rows=16, warps=4, ahead=crowded or (gpu.starts_early and rows <= 16))
     if rows > MAX_LINEAR_ROWS:
         return None
-    # Measured without adapters, and on one GPU: where several share a layer, its programs may not fill them.
-    parts = _parts(row_tiles, input_tiles, gpu)
-    if gpu.wgmma and not adapters and parts * _programs(row_tiles) >= gpu.multiprocessors:
+    # So many parts that all programs run at once, two on a multiprocessor (NOTES.md), and none has fewer input tiles than
+    # it reads ahead. Measured without adapters, and on one GPU: of a layer that several share, programs may not fill them.
+    programs = cdiv(row_tiles, large.DOWN_TILES)
+    parts = max(1, min(2 * gpu.multiprocessors // programs, input_tiles // LINEAR_STAGES))
+    if gpu.wgmma and not adapters and parts * programs >= gpu.multiprocessors:
         return Large(rows=MAX_LINEAR_ROWS, stages=LINEAR_STAGES, parts=parts)
     return Small(rows=32, warps=2 if gpu.starts_early else 4, ahead=gpu.starts_early)
-
-
-def _parts(row_tiles: int, input_tiles: int, gpu: Gpu) -> int:
-    """Of a linear layer's inputs: so many that all programs run at once, two on a multiprocessor (NOTES.md).
-
-    A part has all the input tiles that a program reads ahead, or there is one part.
-    """
-    return max(1, min(2 * gpu.multiprocessors // _programs(row_tiles), input_tiles // LINEAR_STAGES))
-
-
-def _programs(row_tiles: int) -> int:
-    """Of `large.linear`, for one part of the inputs."""
-    return cdiv(row_tiles, large.DOWN_TILES)
 
 
 def plan_experts(tokens: int, top_k: int, experts: int, gpu: Gpu) -> Plan:

@@ -17,7 +17,7 @@ from gptoss_nf4.vllm.activation import clamped_swiglu
 from gptoss_nf4.vllm.kernels import experts_launch, linear_launch
 from gptoss_nf4.vllm.kernels.arguments import Packed
 from gptoss_nf4.vllm.kernels.lora import Factors
-from gptoss_nf4.vllm.kernels.plan import MAX_LINEAR_ROWS, Plan, gpu_of, plan_experts, plan_linear
+from gptoss_nf4.vllm.kernels.plan import MAX_LINEAR_ROWS, Plan, gpu_of, plan_experts
 from gptoss_nf4.vllm.kernels.routing import choose
 from gptoss_nf4.vllm.kernels.sort import local_experts
 from gptoss_nf4.vllm.kernels.variants import META
@@ -66,10 +66,9 @@ class Linear(Product):
     def errors(self, device: torch.device) -> Iterator[tuple[str, float]]:
         draw = Draw.on(device)
         packed, dense, bias = self._weight(draw)
-        _, row_tiles, input_tiles, *_ = packed.codes.shape
         seen = set()
         for tokens in range(1, MAX_LINEAR_ROWS + 2):
-            plan = plan_linear(tokens, row_tiles, input_tiles, gpu_of(device), adapters=self.adapters is not None)
+            plan = linear_launch.plan_of(tokens, packed, adapters=self.adapters is not None)
             if plan in seen:
                 continue
             seen.add(plan)
