@@ -139,9 +139,8 @@ def test_every_plan_is_among_those_compiled(capability):
     assert plans(range(1, 20000)) == plans(machine_code.TOKENS)
     for outputs, inputs in ((d.q_rows + 2 * d.kv_rows, d.hidden), (d.hidden, d.q_rows)):
         size = outputs // tiles.ROWS, inputs // tiles.tile_inputs(64)
-        for adapters in (False, True):
-            compiled = {plan_linear(rows, *size, gpu, adapters=adapters) for rows in machine_code.LINEAR_ROWS}
-            assert {plan_linear(rows, *size, gpu, adapters=adapters) for rows in range(1, 200)} == compiled
+        compiled = {plan_linear(rows, *size, gpu) for rows in machine_code.LINEAR_ROWS}
+        assert {plan_linear(rows, *size, gpu) for rows in range(1, 200)} == compiled
 
 
 @pytest.mark.parametrize("multiprocessors", [16, 114, 132, 144])
@@ -151,25 +150,27 @@ def test_parts_of_a_linear_layer_are_whole_tiles_that_run_at_once(multiprocessor
     for row_tiles, input_tiles in itertools.product(
         (1, 7, 8, 9, 40, 80, 160, 180, 320, 999, 2500), (1, 3, 4, 9, 45, 64, 139)
     ):
-        plan = plan_linear(64, row_tiles, input_tiles, gpu, adapters=False)
+        plan = plan_linear(64, row_tiles, input_tiles, gpu)
         if isinstance(plan, Small):
             continue
         programs = math.ceil(row_tiles / 8)
         assert 1 <= plan.parts <= input_tiles
         assert plan.parts == 1 or plan.stages * plan.parts <= input_tiles
         assert plan.parts == 1 or plan.parts * programs <= 2 * multiprocessors
-        assert plan.parts * programs >= multiprocessors
+        assert plan.parts * programs >= 1.5 * multiprocessors
         split.add(plan.parts)
     assert max(split) > 1
 
 
-def test_adapters_are_added_within_the_product_of_few_rows():
-    """Those plans were measured with adapters."""
-    gpu, size = machine_code.GPUS[90], (320, 45)
-    assert plan_linear(40, *size, gpu, adapters=False) == Large(rows=64, stages=4, parts=6)
-    assert plan_linear(40, 180, 64, gpu, adapters=False) == Large(rows=64, stages=4, parts=11)
-    assert all(isinstance(plan_linear(rows, *size, gpu, adapters=True), Small) for rows in range(1, 65))
-    assert plan_linear(65, *size, gpu, adapters=False) is None
+def test_programs_share_the_inputs_where_that_was_faster():
+    """q/k/v and o of 33 to 64 rows, on one GPU and as one of two has them."""
+    gpu = machine_code.GPUS[90]
+    assert plan_linear(40, 320, 45, gpu) == Large(rows=64, stages=4, parts=6)
+    assert plan_linear(40, 180, 64, gpu) == Large(rows=64, stages=4, parts=11)
+    assert plan_linear(40, 160, 45, gpu) == Large(rows=64, stages=4, parts=11)
+    assert isinstance(plan_linear(40, 180, 32, gpu), Small)
+    assert isinstance(plan_linear(32, 320, 45, gpu), Small)
+    assert plan_linear(65, 320, 45, gpu) is None
 
 
 @pytest.mark.slow

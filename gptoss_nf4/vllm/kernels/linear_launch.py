@@ -41,7 +41,7 @@ def linear(
         [rows, out_features] in x's dtype.
     """
     gpu = gpu_of(x.device)
-    plan = plan or plan_of(len(x), weight, adapters=factors is not None)
+    plan = plan or plan_of(len(x), weight)
     if isinstance(plan, Small):
         return _of_few_rows(x.contiguous(), weight, out_features, plan, gpu, factors)
     if isinstance(plan, Large):
@@ -54,10 +54,10 @@ def linear(
     return out
 
 
-def plan_of(rows: int, weight: Packed, *, adapters: bool) -> Plan | None:
+def plan_of(rows: int, weight: Packed) -> Plan | None:
     """How `linear` computes a layer: `plan_linear` for its sizes and its GPU."""
     _, row_tiles, input_tiles, *_ = weight.codes.shape
-    return plan_linear(rows, row_tiles, input_tiles, gpu_of(weight.codes.device), adapters=adapters)
+    return plan_linear(rows, row_tiles, input_tiles, gpu_of(weight.codes.device))
 
 
 def _of_few_rows(

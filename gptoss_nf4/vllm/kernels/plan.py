@@ -154,11 +154,8 @@ def examined(device: torch.device) -> Gpu:
     )
 
 
-def plan_linear(rows: int, row_tiles: int, input_tiles: int, gpu: Gpu, *, adapters: bool) -> Plan | None:
-    """For a linear layer of so many tiles on `rows` rows of activations; None: a dense copy of the weight, and cuBLAS.
-
-    adapters: whether they add something.
-    """
+def plan_linear(rows: int, row_tiles: int, input_tiles: int, gpu: Gpu) -> Plan | None:
+    """For a linear layer of so many tiles on `rows` rows of activations; None: a dense copy of the weight, and cuBLAS."""
     # Many programs that start early crowd each other out, unless they are small. Asking ahead gains everywhere but with
     # few programs at 17 to 32 rows (NOTES.md).
     crowded = gpu.starts_early and row_tiles >= 2 * gpu.multiprocessors
@@ -168,11 +165,12 @@ def plan_linear(rows: int, row_tiles: int, input_tiles: int, gpu: Gpu, *, adapte
         return Small(rows=16, warps=4, ahead=crowded or (gpu.starts_early and rows <= 16))
     if rows > MAX_LINEAR_ROWS:
         return None
-    # So many parts that all programs run at once, two on a multiprocessor (NOTES.md), and none has fewer input tiles than
-    # it reads ahead. Measured without adapters, and on one GPU: of a layer that several share, programs may not fill them.
+    # So many parts that all programs run at once, two on a multiprocessor, and none has fewer input tiles than it reads
+    # ahead. That leaves programs too few in a layer that several GPUs share: 220 won on 132 multiprocessors, 184 lost
+    # (NOTES.md).
     programs = cdiv(row_tiles, large.DOWN_TILES)
     parts = max(1, min(2 * gpu.multiprocessors // programs, input_tiles // LINEAR_STAGES))
-    if gpu.wgmma and not adapters and parts * programs >= gpu.multiprocessors:
+    if gpu.wgmma and 2 * parts * programs >= 3 * gpu.multiprocessors:
         return Large(rows=MAX_LINEAR_ROWS, stages=LINEAR_STAGES, parts=parts)
     return Small(rows=32, warps=2 if gpu.starts_early else 4, ahead=gpu.starts_early)
 

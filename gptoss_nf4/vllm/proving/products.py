@@ -68,7 +68,7 @@ class Linear(Product):
         packed, dense, bias = self._weight(draw)
         seen = set()
         for tokens in range(1, MAX_LINEAR_ROWS + 2):
-            plan = linear_launch.plan_of(tokens, packed, adapters=self.adapters is not None)
+            plan = linear_launch.plan_of(tokens, packed)
             if plan in seen:
                 continue
             seen.add(plan)
