@@ -42,7 +42,7 @@ GPUS = {
     90: Gpu(wgmma=True, shared_bytes=228 * 1024, starts_early=True, multiprocessors=132),
     120: Gpu(wgmma=False, shared_bytes=100 * 1024, starts_early=True, multiprocessors=170),
 }
-TOKENS = (1, 8, 32, 64, 128, 256, 2048)
+TOKENS = (1, 8, 32, 64, 96, 128, 256, 2048)
 LINEAR_ROWS = (1, 16, 32, 64, 65)
 LORA_RANKS = (16, 64)
 # Tiles that a warp decodes in an iteration of its loop.

@@ -216,4 +216,6 @@ def _shrink(x: torch.Tensor, factors: Factors | None, slots: int, top_k: int, ro
         return None
     if isinstance(plan, Small):
         return shrink(x, factors, slots, top_k, early=gpu_of(x.device).starts_early)
+    if plan.shrinks_slots:
+        return shrink(x, factors, slots, top_k, operand_order=True)
     return shrink(x, factors, slots, top_k, block=plan.rows, routing=routing, operand_order=True)

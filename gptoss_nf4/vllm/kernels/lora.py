@@ -65,6 +65,8 @@ class Lora(NamedTuple):
     RANK: tl.constexpr
     CHUNK: tl.constexpr
     """Ranks of one `tl.dot`."""
+    CHUNK_OF_FEW: tl.constexpr
+    """The same for few slots, which leave registers for ranks of several adapters."""
     EARLY: tl.constexpr
     """The kernel is started before `shrink` has ended: it waits before it reads `t`, and before it ends."""
 
@@ -120,12 +122,45 @@ def delta(lora, expert, row_n, slice, slot_m, adapter_m, b_nmj):
 
 @triton.jit
 def add_delta(sum_nm, lora, expert, row_n, slice, slot_m, used_m):
-    """`sum_nm` + B @ t, without scale, by one product for each adapter that the slots have; t in the dtype of B."""
+    """`sum_nm` + B @ t, without scale, by products of many slots; t in the dtype of B."""
+    adapter_m = tl.load(lora.adapters + slot_m // lora.top_k, mask=used_m, other=-1)
+    t_m = lora.t + slot_m.to(tl.int64) * lora.T + slice * lora.RANK
+    if slot_m.shape[0] <= 32:
+        return _adapters_together(sum_nm, lora, expert, row_n, adapter_m, t_m)
+    return _one_after_the_other(sum_nm, lora, expert, row_n, adapter_m, t_m)
+
+
+@triton.jit
+def _adapters_together(sum_nm, lora, expert, row_n, adapter_m, t_m):
+    """`add_delta` by products over the ranks of several adapters: one wait for memory instead of one for each.
+
+    c are the ranks of all adapters, one adapter after the other. Where no slot has an adapter of them, nothing is done.
+    """
+    RANK: tl.constexpr = lora.RANK
+    CHUNK: tl.constexpr = lora.CHUNK_OF_FEW
+    SAME: tl.constexpr = min(CHUNK, RANK & -RANK)
+    dtype: tl.constexpr = lora.b.dtype.element_ty
+    for start in range(0, lora.held * RANK, CHUNK):
+        c = start + tl.arange(0, CHUNK)
+        adapter_c, j_c = c // RANK, c % RANK
+        mine_mc = adapter_m[:, None] == adapter_c[None, :]
+        has_c = tl.max(mine_mc.to(tl.int32), axis=0) > 0
+        if tl.max(has_c.to(tl.int32), axis=0) > 0:
+            has_c = tl.max_constancy(has_c, SAME)
+            t_mc = tl.load(t_m[:, None] + j_c[None, :], mask=mine_mc, other=0.0)
+            b_c = lora.b + (adapter_c.to(tl.int64) * lora.E + expert) * lora.N * RANK + j_c
+            mask_nc = (row_n < lora.N)[:, None] & has_c[None, :]
+            b_nc = tl.load(b_c[None, :] + row_n[:, None] * RANK, mask=mask_nc, other=0.0)
+            sum_nm = tl.dot(b_nc, tl.trans(t_mc.to(dtype)), sum_nm)
+    return sum_nm
+
+
+@triton.jit
+def _one_after_the_other(sum_nm, lora, expert, row_n, adapter_m, t_m):
+    """`add_delta` by a product for each adapter that the slots have: of many slots, all registers are taken."""
     RANK: tl.constexpr = lora.RANK
     CHUNK: tl.constexpr = lora.CHUNK
     dtype: tl.constexpr = lora.b.dtype.element_ty
-    adapter_m = tl.load(lora.adapters + slot_m // lora.top_k, mask=used_m, other=-1)
-    t_m = lora.t + slot_m.to(tl.int64) * lora.T + slice * RANK
     for adapter in range(lora.held):
         mine_m = adapter_m == adapter
         if tl.max(mine_m.to(tl.int32), axis=0) > 0:

@@ -95,6 +95,8 @@ class Large:
     """A program reads stages - 1 input tiles ahead."""
     parts: int = 1
     """Among which programs share the inputs of a linear layer."""
+    shrinks_slots: bool = False
+    """Each slot reads its adapter's lora_A, not each block of slots."""
 
     kernels: ClassVar[ModuleType] = large
 
@@ -113,6 +115,7 @@ Plan = Small | Large
 # Of both products of the experts, each up to a mean number of rows that an expert gets.
 WGMMA_PLANS: tuple[tuple[float, Plan], ...] = (
     (5.5, Small(rows=8, warps=4)),
+    (8, Large(rows=16, stages=4, shrinks_slots=True)),
     (12, Large(rows=16, stages=4)),
     (24, Large(rows=32)),
     (80, Large(rows=64)),

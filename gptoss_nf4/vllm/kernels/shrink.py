@@ -10,10 +10,25 @@ from gptoss_nf4.vllm.kernels.lora import Factors, Lora, early_launch
 from gptoss_nf4.vllm.kernels.order import natural
 from gptoss_nf4.vllm.kernels.start import cdiv, next_power_of_2, start_kernel
 
+MAX_CHUNK = 64  # ranks of one `tl.dot`
+
 
 @triton.jit
 def shrink_slots(
-    x, a, t, experts, adapters, top_k, x_top_k, K, E, T, RANKS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+    x,
+    a,
+    t,
+    experts,
+    adapters,
+    top_k,
+    x_top_k,
+    K,
+    E,
+    T,
+    RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OPERAND_ORDER: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """t[slot] = a[adapter, expert] @ x[slot // x_top_k], for few slots.
 
@@ -22,6 +37,7 @@ def shrink_slots(
     Args:
         x: [.., K]. a: [adapters, E, T, K]. t: float32 [slots, T].
         experts, adapters: as in `Factors`. top_k: slots of a token. BLOCK: inputs read at once.
+        OPERAND_ORDER: x is in `tiles.operand_order`.
         EARLY: both this kernel and the next are started before the one in front of it has ended.
     """
     if EARLY:
@@ -37,9 +53,11 @@ def shrink_slots(
     x += (slot // x_top_k) * K
     sum_j = tl.zeros([RANKS], tl.float32)
     for start in range(0, K, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        x_k = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-        a_jk = tl.load(a + j[:, None] * K + k[None, :], mask=(j < T)[:, None] & (k < K)[None, :], other=0.0)
+        place = start + tl.arange(0, BLOCK)  # in memory
+        k = natural(place) if OPERAND_ORDER else place
+        exists_k = place < K
+        x_k = tl.load(x + place, mask=exists_k, other=0.0).to(tl.float32)
+        a_jk = tl.load(a + j[:, None] * K + k[None, :], mask=(j < T)[:, None] & exists_k[None, :], other=0.0)
         sum_j += tl.sum(a_jk.to(tl.float32) * x_k[None, :], axis=1)
     tl.store(t + slot * T + j, sum_j, mask=j < T)
 
@@ -54,7 +72,6 @@ def shrink_blocks(
     slots,
     top_k,
     x_top_k,
-    held,
     K,
     E,
     T,
@@ -63,13 +80,13 @@ def shrink_blocks(
     BLOCK: tl.constexpr,
     OPERAND_ORDER: tl.constexpr,
 ):
-    """The same for many slots, by blocks of one expert: one product for each adapter that a block has.
+    """The same for many slots, by blocks of one expert: a program takes those of one adapter.
 
-    Grid: blocks of BM slots, T / RANKS.
+    Grid: blocks of BM slots, T / RANKS, adapters.
 
     Args:
         routing: a `Routing` for blocks of BM, with slots; NOT_ROUTED for a linear layer, whose rows are the slots.
-        slots: their number. held: how many adapters `a` has. BLOCK: inputs of one `tl.dot`.
+        slots: their number. BLOCK: inputs of one `tl.dot`.
         OPERAND_ORDER: x is in `tiles.operand_order`.
     """
     block = tl.program_id(0)
@@ -86,23 +103,22 @@ def shrink_blocks(
     adapter_m = tl.load(adapters + slot_m // top_k, mask=slot_m < slots, other=-1)
     slot_m = slot_m.to(tl.int64)
     j = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
-    for adapter in range(held):
-        mine_m = adapter_m == adapter
-        if tl.max(mine_m.to(tl.int32), axis=0) > 0:
-            factors = a + (adapter * E + expert) * T * K
-            sum_mj = tl.zeros([BM, RANKS], tl.float32)
-            for start in range(0, K, BLOCK):
-                place = start + tl.arange(0, BLOCK)  # in memory
-                k = natural(place) if OPERAND_ORDER else place
-                exists_k = place < K
-                x_mk = tl.load(
-                    x + (slot_m // x_top_k)[:, None] * K + place[None, :],
-                    mask=mine_m[:, None] & exists_k[None, :],
-                    other=0.0,
-                )
-                a_jk = tl.load(factors + j[:, None] * K + k[None, :], mask=(j < T)[:, None] & exists_k[None, :], other=0.0)
-                sum_mj = tl.dot(x_mk, tl.trans(a_jk), sum_mj)
-            tl.store(t + slot_m[:, None] * T + j[None, :], sum_mj, mask=mine_m[:, None] & (j < T)[None, :])
+    adapter = tl.program_id(2)
+    mine_m = adapter_m == adapter
+    if tl.max(mine_m.to(tl.int32), axis=0) == 0:
+        return
+    a += (adapter.to(tl.int64) * E + expert) * T * K
+    sum_mj = tl.zeros([BM, RANKS], tl.float32)
+    for start in range(0, K, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        k = natural(place) if OPERAND_ORDER else place
+        exists_k = place < K
+        x_mk = tl.load(
+            x + (slot_m // x_top_k)[:, None] * K + place[None, :], mask=mine_m[:, None] & exists_k[None, :], other=0.0
+        )
+        a_jk = tl.load(a + j[:, None] * K + k[None, :], mask=(j < T)[:, None] & exists_k[None, :], other=0.0)
+        sum_mj = tl.dot(x_mk, tl.trans(a_jk), sum_mj)
+    tl.store(t + slot_m[:, None] * T + j[None, :], sum_mj, mask=mine_m[:, None] & (j < T)[None, :])
 
 
 def shrink(
@@ -123,7 +139,7 @@ def shrink(
         slots: their number. top_k: slots of a token.
         block: None for few slots; else that many slots are multiplied at once, and `routing` (None for a linear layer)
         is for blocks of that size.
-        operand_order: x is in `tiles.operand_order`; only with `block`.
+        operand_order: x is in `tiles.operand_order`.
         early: the product may start before this has ended; only without `block`, and where the GPU can.
     """
     held, num_experts, ranks, inputs = factors.a.shape
@@ -144,6 +160,7 @@ def shrink(
             T=ranks,
             RANKS=at_once,
             BLOCK=min(4096, next_power_of_2(inputs)),
+            OPERAND_ORDER=operand_order,
             EARLY=early,
             num_warps=4,
             **early_launch(early),
@@ -152,17 +169,16 @@ def shrink(
     else:
         experts = None if routing is None else routing.experts
         blocks = cdiv(slots, block) if experts is None else len(experts)
-        at_once = min(64, _padded(ranks))
+        at_once = min(MAX_CHUNK, _padded(ranks))
         start_kernel(
             shrink_blocks,
-            (blocks, cdiv(ranks, at_once)),
+            (blocks, cdiv(ranks, at_once), held),
             x,
             factors.a,
             t,
             # Not None itself: Triton 3.6 cannot compare a tuple with it that has None in it.
             routing=NOT_ROUTED if routing is None else routing,
             slots=slots,
-            held=held,
             T=ranks,
             BM=block,
             RANKS=at_once,
@@ -184,7 +200,8 @@ def shrink(
         ends=factors.ends or (rows,),
         scale=factors.scale,
         RANK=tl.constexpr(rank),
-        CHUNK=tl.constexpr(min(64, _padded(rank))),
+        CHUNK=tl.constexpr(min(MAX_CHUNK, _padded(rank))),
+        CHUNK_OF_FEW=tl.constexpr(min(MAX_CHUNK, _padded(rank)) if held == 1 else MAX_CHUNK),
         EARLY=tl.constexpr(early),
     )
 
