@@ -33,6 +33,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # while modules are imported, which lea
     gc.disable()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let bitsandbytes come without PyTorch's compiler, before anything else imports it: that takes seconds to load, and
+    20 to compile what one test calls once. Of pytest-xdist, the workers."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        import gptoss_nf4.eager_bnb  # noqa: F401
+
+
 def pytest_collection_finish() -> None:
     """From now on garbage is collected, without a look at all modules each time."""
     gc.enable()
