@@ -56,10 +56,9 @@ def _named() -> set[int]:
         return set()
     readers, writers = found.get("read", {}), found.get("write", {})
     infos = [*writers.values(), *(info for each in readers.values() for info in each)]
-    if found.keys() - {"read", "write"} or not all(isinstance(info["cmd"], str) for info in infos):
+    readable = all(isinstance(info["cmd"], str) and type(info["pid"]) is int for info in infos)
+    if found.keys() - {"read", "write"} or not readable:
         raise ValueError
-    if not all(type(info["pid"]) is int for info in infos):
-        raise TypeError
     return {info["pid"] for info in infos}
 
 

@@ -11,7 +11,7 @@ from common import adapters_of, require_settings
 from omegaconf import DictConfig
 from params import settings
 
-from gptoss_nf4.engine.serve import Memory, ServedAdapter, serve_arguments
+from gptoss_nf4.engine.serve import Memory, ServedAdapter, cpu_cache_gib, serve_arguments
 from gptoss_nf4.errors import UserError
 from gptoss_nf4.source.model import adapter_directory
 from gptoss_nf4.storage.artifacts import Artifacts
@@ -20,6 +20,7 @@ from gptoss_nf4.storage.machine import available_memory
 from gptoss_nf4.storage.reading import read_json_object
 
 MIB = 1 << 20
+CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB
 QUERY = ["nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"]
 
 
@@ -54,10 +55,23 @@ def command(cfg: DictConfig) -> list[str]:
     """The whole `vllm serve` command for the checkpoint of params.yaml. UserError where it is not there."""
     artifacts = Artifacts.of(cfg.model.name)  # the source need not be there any more
     artifacts.require(artifacts.checkpoint / "config.json", "assemble")
-    checkpoint = Checkpoint(artifacts.checkpoint)
-    size = sum(info.bytes for info in checkpoint.tensors.values())
     adapters = served_adapters(cfg, artifacts)
-    return ["vllm", "serve", *serve_arguments(artifacts.checkpoint, checkpoint.config, size, adapters, memory())]
+    return ["vllm", "serve", *serve_arguments(*described(artifacts), adapters, memory())]
+
+
+def described(artifacts: Artifacts) -> tuple[Path, dict, int]:
+    """The checkpoint, its config.json and the bytes of its tensors."""
+    checkpoint = Checkpoint(artifacts.checkpoint)
+    return artifacts.checkpoint, checkpoint.config, sum(info.bytes for info in checkpoint.tensors.values())
+
+
+def environment(cfg: DictConfig) -> dict[str, str]:
+    """What `make serve` adds to the environment, unless it is set: without a GPU, how large the KV cache is."""
+    found = memory()
+    if found is None or found.gpu or CPU_CACHE in os.environ:
+        return {}
+    gib = cpu_cache_gib(*described(Artifacts.of(cfg.model.name)), found.free)
+    return {CPU_CACHE: str(gib)} if gib else {}
 
 
 def main() -> None:
@@ -68,9 +82,11 @@ def main() -> None:
         cfg = settings()
         require_settings(cfg)
         full = [*command(cfg), *sys.argv[1:]]
+        added = environment(cfg)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(shlex.join(full), flush=True)
+    print(*(f"{name}={value}" for name, value in added.items()), shlex.join(full), flush=True)
+    os.environ |= added
     os.execv(Path(sys.executable).with_name("vllm"), full)
 
 

@@ -151,17 +151,24 @@ def test_an_adapter_is_served_beside_its_base(project, finetune, adapters):
 
 
 @pytest.mark.slow
-def test_serve_runs_that_line_with_further_arguments(project, finetune):
-    """vllm itself is put out of the way: what it is called with is what counts here."""
+def test_serve_runs_that_line_with_further_arguments(project, finetune, monkeypatch):
+    """vllm itself is put out of the way: what it is called with is what counts here. Without a GPU it is told how large
+    its KV cache is, unless the user has told it."""
     line = converted(project, f"MODEL={finetune}")[-1]
-    code = "import os, sys; sys.argv[1:] = ['--port', '8001']; os.execv = lambda path, full: print(path.name, *full)"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}; sys.path.insert(0, 'stages'); import serve; serve.main()"],
-        cwd=project,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.splitlines() == [f"{line} --port 8001", f"vllm {line} --port 8001"], done.stderr
+    stand_in = "os.execv = lambda path, full: print(path.name, os.environ['VLLM_CPU_KVCACHE_SPACE'], *full)"
+    code = f"import os, sys; sys.argv[1:] = ['--port', '8001']; {stand_in}; sys.path.insert(0, 'stages'); import serve"
+
+    def served() -> list[str]:
+        command = [sys.executable, "-c", f"{code}; serve.main()"]
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert served() == [f"{line} --port 8001", f"vllm 3 {line} --port 8001"]
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    if not shutil.which("nvidia-smi"):
+        assert served() == [f"VLLM_CPU_KVCACHE_SPACE=1 {line} --port 8001", f"vllm 1 {line} --port 8001"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 
 from gptoss_nf4.engine import generate, measure
 from gptoss_nf4.engine.forecast import forecast_on_cpu
-from gptoss_nf4.engine.serve import Memory, ServedAdapter, cache_bytes, lora_rank, serve_arguments
+from gptoss_nf4.engine.serve import Memory, ServedAdapter, cache_bytes, cpu_cache_gib, lora_rank, serve_arguments
 from gptoss_nf4.format.dimensions import Dimensions
 
 GIB = 1 << 30
@@ -93,6 +93,24 @@ def test_the_cache_of_a_whole_request_is_counted_by_hand():
 )
 def test_memory_decides_what_has_to_be_told(memory, weights, told):
     assert serve_arguments(HERE, CONFIG, weights, memory=memory) == [str(HERE), *told]
+
+
+@pytest.mark.parametrize(
+    ("weights", "free", "gib"),
+    [
+        (12 * GIB, 99 * GIB, 4 * CACHE // GIB),
+        (12 * GIB, 20 * GIB, 5),
+        (12 * GIB, 16 * GIB - 1, 0),
+        (12 * GIB, 16 * GIB, 1),
+        (12 * GIB, 10 * GIB, 0),
+    ],
+)
+def test_without_a_gpu_the_cache_has_a_size(weights, free, gib):
+    assert cpu_cache_gib(HERE, CONFIG, weights, free) == gib
+
+
+def test_without_a_gpu_the_cache_of_a_small_model_has_a_gib():
+    assert cpu_cache_gib(HERE, CONFIG | {"max_position_embeddings": 64}, GIB, 20 * GIB) == 1
 
 
 def test_the_forecast_is_what_was_measured():

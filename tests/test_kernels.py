@@ -244,14 +244,15 @@ def test_products_of_many_rows_run_beside_the_decoding(blocks_along, dtype, lora
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: there is none on this machine")
-def test_no_launch_waits_for_the_gpu():
+@pytest.mark.parametrize(("rows", "plan"), [(4, None), (40, Large(rows=64, parts=2))])
+def test_no_launch_waits_for_the_gpu(rows, plan):
     from benchmarks import kernels
 
     weight = kernels.random_packed(1, 64, 128)
-    x = torch.randn(4, 128, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(rows, 128, device="cuda", dtype=torch.bfloat16)
     graph = torch.cuda.CUDAGraph()
-    linear_launch.linear(x, weight, 64)
+    linear_launch.linear(x, weight, 64, plan)
     with torch.cuda.graph(graph):  # raises on any synchronisation
-        out = linear_launch.linear(x, weight, 64)
+        out = linear_launch.linear(x, weight, 64, plan)
     graph.replay()
-    assert torch.equal(out, linear_launch.linear(x, weight, 64))
+    assert torch.equal(out, linear_launch.linear(x, weight, 64, plan))

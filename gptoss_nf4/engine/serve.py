@@ -16,6 +16,7 @@ SPARE_BYTES = GIB // 4  # for what other programs take between two looks
 # What vLLM needs beside weights and KV cache: with 24 GiB, 12.0 of weights left 9.1 for the cache (NOTES.md, Serving).
 OTHER_BYTES = 3 * GIB
 CACHE_ITEM_BYTES = 2  # the KV cache has 16 bit
+CPU_REQUESTS = 4  # of full length that the KV cache in a machine's own memory holds, in float32 half as many
 PLAIN_PATH = re.compile(r"[^=,{}]+")  # others are given to --lora-modules as JSON
 
 
@@ -85,6 +86,15 @@ def _for_memory(checkpoint: Path, config: dict, weight_bytes: int, memory: Memor
     if usable - weight_bytes - OTHER_BYTES < cache_bytes(config, checkpoint / "config.json"):
         arguments += ["--max-model-len", "auto"]  # as many as fit
     return arguments
+
+
+def cpu_cache_gib(checkpoint: Path, config: dict, weight_bytes: int, free: int) -> int:
+    """How many GiB of KV cache to give vLLM where there is no GPU, of `free` bytes; 0 where less than one is left.
+
+    Not told, it fills nearly all memory that is free before it answers.
+    """
+    wanted = max(GIB, CPU_REQUESTS * cache_bytes(config, checkpoint / "config.json"))
+    return max(0, min(wanted, free - weight_bytes - OTHER_BYTES) // GIB)
 
 
 def cache_bytes(config: dict, where: Path) -> int:
