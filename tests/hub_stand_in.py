@@ -39,6 +39,8 @@ class State:
     objects: dict[str, bytes] = field(default_factory=dict)
     """LFS objects by SHA-256, committed or not."""
     served: list[str] = field(default_factory=list)
+    revisions: set[str] = field(default_factory=set)
+    """Of which files were asked for."""
     received: list[str] = field(default_factory=list)
     """SHA-256 of every LFS object that was uploaded."""
     lie_about: str | None = None
@@ -71,7 +73,9 @@ class Handler(BaseHTTPRequestHandler):
             if path.startswith(f"/api/models/{name}"):
                 return self._info(name, repository, path)
             if path.startswith(f"/{name}/resolve/"):
-                return self._file(repository, path.removeprefix(f"/{name}/resolve/").partition("/")[2])
+                revision, _, file = path.removeprefix(f"/{name}/resolve/").partition("/")
+                self.state.revisions.add(revision)
+                return self._file(repository, file)
         return self._respond(b"{}", {"X-Error-Code": "RepoNotFound"}, 404)
 
     do_HEAD = do_GET

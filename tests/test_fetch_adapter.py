@@ -5,10 +5,12 @@ import json
 import shutil
 from pathlib import Path
 
+import layout_makers as makers
 import pytest
 import torch
 from adapter_makers import ATTENTION, EXPERTS, ROUTER, weights_of, with_adapter
 from conftest import local
+from safetensors.torch import load_file
 from whole_model import whole_model
 
 from gptoss_nf4.errors import UserError
@@ -58,6 +60,22 @@ def test_what_an_adapter_changes_is_peft_s_to_three_digits(tiny, saved, tmp_path
     ]
     assert [{key: each[key] for key in expected[0]} for each in described["files"]] == expected
     assert adapter_directory(source, artifacts) == directory
+
+
+def test_sizes_are_those_of_weights_in_16_bit_too(tmp_path):
+    base = tmp_path / "base"
+    makers.fused_fp4_and_attention_in_16_bit(base)
+    stored = load_file(base / "model.safetensors")
+    model = with_adapter(makers.model(), target_modules=ATTENTION)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "mine")
+    described, _ = brought(base, tmp_path / "artifacts", AdapterSource("mine", str(tmp_path / "mine")))
+    modules = dict(model.base_model.model.named_modules())
+    linears = {name: module for name, module in modules.items() if hasattr(module, "get_delta_weight")}
+    assert described["modules"].keys() == linears.keys()
+    for name, module in linears.items():
+        expected = module.get_delta_weight("default").double().norm() / stored[f"{name}.weight"].double().norm()
+        assert described["modules"][name]["relative_size"] == pytest.approx(float(expected), rel=6e-3), name
 
 
 def test_an_adapter_of_a_base_of_zeros_has_no_size(tiny, saved, tmp_path):

@@ -121,5 +121,10 @@ def test_the_base_that_an_adapter_names_is_read_from_its_repository(here):
     for repository in ("me/silent", "me/both", REPOSITORY, "me/nothing", "no such name", ""):
         assert base_on_hub(repository, None) is None, repository
     assert hub_config("me/both", None).read_bytes() == b"{}"
+    assert here.revisions == {"main"}
+    here.revisions.clear()
+    assert base_on_hub("me/lora", "v1") == "someone/base"
+    assert base_on_hub("me/both", "v1") is None
+    assert here.revisions == {"v1"}
     with pytest.raises(UserError, match=r"cannot read the repository's config\.json.*config\.json of me/lora"):
         hub_config("me/lora", None)
