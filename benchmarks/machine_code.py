@@ -141,11 +141,12 @@ def launches_of(
     qkv = packed(1, d.q_rows + 2 * d.kv_rows, d.hidden, dtype, blocksize)
     o = packed(1, d.hidden, d.q_rows, dtype, blocksize)
     top_k, experts = d.experts_per_token, d.experts
-    w13_factors = w2_factors = qkv_factors = router_factors = None
+    w13_factors = w2_factors = qkv_factors = o_factors = router_factors = None
     if lora_rank:
         w13_factors = _factors(lora_rank, experts, [2 * d.intermediate], d.hidden, dtype)
         w2_factors = _factors(lora_rank, experts, [d.hidden], d.intermediate, dtype)
         router_factors = _factors(lora_rank, 1, [experts], d.hidden, dtype)
+        o_factors = _factors(lora_rank, 1, [d.hidden], d.q_rows, dtype)
         qkv_factors = _factors(lora_rank, 1, [d.q_rows, d.kv_rows, d.kv_rows], d.hidden, dtype)
     settle(META, gpu)
     with variants.recorded() as found:
@@ -163,7 +164,7 @@ def launches_of(
             x = torch.empty(rows, d.hidden, dtype=dtype, device=META)
             linear_launch.router(x, torch.empty(experts, d.hidden, dtype=dtype, device=META), bias=x.new_empty(experts))
             linear_launch.linear(x, qkv, d.q_rows + 2 * d.kv_rows, factors=qkv_factors)
-            linear_launch.linear(torch.empty(rows, d.q_rows, dtype=dtype, device=META), o, d.hidden)
+            linear_launch.linear(torch.empty(rows, d.q_rows, dtype=dtype, device=META), o, d.hidden, factors=o_factors)
             if router_factors is not None:
                 linear_launch.add_adapters(torch.empty(rows, experts, dtype=dtype, device=META), x, router_factors)
     return [Launch(each.function, each.arguments, each.grid) for each in found]

@@ -61,6 +61,7 @@ EXPERTS = [
     ),
     (Experts(tokens=40, experts=3, hidden=256, intermediate=64, plan=Large(rows=16)), Adapters(count=2, rank=64)),
     (Experts(tokens=40, experts=3, hidden=192, intermediate=64, plan=Large(16, shrinks_slots=True)), Adapters(5, 16)),
+    (Experts(tokens=30, experts=2, hidden=64, intermediate=64, plan=Large(rows=16)), Adapters(count=1, rank=20)),
     (Experts(tokens=70, experts=2, hidden=64, intermediate=64, plan=Large(rows=64)), Adapters(count=3, rank=40)),
     (Experts(tokens=20, experts=2, hidden=64, intermediate=64, plan=Large(rows=32)), Adapters(count=2, rank=72)),
     # Blocks along the outputs.

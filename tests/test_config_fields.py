@@ -23,6 +23,7 @@ from gptoss_nf4.format.config_fields import (
     TOKEN_IDS,
     WITHOUT_EFFECT,
     ignored_keys,
+    require_served,
     served_config,
 )
 from gptoss_nf4.format.dimensions import Dimensions
@@ -151,6 +152,16 @@ def changed(**changes: object) -> dict:
 
 # As models with other rope in each type of layer have it.
 NESTED = {"rope_type": "yarn"} | {key: {"rope_type": "yarn", "factor": 32.0} for key in config_fields.LAYER_TYPES}
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [({"model_type": "llama"}, "model_type='llama', "), ({"attention_bias": False}, "attention_bias=False, ")],
+)
+def test_a_refused_value_is_told_as_python_writes_it(field, told):
+    with pytest.raises(UserError, match=f"got {told}"):
+        require_served({"model_type": "gpt_oss"} | field, WHERE)
+
 
 REFUSED = [
     *[(key, changed(**{key: value})) for key, value in [

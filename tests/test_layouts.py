@@ -1,6 +1,7 @@
 """Every layout that is read, written by the library that people have it from, against what that library reads."""
 
 import json
+import re
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -228,6 +229,12 @@ def test_experts_in_16_bit_with_values_that_no_absmax_holds_are_refused(tmp_path
     makers.write(tmp_path / "source", tensors)
     with pytest.raises(UserError, match=r"cannot be quantized: model\.layers\.1\.mlp\.experts\.down_projs"):
         converted(tmp_path / "source", tmp_path / "artifacts", mode=NF4)
+
+
+def test_the_sample_names_its_tensors_as_transformers_does(tiny_fused):
+    """But for what bitsandbytes adds to a name."""
+    stored = {name for name in Checkpoint(tiny_fused).tensors if not re.search(r"absmax|quant_", name)}
+    assert stored == makers.model().state_dict().keys()
 
 
 def test_experts_that_a_blocksize_does_not_divide_are_refused(tmp_path, monkeypatch):

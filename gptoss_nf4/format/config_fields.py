@@ -306,7 +306,7 @@ def _known() -> set[str]:
 
 
 def _unsupported(where: object, key: str, config: dict, expected: str, next_step: str) -> UserError:
-    got = (
-        f"{key}={str(config.get(key))[:80]!r}" if isinstance(config.get(key), str) else f"{key}={str(config.get(key))[:80]}"
-    )
-    return UserError("unsupported config", where=where, got=got, expected=expected, next_step=next_step)
+    value = config.get(key)
+    text = str(value)[:80]
+    got = repr(text) if isinstance(value, str) else text
+    return UserError("unsupported config", where=where, got=f"{key}={got}", expected=expected, next_step=next_step)

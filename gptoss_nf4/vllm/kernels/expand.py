@@ -1,6 +1,6 @@
-"""B @ (A @ x) added to the result of a product that is not ours, see `lora`: cuBLAS's, and those of dense layers.
+"""B @ (A @ x) added to the result of a product, see `lora`: of `large.linear`, of cuBLAS, of a dense layer.
 
-For few rows and a small lora_A, as the router's is, one kernel does both steps.
+For few rows and a lora_A that fits into registers, as the router's does, one kernel does both steps.
 """
 
 import torch

@@ -169,8 +169,8 @@ def plan_linear(rows: int, row_tiles: int, input_tiles: int, gpu: Gpu) -> Plan |
     if rows > MAX_LINEAR_ROWS:
         return None
     # So many parts that all programs run at once, two on a multiprocessor, and none has fewer input tiles than it reads
-    # ahead. That leaves programs too few in a layer that several GPUs share: 220 won on 132 multiprocessors, 184 lost
-    # (NOTES.md).
+    # ahead. That leaves programs too few in a layer that several GPUs share: 220 won on 132 multiprocessors but with
+    # eight adapters, 184 lost (NOTES.md).
     programs = cdiv(row_tiles, large.DOWN_TILES)
     parts = max(1, min(2 * gpu.multiprocessors // programs, input_tiles // LINEAR_STAGES))
     if gpu.wgmma and 2 * parts * programs >= 3 * gpu.multiprocessors:

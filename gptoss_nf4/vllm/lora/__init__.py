@@ -10,8 +10,9 @@ lora_B. On the CPU it also applies them to the linear layers. What it lacks is a
 4. `experts.py` computes the experts with the factors of each token's adapter.
 5. On a GPU, `linear.py` puts our kernels in the place of vLLM's in the linear layers.
 
-For an adapter, vLLM starts eleven kernels a layer in each step, and we five. A @ x takes one kernel for each of the four
-products, and B @ (A @ x) is added within the product's own (`kernels.lora`). The router, a dense layer, takes one.
+For an adapter, vLLM starts eleven kernels a layer in each step, and we five, up to 32 requests. A @ x takes one kernel for
+each of the four products, and B @ (A @ x) is added within the product's own (`kernels.lora`). The router, a dense layer,
+takes one. With more requests q/k/v and o add B @ (A @ x) after their product.
 
 May import `gptoss_nf4.adapters` and what lies below; imported by `vllm/model.py` and `vllm/moe.py`.
 """

@@ -58,7 +58,7 @@ class OnKernels:
 
 
 class PackedLinear(OnKernels):
-    """A layer of 4-bit weights: B @ (A @ x) is added within its product."""
+    """A layer of 4-bit weights: of few rows, B @ (A @ x) is added within its product."""
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self.base_layer.quant_method.apply(self.base_layer, x, bias, **self.factors())

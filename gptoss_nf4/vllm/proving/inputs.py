@@ -31,17 +31,17 @@ class Adapters:
     ends: tuple[int, ...] = ()
 
     def factors(self, experts: int, rows: int, inputs: int, tokens: int, dtype: torch.dtype, draw: "Draw") -> Factors:
-        """Random ones, of few adapters and experts but on `meta`. Tokens ask for the first, for none, and so on."""
+        """Random ones, of few adapters and experts but on `meta`. Tokens ask for the last, for none, and so on."""
         slices = max(1, len(self.ends))
         held, experts = (self.held, experts) if draw.device == META else (alike(self.held), alike(experts))
         a = draw.normal(held, experts, slices * self.rank, inputs) / inputs**0.5
         b = draw.normal(held, experts, rows, self.rank) / self.rank**0.5
-        asked_for = -(torch.arange(tokens, device=draw.device) % 2)
+        asked_for = held - 1 - held * (torch.arange(tokens, device=draw.device) % 2)
         return Factors(a.to(dtype), b.to(dtype), asked_for, ends=self.ends)
 
     def delta(self, factors: Factors, x: torch.Tensor, expert: int = 0) -> torch.Tensor:
-        """float32 [tokens, rows]: what the first adapter adds for each row of x."""
-        a, b = factors.a[0, expert].float(), factors.b[0, expert].float()
+        """float32 [tokens, rows]: what the last adapter adds for each row of x."""
+        a, b = factors.a[-1, expert].float(), factors.b[-1, expert].float()
         ends = self.ends or (len(b),)
         starts = (0, *ends)
         parts = [
