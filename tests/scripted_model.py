@@ -157,7 +157,7 @@ def _attention(tensors: dict[str, torch.Tensor], prefix: str, heads: list[Head])
         weight["o"][head.channel, start] = STREAM / math.sqrt(d.hidden)
     for name in shapes:
         module = f"{prefix}self_attn.{name}_proj"
-        tensors |= embedded.quantized(f"{module}.weight", weight[name])
+        tensors |= embedded.quantized(f"{module}.weight", weight[name], 64)
         tensors[f"{module}.bias"] = bias[name].to(embedded.OTHER_DTYPE)
     tensors[f"{prefix}self_attn.sinks"].fill_(SINK)
     tensors[f"{prefix}input_layernorm.weight"].fill_(1)
@@ -168,7 +168,7 @@ def _small_experts(tensors: dict[str, torch.Tensor], prefix: str) -> None:
         module = f"{prefix}mlp.experts.down_projs.{expert}"
         shape = (DIMENSIONS.hidden, DIMENSIONS.intermediate)
         weight = embedded.random_tensor(f"{module}.weight", shape, std=0.1 / math.sqrt(shape[1]))
-        tensors |= embedded.quantized(f"{module}.weight", weight)
+        tensors |= embedded.quantized(f"{module}.weight", weight, 64)
 
 
 def _embeddings() -> torch.Tensor:

@@ -231,6 +231,12 @@ def test_experts_in_16_bit_with_values_that_no_absmax_holds_are_refused(tmp_path
         converted(tmp_path / "source", tmp_path / "artifacts", mode=NF4)
 
 
+def test_rows_of_outputs_that_are_not_whole_blocks_are_refused_in_mode_exact(tmp_path):
+    makers.fused_with_blocks_across_rows(tmp_path / "source")
+    with pytest.raises(UserError, match=r"columns are not whole blocks: .* got out_features 192 and blocksize 128,"):
+        converted(tmp_path / "source", tmp_path / "artifacts", mode="exact")
+
+
 def test_the_sample_names_its_tensors_as_transformers_does(tiny_fused):
     """But for what bitsandbytes adds to a name."""
     stored = {name for name in Checkpoint(tiny_fused).tensors if not re.search(r"absmax|quant_", name)}

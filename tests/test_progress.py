@@ -25,6 +25,19 @@ def clock(monkeypatch):
     return now
 
 
+def test_a_bar_is_as_wide_as_the_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "34")
+    with Progress(100, "hashing") as shown:
+        shown.advance(50)
+        bars = [line.rstrip() for line in sys.stderr.getvalue().split("\r")]
+    assert max(map(len, bars)) in (33, 34)
+
+
 def test_without_a_terminal_a_line_says_how_far_it_is(clock, capsys):
     with Progress(4_000_000_000, "hashing") as shown:
         clock[0] = 20.0

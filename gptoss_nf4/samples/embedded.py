@@ -101,7 +101,7 @@ def random_tensor(name: str, shape: tuple[int, ...], std: float, mean: float = 0
     return torch.randn(shape, generator=generator) * std + mean
 
 
-def quantized(name: str, weight: torch.Tensor, blocksize: int = 64) -> dict[str, torch.Tensor]:
+def quantized(name: str, weight: torch.Tensor, blocksize: int) -> dict[str, torch.Tensor]:
     """`weight`, floating of any shape, rounded to bfloat16 and stored as bitsandbytes does with double quantization."""
     from gptoss_nf4.eager_bnb import bnb
 
