@@ -11,7 +11,7 @@ from gptoss_nf4.errors import UserError
 from gptoss_nf4.fetch.fetch import fetch
 from gptoss_nf4.fetch.hub import _require_room, download
 from gptoss_nf4.source.interface import Source
-from gptoss_nf4.source.model import HUB_PATTERNS, Model, base_on_hub, hub_config, hub_snapshot, open_source
+from gptoss_nf4.source.model import HUB_PATTERNS, Model, base_on_hub, hub_config, hub_snapshot, open_source, origin_of
 from gptoss_nf4.storage import machine
 from gptoss_nf4.storage.artifacts import Artifacts
 
@@ -110,6 +110,10 @@ def test_a_hub_that_does_not_answer_is_one_line(here, tmp_path, monkeypatch):
     monkeypatch.setattr(hf_api.api, "endpoint", nobody)
     with pytest.raises(UserError, match=f"^download failed: {REPOSITORY}: got "):
         fetched(tmp_path)
+
+
+def test_a_source_of_the_hub_comes_from_its_repository():
+    assert origin_of("hub", None, "me/model") == {"kind": "hub", "repository": "me/model"}
 
 
 def test_the_base_that_an_adapter_names_is_read_from_its_repository(here):
