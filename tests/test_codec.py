@@ -1,5 +1,7 @@
 """The codec against bitsandbytes itself, bit for bit."""
 
+import sys
+
 import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
@@ -19,6 +21,20 @@ def test_bitsandbytes_without_the_compiler_keeps_its_functions():
     assert eager_bnb._as_it_is(function) is function
     assert eager_bnb._as_it_is(dynamic=True)(function) is function
     assert torch.compile is not eager_bnb._as_it_is
+
+
+def test_a_kernel_of_bitsandbytes_is_hidden_from_the_compiler_once_it_is_loaded(monkeypatch):
+    hidden = []
+
+    def hides(function):
+        return lambda *arguments: hidden.append(arguments) or function(*arguments)
+
+    monkeypatch.setattr(eager_bnb, "_disable_dynamo", hides)
+    call = eager_bnb._hidden_once_it_is_loaded(lambda number: number + 1)
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    assert (call(1), hidden) == (2, [])
+    monkeypatch.setitem(sys.modules, "torch._dynamo", sys)
+    assert (call(1), hidden) == (2, [(1,)])
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -292,13 +292,20 @@ def test_the_proof_knows_nothing_of_the_conversion():
     for file in (ROOT / "gptoss_nf4/proof").glob("*.py"):
         ours = {name.removeprefix("gptoss_nf4.") for name in direct_imports(file) if name.startswith("gptoss_nf4.")}
         assert all(name.startswith(ALLOWED) for name in ours), file
-    code = "import sys, gptoss_nf4.proof.prove, torch; print(torch.compile.__module__, *sys.modules)"
+    code = """
+import sys, gptoss_nf4.proof.prove, gptoss_nf4.proof.config, torch
+gptoss_nf4.proof.config.load({}, "config.json")
+print(torch.compile.__module__, *sys.modules)
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
+print(GptOssForCausalLM.config_class is GptOssConfig is type(gptoss_nf4.proof.config.load({}, "config.json")))
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    compiles_as, *loaded = done.stdout.split()
+    (compiles_as, *loaded), whole = (line.split() for line in done.stdout.splitlines())
     ours = {name.removeprefix("gptoss_nf4.") for name in loaded if name.startswith("gptoss_nf4.")}
     known = ("eager_bnb", "errors", "proof", "storage")
     assert {name for name in ours if not name.startswith(known)} == {"format", "format.dtypes"}
-    # bitsandbytes came without PyTorch's compiler, which is as it was.
-    assert {"bitsandbytes.functional", "torch"} <= {*loaded}
+    # bitsandbytes and transformers' configuration came without PyTorch's compiler, which is as it was, as transformers is.
+    assert {"bitsandbytes.functional", "torch", "transformers.models.gpt_oss.configuration_gpt_oss"} <= {*loaded}
+    assert whole == ["True"]
     assert not {"torch._dynamo", "torch._inductor.compile_fx"} & {*loaded}
     assert compiles_as == "torch"

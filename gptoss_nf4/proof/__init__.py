@@ -6,7 +6,7 @@ bitsandbytes dequantizes them, or, behind a matrix's first rows, by codes and ab
 
 - `prove.py`: the proof in one function, and its result.
 - `names.py`: which tensors of a source make which tensor of the result.
-- `config.py`: what the result's config.json must say.
+- `config.py`: what the result's config.json must say. `bare_config.py`: transformers' class for it, without its models.
 - `stored.py`: the values of a stored tensor, a few rows at a time.
 - `compare.py`: comparing values: pure functions.
 

@@ -78,7 +78,7 @@ def require_function(source: dict, result: dict, asked: Asked, where: object) ->
     A field that GptOssConfig declares must have the same value once both are loaded. So a default may be written out or
     left out. Any other key must be the source's or a default of transformers': none is added, none changed.
     """
-    from transformers import GptOssConfig
+    from gptoss_nf4.proof.bare_config import GptOssConfig
 
     before, after = load(_readable(source), where), load(result, where)
     declared = GptOssConfig.__annotations__.keys() - WITHOUT_EFFECT - ROPE_KEYS
@@ -100,7 +100,7 @@ def require_function(source: dict, result: dict, asked: Asked, where: object) ->
 
 def _readable(source: dict) -> dict:
     """`source` without what older libraries wrote and transformers 5 does not read: OpenAI's name, 7 for 7.0, null."""
-    from transformers import GptOssConfig
+    from gptoss_nf4.proof.bare_config import GptOssConfig
 
     declared = GptOssConfig.__annotations__.keys()
     found = {"num_experts_per_tok": source["experts_per_token"]} if "experts_per_token" in source else {}
@@ -125,7 +125,7 @@ def _readable(source: dict) -> dict:
 
 def load(config: dict, where: object) -> Any:
     """transformers' GptOssConfig of a config.json. UserError where transformers refuses it."""
-    from transformers import GptOssConfig
+    from gptoss_nf4.proof.bare_config import GptOssConfig
 
     fields = {key: copy.deepcopy(value) for key, value in config.items() if key != "quantization_config"}
     try:
