@@ -89,13 +89,8 @@ def test_sigkill_at_random_moments(finished, capsys):
     project, undisturbed = finished
     rng = random.Random(SEED)
     killed, attempts = killed_at_random(project, rng, KILLS)
-    killed |= dict.fromkeys((" ".join(stage) for stage in VLLM_STAGES), 0)
-    for stage in VLLM_STAGES:  # they write one file, at their end, and take long: killed on their way there
-        process = to_kill(project, stage)
-        time.sleep(rng.uniform(0.5, 6))
-        process.kill(group=True)  # vLLM's engine too, which else would stay for a while
-        killed[" ".join(stage)] += process.wait() == -signal.SIGKILL
-    assert all(killed.values())
+    # These write one file, at their end: killed on their way there, which a fast machine goes in less than six seconds.
+    assert all(any(killed_within(project, stage, rng.uniform(0.5, most)) for most in (6, 3, 1)) for stage in VLLM_STAGES)
     require_undisturbed(project, undisturbed)
     with capsys.disabled():
         print(f"\n{sum(killed.values())} kills of {attempts} tries: {killed}")
@@ -110,6 +105,14 @@ def test_sigkill_while_fused_experts_are_converted(tmp_path, capsys):
     require_undisturbed(project, undisturbed, "tiny_fused")
     with capsys.disabled():
         print(f"\n{sum(killed.values())} kills of {attempts} tries: {killed}")
+
+
+def killed_within(project: Path, stage: list[str], seconds: float) -> bool:
+    """Whether a stage was killed while it ran, after so long."""
+    process = to_kill(project, stage)
+    time.sleep(seconds)
+    process.kill(group=True)  # vLLM's engine too, which else would stay for a while
+    return process.wait() == -signal.SIGKILL
 
 
 def killed_at_random(project: Path, rng: random.Random, kills: int) -> tuple[dict[str, int], int]:
