@@ -202,7 +202,7 @@ def test_the_first_fault_is_named_and_the_others_counted(tmp_path):
 
 def four_bit(codes: torch.Tensor, absmax: torch.Tensor, blocksize: int = 4, quant_type: str = "nf4") -> FourBit:
     shape, taken = (1, 2 * len(codes)), codes.numpy()
-    return FourBit(shape, (quant_type, blocksize), absmax, lambda first, last: taken[first:last])
+    return FourBit(shape, (quant_type, blocksize), lambda: absmax, lambda first, last: taken[first:last])
 
 
 def test_the_same_bytes_are_seen_and_nothing_else_is():

@@ -1,6 +1,7 @@
 """One tensor of the result against those of the source that make it."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,16 +44,17 @@ def compare_pair(
     Weights that a merged adapter changed are passed over.
     `advance` is told how many bytes were done. UserError for another shape or storage than the plugin reads.
     """
-    matrices = [matrix for name in pair.sources for matrix in before.matrices(name, pair.fused)]
+    matrices = deque(matrix for name in pair.sources for matrix in before.matrices(name, pair.fused))
     values = _result_values(pair, before, after, asked)
     _require_shape(pair, matrices, values)
     order = asked.w13_order if pair.entry.gate_and_up else INTERLEAVED
     size, done = pair_bytes(pair, before, after), 0
     total, faults = Difference(), []
     if isinstance(values, TurnedFourBit):
-        matrices = [matrix.as_stored for matrix in matrices]
+        matrices = deque(matrix.as_stored for matrix in matrices)
     rows_of_all, place = sum(matrix.rows for matrix in matrices), 0
-    for number, matrix in enumerate(matrices):
+    for number in range(len(matrices)):
+        matrix = matrices.popleft()  # so that the absmax of one is held, not of all
         if pair.entry.kind.endswith("_weight") and (pair.target, number) in asked.changed:
             place += matrix.rows
             continue
@@ -126,7 +128,7 @@ def _result_values(pair: Pair, before: Tensors, after: Tensors, asked: Asked) ->
     return TurnedFourBit(after.stored[name], state) if turned else FourBit.stored(after.stored[name], state)
 
 
-def _require_shape(pair: Pair, matrices: list[Matrix], values: Values | TurnedFourBit) -> None:
+def _require_shape(pair: Pair, matrices: Sequence[Matrix], values: Values | TurnedFourBit) -> None:
     """Experts are stacked along a new first dimension, and other matrices joined along their rows. UserError otherwise."""
     rows, *rest = matrices[0].shape
     stacked = ".experts." in pair.target

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -46,21 +47,32 @@ class Dense:
 class FourBit:
     """4-bit weights in the order in which bitsandbytes stores them. Values are float32, as bitsandbytes dequantizes them.
 
-    `blocks` are their (quant_type, blocksize), `absmax` is float32, flat. `codes` gives the bytes from number `first` to
-    `last`, two codes each.
+    `blocks` are their (quant_type, blocksize), `absmax` gives them, float32, flat: it is called once they are needed.
+    `codes` gives the bytes from number `first` to `last`, two codes each.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], blocks: tuple[str, int], absmax: torch.Tensor, codes: Callable[[int, int], np.ndarray]
+        self,
+        shape: tuple[int, ...],
+        blocks: tuple[str, int],
+        absmax: Callable[[], torch.Tensor],
+        codes: Callable[[int, int], np.ndarray],
     ):
         self.shape, self.blocks = shape, blocks
-        self._absmax, self._codes = absmax, codes
+        self._make_absmax, self._codes = absmax, codes
+
+    @cached_property
+    def _absmax(self) -> torch.Tensor:
+        return self._make_absmax()
 
     @classmethod
     def stored(cls, codes: TensorInfo, state: bnb.QuantState) -> "FourBit":
         """A tensor, whose codes may be stored as any dtype."""
         _require_state(codes, state)
-        absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+
+        def absmax() -> torch.Tensor:
+            return bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+
         return cls(
             tuple(state.shape),
             (state.quant_type, state.blocksize),
@@ -125,7 +137,7 @@ class TurnedFourBit:
         by_input = by_output.T
         turned = (by_input[:, 0::2] << 4 | by_input[:, 1::2]).reshape(-1)
         absmax = self._absmax[number].T.reshape(-1)
-        return FourBit((columns, rows), self.blocks, absmax, lambda first, last: turned[first:last])
+        return FourBit((columns, rows), self.blocks, lambda: absmax, lambda first, last: turned[first:last])
 
 
 def _require_state(codes: TensorInfo, state: bnb.QuantState) -> None:
