@@ -147,6 +147,7 @@ def _adapters_together(sum_nm, lora, expert, row_n, adapter_m, t_m):
         mine_mc = adapter_m[:, None] == adapter_c[None, :]
         has_c = tl.max(mine_mc.to(tl.int32), axis=0) > 0
         if tl.max(has_c.to(tl.int32), axis=0) > 0:
+            # So many neighbours are of one adapter. Unless it is told, Triton loads B two bytes at a time.
             has_c = tl.max_constancy(has_c, SAME)
             t_mc = tl.load(t_m[:, None] + j_c[None, :], mask=mine_mc, other=0.0)
             b_c = lora.b + (adapter_c.to(tl.int64) * lora.E + expert) * lora.N * RANK + j_c
